@@ -1,0 +1,1 @@
+"""The modules of BAGEL: VAE, vision transformer, embeddings, and the two-expert transformer."""

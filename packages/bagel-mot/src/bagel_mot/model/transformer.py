@@ -1,0 +1,162 @@
+"""The two-expert Qwen2 decoder: every linear and norm routed, attention shared."""
+
+from __future__ import annotations
+
+import torch
+from mot_kernels import SILU_MUL, AddResidual, mot_qk_norm_rope
+from mot_layers import (
+    MoTMergedColumnParallelLinear,
+    MoTQKVParallelLinear,
+    MoTRMSNorm,
+    MoTRowParallelLinear,
+)
+from torch import nn
+
+from bagel_mot.config import LlmConfig
+from bagel_mot.model.attention import Attend
+from bagel_mot.model.layout import KVCache, Layout
+
+
+class Attention(nn.Module):
+    """QKV projection, per-head norm and RoPE into the cache, attention, output projection."""
+
+    def __init__(self, config: LlmConfig, prefix: str) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.eps = config.rms_norm_eps
+        self.qkv = MoTQKVParallelLinear(
+            config.hidden_size,
+            head_dim,
+            heads,
+            kv_heads,
+            bias=True,
+            return_bias=False,
+            prefix=f"{prefix}.qkv",
+        )
+        self.q_norm = MoTRMSNorm(head_dim, eps=self.eps)
+        self.k_norm = MoTRMSNorm(head_dim, eps=self.eps)
+        self.o = MoTRowParallelLinear(
+            heads * head_dim,
+            config.hidden_size,
+            bias=False,
+            return_bias=False,
+            prefix=f"{prefix}.o",
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        layout: Layout,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        rope: torch.Tensor,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """x, residual (M, D) -> residual + attention output, (M, D)."""
+        q, _, _ = mot_qk_norm_rope(
+            self.qkv(x, layout.plan),
+            self.q_norm.stacked_weight,
+            self.k_norm.stacked_weight,
+            rope,
+            layout.positions,
+            layout.plan,
+            num_heads=self.qkv.num_heads,
+            num_kv_heads=self.qkv.num_kv_heads,
+            eps=self.eps,
+            k_out=k_cache,
+            v_out=v_cache,
+            kv_rows=layout.kv_rows,
+        )
+        y = attend(q, k_cache, v_cache, layout.segments)
+        return self.o(y.flatten(1), layout.plan, epilogue=AddResidual(residual))
+
+
+class MLP(nn.Module):
+    """SwiGLU, the activation in the first projection's epilogue."""
+
+    def __init__(self, config: LlmConfig, prefix: str) -> None:
+        super().__init__()
+        self.gate_up = MoTMergedColumnParallelLinear(
+            config.hidden_size,
+            [config.intermediate_size] * 2,
+            bias=False,
+            return_bias=False,
+            prefix=f"{prefix}.gate_up",
+        )
+        self.down = MoTRowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=False,
+            return_bias=False,
+            prefix=f"{prefix}.down",
+        )
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """x, residual (M, D) -> residual + MLP output, (M, D)."""
+        h = self.gate_up(x, layout.plan, epilogue=SILU_MUL)
+        return self.down(h, layout.plan, epilogue=AddResidual(residual))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each adding to the residual stream."""
+
+    def __init__(self, config: LlmConfig, prefix: str) -> None:
+        super().__init__()
+        self.input_norm = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn = Attention(config, f"{prefix}.attn")
+        self.post_norm = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config, f"{prefix}.mlp")
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: Layout,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        rope: torch.Tensor,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """x (M, D) residual stream; k_cache, v_cache (S, Hkv, head size), this layer's."""
+        h = self.input_norm(x, layout.plan)
+        x = self.attn(h, x, layout, k_cache, v_cache, rope, attend)
+        return self.mlp(self.post_norm(x, layout.plan), x, layout)
+
+
+class Transformer(nn.Module):
+    """All decoder layers and the final norm."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, f"layers.{i}") for i in range(config.num_hidden_layers)
+        )
+        self.norm = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: Layout,
+        cache: KVCache,
+        rope: torch.Tensor,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """Run the packed rows through all layers.
+
+        Args:
+            x: (M, D) input embeddings.
+            layout: routing, positions and attention segments of the M rows.
+            cache: holds the segments' prefixes; each layer writes the rows' own K and V there.
+            rope: (P, head size) float32, see `rope_table`; P above every position in `layout`.
+            attend: attention backend.
+
+        Returns:
+            (M, D), after the final norm.
+        """
+        for i, layer in enumerate(self.layers):
+            x = layer(x, layout, cache.k[i], cache.v[i], rope, attend)
+        return self.norm(x, layout.plan)

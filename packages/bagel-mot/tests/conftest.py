@@ -1,0 +1,35 @@
+"""Fixtures: the loaded golden model, on the CPU in float32 and on a GPU in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from bagel_mot.pipeline import BagelPipeline
+from golden_data import GOLDEN, Judge
+
+PLACES = [
+    pytest.param(("cpu", torch.float32), id="cpu-float32"),
+    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=pytest.mark.gpu),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", params=PLACES)
+def pipeline(request: pytest.FixtureRequest) -> Iterator[BagelPipeline]:
+    device, dtype = request.param
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    yield BagelPipeline.from_pretrained(GOLDEN.checkpoint, device=device, dtype=dtype)
+
+
+@pytest.fixture
+def judge(pipeline: BagelPipeline) -> Judge:
+    return Judge(pipeline.model.dtype)

@@ -1,0 +1,175 @@
+"""Launch the kernels: grids, constexprs, tile choice. No arithmetic here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from mot_kernels._triton.linear import _mot_linear_kernel
+from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
+from mot_kernels.plan import TILE_ROWS
+from mot_kernels.tuning.config import TileConfig
+from mot_kernels.tuning.lookup import Problem, find_config
+
+_EPILOGUES = {"none": 0, "silu_mul": 1, "add_residual": 2}
+
+
+def launch_linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    row_ids: torch.Tensor,
+    tiles: torch.Tensor,
+    counts: tuple[int, ...],
+    tile_offsets: Sequence[int],
+    silu_mul: bool,
+    config: TileConfig | None,
+) -> None:
+    """One launch for all experts; see `mot_kernels.mot_linear` for shapes."""
+    rows, k = x.shape
+    if rows == 0:
+        return
+    n = weight.shape[1]
+    epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
+    if config is None:
+        config = find_config(Problem(n, k, x.dtype, epilogue, counts), x.device)
+    # tile_offsets is RoutePlan.tile_offsets, flattened: E + 1 numbers for each tile size.
+    table = TILE_ROWS.index(config.block_m) * (len(counts) + 1)
+    first, last = tile_offsets[table], tile_offsets[table + len(counts)]
+    num_tiles = last - first
+    grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
+    with _on(x.device):
+        _mot_linear_kernel[grid](
+            out_ptr=out,
+            x_ptr=x,
+            w_ptr=weight,
+            bias_ptr=bias,
+            residual_ptr=residual,
+            row_ids_ptr=row_ids,
+            tiles_ptr=tiles[first:last],
+            num_tiles=num_tiles,
+            num_rows=rows,
+            w_rows=n,
+            N_OUT=out.shape[1],
+            K=k,
+            stride_out_m=out.stride(0),
+            stride_out_n=out.stride(1),
+            stride_x_m=x.stride(0),
+            stride_x_k=x.stride(1),
+            stride_w_e=weight.stride(0),
+            stride_w_n=weight.stride(1),
+            stride_w_k=weight.stride(2),
+            stride_bias_e=0 if bias is None else bias.stride(0),
+            stride_residual_m=0 if residual is None else residual.stride(0),
+            stride_residual_n=0 if residual is None else residual.stride(1),
+            HAS_BIAS=bias is not None,
+            EPILOGUE=_EPILOGUES[epilogue],
+            EVEN_K=k % config.block_k == 0,
+            # float32 means float32: TF32 would lose 13 bits that the caller asked for.
+            PRECISION="ieee" if x.dtype is torch.float32 else None,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def launch_rms_norm(
+    out: torch.Tensor,
+    residual_out: torch.Tensor | None,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    expert_ids: torch.Tensor | None,
+    eps: float,
+) -> None:
+    """One row per program; see `mot_kernels.mot_rms_norm` for shapes."""
+    rows, width = x.shape
+    if rows == 0:
+        return
+    block = triton.next_power_of_2(width)
+    with _on(x.device):
+        _mot_rms_norm_kernel[(rows,)](
+            out_ptr=out,
+            residual_out_ptr=residual_out,
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            expert_ids_ptr=expert_ids,
+            D=width,
+            stride_out_m=out.stride(0),
+            stride_residual_out_m=0 if residual_out is None else residual_out.stride(0),
+            stride_x_m=x.stride(0),
+            stride_residual_m=0 if residual is None else residual.stride(0),
+            stride_weight_e=weight.stride(0),
+            eps=eps,
+            HAS_PLAN=expert_ids is not None,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK_D=block,
+            # 16 bytes a thread of a 16-bit row: 8 elements, 256 a warp.
+            num_warps=min(max(block // 512, 1), 16),
+        )
+
+
+def launch_qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rope: torch.Tensor,
+    positions: torch.Tensor,
+    kv_rows: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+    eps: float,
+) -> None:
+    """A block of heads per program; see `mot_kernels.mot_qk_norm_rope` for shapes."""
+    rows, heads, head_dim = q.shape
+    if rows == 0:
+        return
+    kv_heads = k.shape[1]
+    block_half = triton.next_power_of_2(head_dim // 2)
+    block_h = max(2048 // (2 * block_half), 1)
+    grid = (triton.cdiv(rows * (heads + 2 * kv_heads), block_h),)
+    with _on(qkv.device):
+        _mot_qk_norm_rope_kernel[grid](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            qkv_ptr=qkv,
+            q_weight_ptr=q_weight,
+            k_weight_ptr=k_weight,
+            rope_ptr=rope,
+            positions_ptr=positions,
+            kv_rows_ptr=kv_rows,
+            expert_ids_ptr=expert_ids,
+            num_rows=rows,
+            stride_q_m=q.stride(0),
+            stride_q_h=q.stride(1),
+            stride_k_s=k.stride(0),
+            stride_k_h=k.stride(1),
+            stride_v_s=v.stride(0),
+            stride_v_h=v.stride(1),
+            stride_qkv_m=qkv.stride(0),
+            eps=eps,
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            D=head_dim,
+            HAS_PLAN=expert_ids is not None,
+            HAS_KV_ROWS=kv_rows is not None,
+            BLOCK_H=block_h,
+            BLOCK_HALF=block_half,
+            num_warps=4,
+        )
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device; make that the tensors' own (no-op on a CPU)."""
+    return torch.cuda.device(device.index if device.type == "cuda" else -1)

@@ -1,0 +1,64 @@
+"""Argument checks shared by the public operations."""
+
+from __future__ import annotations
+
+import torch
+
+from mot_kernels.plan import RoutePlan
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd wants to see this call; the kernels have no backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_same_dtype(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """x has a supported dtype, and the others share its dtype and device."""
+    # float64 is not computed by any kernel, but the reference path takes it (gradient checks).
+    if x.dtype not in DTYPES and not (x.dtype is torch.float64 and x.device.type == "cpu"):
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"x has dtype {x.dtype}; supported are {names}")
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype is not x.dtype:
+            raise TypeError(f"{name} has dtype {other.dtype} but x has {x.dtype}; convert one")
+        if other.device != x.device:
+            raise ValueError(f"{name} is on {other.device} but x is on {x.device}; move one")
+
+
+def check_plan(
+    plan: RoutePlan | None, rows: int, experts: int, device: torch.device
+) -> None:
+    """The plan routes exactly these rows to exactly these experts, on this device."""
+    if plan is None:
+        return
+    if plan.num_rows != rows:
+        raise ValueError(
+            f"plan routes {plan.num_rows} rows but x has {rows}; was the plan built for another "
+            "layout?"
+        )
+    if plan.num_experts != experts:
+        raise ValueError(f"plan has {plan.num_experts} experts but weight has {experts}")
+    if plan.device != device:
+        raise ValueError(
+            f"plan is on {plan.device} but x is on {device}; build it there or use plan.to(device)"
+        )
+
+
+def check_out(name: str, out: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    """A tensor of the caller's to write to or add: shape given, dtype and device of x."""
+    if tuple(out.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(out.shape)}; expected {shape}")
+    check_same_dtype(x, **{name: out})
+
+
+def check_row_contiguous(name: str, t: torch.Tensor) -> None:
+    """The kernels address the last dimension as consecutive elements."""
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {t.stride()}; its last dimension must be contiguous "
+            "(stride 1), call .contiguous()"
+        )

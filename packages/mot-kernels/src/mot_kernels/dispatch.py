@@ -1,0 +1,102 @@
+"""Which implementation runs, and why: asked by operations, layers, tests, CLI and messages."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger("mot_kernels")
+
+
+class Path(enum.Enum):
+    """An implementation of the operations."""
+
+    TRITON = "triton"
+    """Portable Triton kernels: CUDA, ROCm, and any device under TRITON_INTERPRET=1."""
+
+    REFERENCE = "reference"
+    """Plain PyTorch (`mot_kernels.reference`): any device, differentiable."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path taken and the reason, as one sentence fit for a message."""
+
+    path: Path
+    why: str
+
+
+_forced: Path | None = None
+
+
+@contextmanager
+def use_path(path: Path) -> Iterator[None]:
+    """Run every operation inside the block on `path` (for baselines, tests and training)."""
+    global _forced
+    previous, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose_path(device: torch.device, dtype: torch.dtype, *, needs_grad: bool = False) -> Choice:
+    """The path an operation on `device` in `dtype` takes.
+
+    Args:
+        needs_grad: an input requires grad and grad mode is on.
+
+    Raises:
+        ValueError: `use_path(Path.TRITON)` is in force where Triton cannot run.
+    """
+    if _forced is Path.REFERENCE:
+        return Choice(Path.REFERENCE, "use_path(Path.REFERENCE) is in force")
+    choice = _choose_freely(device.type, dtype, needs_grad)
+    if _forced is Path.TRITON and choice.path is not Path.TRITON:
+        raise ValueError(f"use_path(Path.TRITON) is in force, but {choice.why}")
+    return choice
+
+
+def _choose_freely(device_type: str, dtype: torch.dtype, needs_grad: bool) -> Choice:
+    if needs_grad:
+        return Choice(Path.REFERENCE, "an input requires grad and the kernels have no backward")
+    if not has_triton():
+        return Choice(Path.REFERENCE, "the package triton is not installed")
+    if dtype is torch.float64:
+        return Choice(Path.REFERENCE, "no kernel computes float64")
+    if device_type == "cuda":
+        return Choice(Path.TRITON, "the tensors are on a GPU")
+    if device_type == "cpu" and interpreting():
+        if dtype is torch.bfloat16:
+            return Choice(Path.REFERENCE, "Triton's interpreter multiplies bfloat16 wrongly")
+        return Choice(Path.TRITON, "TRITON_INTERPRET=1 runs the kernels on the CPU")
+    return Choice(Path.REFERENCE, f"Triton kernels do not run on device type {device_type!r}")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 at first use)."""
+    if not has_triton():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time this very message comes up in the process."""
+    logger.warning(message)

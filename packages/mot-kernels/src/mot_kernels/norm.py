@@ -1,0 +1,217 @@
+"""`mot_rms_norm` and `mot_qk_norm_rope`: norms with one weight per expert."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+
+from mot_kernels import ops, reference
+from mot_kernels.checks import (
+    check_out,
+    check_plan,
+    check_row_contiguous,
+    check_same_dtype,
+    needs_grad,
+)
+from mot_kernels.plan import RoutePlan
+
+
+@overload
+def mot_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutePlan | None = ...,
+    *,
+    eps: float = ...,
+    residual: None = ...,
+    out: torch.Tensor | None = ...,
+) -> torch.Tensor: ...
+@overload
+def mot_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutePlan | None = ...,
+    *,
+    eps: float = ...,
+    residual: torch.Tensor,
+    out: torch.Tensor | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def mot_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutePlan | None = None,
+    *,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm with the weight of each row's expert, optionally after adding a residual.
+
+    y[r] = h[r] / sqrt(mean(h[r]^2) + eps) * weight[e], h = x or x + residual
+    (Zhang and Sennrich, arXiv:1910.07467).
+
+    Args:
+        x: (M, D) bfloat16, float16 or float32, last dimension contiguous.
+        weight: (E, D) in x's dtype, contiguous.
+        plan: routing of the M rows to E experts; None means every row is expert 0.
+        eps: added to the mean square.
+        residual: (M, D) in x's dtype, added to x before the norm.
+        out: (M, D) tensor for y; may be x. Allocated if None.
+
+    Returns:
+        y (M, D), or with a residual (y, h) with h = x + residual (M, D), both in x's dtype. Sum
+        and norm are computed in fp32; y is rounded once, from the unrounded sum.
+
+    Raises:
+        TypeError: a dtype is not supported or differs from x's.
+        ValueError: shapes, devices or strides do not fit.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (M, D) "
+            "and weight (experts, D)"
+        )
+    check_same_dtype(x, weight=weight)
+    check_plan(plan, x.shape[0], weight.shape[0], x.device)
+    check_row_contiguous("x", x)
+    check_row_contiguous("weight", weight)
+    if residual is not None:
+        check_out("residual", residual, tuple(x.shape), x)
+        check_row_contiguous("residual", residual)
+    if out is not None:
+        check_out("out", out, tuple(x.shape), x)
+        check_row_contiguous("out", out)
+    if needs_grad(x, weight, residual):
+        result = reference.mot_rms_norm(x, weight, plan, eps=eps, residual=residual)
+        y, summed = result if isinstance(result, tuple) else (result, None)
+        y = y if out is None else out.copy_(y)
+        return y if summed is None else (y, summed)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    summed = None if residual is None else x.new_empty(x.shape)
+    expert_ids = None if plan is None else plan.expert_ids
+    ops.rms_norm_(y, summed, x, residual, weight, expert_ids, eps)
+    return y if summed is None else (y, summed)
+
+
+def mot_qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rope: torch.Tensor,
+    positions: torch.Tensor,
+    plan: RoutePlan | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float = 1e-6,
+    q_out: torch.Tensor | None = None,
+    k_out: torch.Tensor | None = None,
+    v_out: torch.Tensor | None = None,
+    kv_rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split a packed QKV projection, normalise and rotate q and k per head, place k and v.
+
+    RMSNorm over each head with the weight of the row's expert, then rotate-half RoPE
+    (Su et al., arXiv:2104.09864) at the row's position; v is copied.
+
+    Args:
+        qkv: (M, (H + 2 * Hkv) * D) bfloat16, float16 or float32, last dimension contiguous:
+            q heads, then k heads, then v heads.
+        q_weight, k_weight: (E, D) in qkv's dtype, contiguous.
+        rope: (P, D) float32, contiguous: cos (D / 2) then sin (D / 2) of each position.
+        positions: (M,) integer, the rows' positions in 0..P - 1. Not checked here: that would
+            wait for the device.
+        plan: routing of the M rows to E experts; None means every row is expert 0.
+        num_heads, num_kv_heads: H and Hkv.
+        eps: added to the mean square.
+        q_out: (M, H, D) for q; allocated if None.
+        k_out, v_out: (S, Hkv, D) for k and v, a KV cache for instance, last dimension contiguous;
+            give both or neither. Allocated with S = M if None.
+        kv_rows: (M,) integer, the row of k_out / v_out each row goes to; None means row r goes to
+            row r. Must be distinct and in range; not checked here.
+
+    Returns:
+        q (M, H, D), k and v (S, Hkv, D). Computed in fp32, rounded once; v is exact.
+
+    Raises:
+        TypeError: a dtype is not supported or differs.
+        ValueError: shapes, devices or strides do not fit.
+    """
+    rows, head_dim = _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
+    check_plan(plan, rows, q_weight.shape[0], qkv.device)
+    if (k_out is None) != (v_out is None):
+        raise ValueError("k_out and v_out belong together; give both or neither")
+    if kv_rows is not None and (k_out is None or kv_rows.shape != (rows,)):
+        raise ValueError(
+            f"kv_rows has shape {tuple(kv_rows.shape)}; expected ({rows},), along with k_out and "
+            "v_out to write to"
+        )
+    if q_out is not None:
+        check_out("q_out", q_out, (rows, num_heads, head_dim), qkv)
+        check_row_contiguous("q_out", q_out)
+    for name, kv_out in (("k_out", k_out), ("v_out", v_out)):
+        if kv_out is not None:
+            slots = rows if kv_rows is None else kv_out.shape[0]
+            check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
+            check_row_contiguous(name, kv_out)
+    if needs_grad(qkv, q_weight, k_weight) and q_out is None and k_out is None:
+        return reference.mot_qk_norm_rope(
+            qkv,
+            q_weight,
+            k_weight,
+            rope,
+            positions,
+            plan,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            eps=eps,
+        )
+    q = qkv.new_empty(rows, num_heads, head_dim) if q_out is None else q_out
+    k = qkv.new_empty(rows, num_kv_heads, head_dim) if k_out is None else k_out
+    v = qkv.new_empty(rows, num_kv_heads, head_dim) if v_out is None else v_out
+    expert_ids = None if plan is None else plan.expert_ids
+    ops.qk_norm_rope_(
+        q, k, v, qkv, q_weight, k_weight, rope, positions, kv_rows, expert_ids, eps
+    )
+    return q, k, v
+
+
+def _check_qk(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rope: torch.Tensor,
+    positions: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[int, int]:
+    if q_weight.dim() != 2 or q_weight.shape != k_weight.shape:
+        raise ValueError(
+            f"q_weight has shape {tuple(q_weight.shape)} and k_weight {tuple(k_weight.shape)}; "
+            "expected the same (experts, head size)"
+        )
+    head_dim = q_weight.shape[1]
+    columns = (num_heads + 2 * num_kv_heads) * head_dim
+    if qkv.dim() != 2 or qkv.shape[1] != columns or head_dim % 2:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}; with {num_heads} query heads, {num_kv_heads} "
+            f"key/value heads and (even) head size {head_dim} it should be (M, {columns})"
+        )
+    if rope.dim() != 2 or rope.shape[1] != head_dim or rope.dtype is not torch.float32:
+        raise ValueError(
+            f"rope is {rope.dtype} of shape {tuple(rope.shape)}; expected float32 "
+            f"(positions, {head_dim}): cos, then sin"
+        )
+    rows = qkv.shape[0]
+    if positions.shape != (rows,) or positions.is_floating_point():
+        raise ValueError(
+            f"positions is {positions.dtype} of shape {tuple(positions.shape)}; expected an "
+            f"integer tensor of shape ({rows},)"
+        )
+    check_same_dtype(qkv, q_weight=q_weight, k_weight=k_weight)
+    for name, t in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight), ("rope", rope)):
+        check_row_contiguous(name, t)
+    if not (rope.is_contiguous() and q_weight.is_contiguous() and k_weight.is_contiguous()):
+        raise ValueError("rope, q_weight and k_weight must be contiguous; call .contiguous()")
+    return rows, head_dim

@@ -1,0 +1,1 @@
+"""Tile sizes: what a config is (`config`) and which one a problem gets (`lookup`)."""

@@ -1,0 +1,97 @@
+"""`TileConfig`: the tile sizes of one `mot_linear` launch, checked where they enter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+
+import torch
+
+from mot_kernels.plan import TILE_ROWS
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes of the routed GEMM.
+
+    Attributes:
+        block_m: rows a tile, one of `TILE_ROWS`.
+        block_n: output columns a tile, a power of two >= 16.
+        block_k: depth of one step, a power of two >= 16.
+        group_m: row tiles that walk the columns together, for reuse of weights in L2.
+        num_warps: warps a program, a power of two.
+        num_stages: software-pipelining depth.
+
+    Raises:
+        ValueError: a field is outside its range; the message names it.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{field.name} is {value!r}; expected an integer")
+        if self.block_m not in TILE_ROWS:
+            raise ValueError(f"block_m is {self.block_m}; expected one of {TILE_ROWS}")
+        for name, least, most in (
+            ("block_n", 16, 512),
+            ("block_k", 16, 256),
+            ("num_warps", 1, 32),
+        ):
+            value = getattr(self, name)
+            if value & (value - 1) or not least <= value <= most:
+                raise ValueError(f"{name} is {value}; expected a power of two in {least}..{most}")
+        for name, most in (("group_m", 64), ("num_stages", 8)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1..{most}")
+
+    def as_ints(self) -> list[int]:
+        """The fields in order, for an operator's `int[]` argument."""
+        return list(astuple(self))
+
+    @classmethod
+    def from_ints(cls, values: Sequence[int]) -> TileConfig:
+        """The inverse of `as_ints`."""
+        return cls(*values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> TileConfig:
+        """From JSON; raises ValueError naming an unknown, missing or bad key."""
+        names = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise ValueError(f"unknown key {unknown[0]!r}; known are {sorted(names)}")
+        if missing := sorted({"block_m", "block_n", "block_k"} - set(values)):
+            raise ValueError(f"key {missing[0]!r} is missing")
+        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks the types
+
+    def shared_memory_bytes(self, dtype: torch.dtype, *, silu_mul: bool) -> int:
+        """Shared memory the pipelined x and weight tiles take, in bytes."""
+        weight_tiles = 2 if silu_mul else 1
+        per_stage = (self.block_m + weight_tiles * self.block_n) * self.block_k * dtype.itemsize
+        return per_stage * self.num_stages
+
+    def accumulator_registers(self, *, silu_mul: bool) -> int:
+        """32-bit registers a thread needs for the fp32 accumulators."""
+        elements = self.block_m * self.block_n * (2 if silu_mul else 1)
+        return elements // (32 * self.num_warps)
+
+
+def is_legal(
+    config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_memory: int
+) -> bool:
+    """Whether a config fits a GPU with `shared_memory` bytes a block.
+
+    One rule for the tuner, the loader and the default. The accumulators get at most 192 of a
+    thread's 255 registers: addresses and operands need the rest, beyond it they spill.
+    """
+    return (
+        config.shared_memory_bytes(dtype, silu_mul=silu_mul) <= shared_memory
+        and config.accumulator_registers(silu_mul=silu_mul) <= 192
+    )

@@ -1,0 +1,189 @@
+"""Which `TileConfig` a problem gets.
+
+In order: the caller's `config=`; a file in `$MOT_TUNED_CONFIG_DIR`; one in
+`$VLLM_TUNED_CONFIG_FOLDER` (vLLM's users set it already); the file packaged for this GPU; a
+computed default, which is logged once together with the command that would tune it.
+
+A file is `mot_linear/<GPU name>.json` below the folder: a header (schema, op, device, torch,
+triton, commit, date) and `entries`, each {n, k, dtype, epilogue, rows: rows per expert, config}.
+Among entries for the same (n, k, dtype, epilogue) the one nearest in log(rows) is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mot_kernels.dispatch import warn_once
+from mot_kernels.tuning.config import TileConfig, is_legal
+
+SCHEMA = 1
+OP = "mot_linear"
+PACKAGED = Path(__file__).parent / "configs"
+_FOLDER_VARIABLES = ("MOT_TUNED_CONFIG_DIR", "VLLM_TUNED_CONFIG_FOLDER")
+_ENTRY_KEYS = {"n", "k", "dtype", "epilogue", "rows", "config"}
+
+# Shared memory a block may have where no device can be asked (interpreter): that of sm_86/89.
+_LEAST_SHARED_MEMORY = 99 * 1024
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What tile sizes depend on.
+
+    Attributes:
+        n: rows of each expert's weight (for "silu_mul" gate and up together).
+        k: columns of the weight.
+        dtype: of x and the weight.
+        epilogue: "none", "silu_mul" or "add_residual".
+        counts: rows per expert.
+    """
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    epilogue: str
+    counts: tuple[int, ...]
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype without "torch."."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(maxsize=4096)
+def find_config(problem: Problem, device: torch.device) -> TileConfig:
+    """The config for a problem on a device, following the order in the module docstring.
+
+    Raises:
+        ValueError: a tuned file is broken; the message names the file and the key.
+    """
+    if device.type != "cuda":
+        return default_config(problem, _LEAST_SHARED_MEMORY)
+    name = torch.cuda.get_device_name(device)
+    for path in config_files(name):
+        best = _nearest(load_entries(path), problem)
+        if best is not None:
+            return best
+    folder_hint = f"export {_FOLDER_VARIABLES[0]}=DIR"
+    warn_once(
+        f"no tuned tiles for {OP} with K={problem.k}, N={problem.n}, {problem.dtype_name}, "
+        f"epilogue {problem.epilogue} on {name}: using a computed default. To tune, run: "
+        f"mot-bench tune --shape {problem.k},{problem.n} --dtype {problem.dtype_name} "
+        f"--epilogue {problem.epilogue} --output DIR   and then {folder_hint}"
+    )
+    properties = torch.cuda.get_device_properties(device)
+    return default_config(problem, properties.shared_memory_per_block_optin)
+
+
+def config_files(device_name: str) -> list[Path]:
+    """Existing tuned files for a GPU, the most specific folder first."""
+    folders = [Path(os.environ[v]) for v in _FOLDER_VARIABLES if os.environ.get(v)]
+    wanted = _device_key(device_name)
+    return [
+        path
+        for folder in [*folders, PACKAGED]
+        for path in sorted((folder / OP).glob("*.json"))
+        if _device_key(path.stem) == wanted
+    ]
+
+
+def _device_key(name: str) -> str:
+    """One spelling for "NVIDIA H200", "NVIDIA_H200" and "H200"."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removeprefix("amd")
+
+
+@functools.cache
+def load_entries(path: Path) -> tuple[tuple[Problem, TileConfig], ...]:
+    """Read and validate one tuned file.
+
+    Raises:
+        ValueError: it is not JSON, of another schema, or an entry has a bad key or value.
+    """
+    try:
+        content: Any = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"tuned config {path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"tuned config {path}: key 'schema' is {found!r}; expected {SCHEMA}")
+    if content.get("op") != OP:
+        raise ValueError(f"tuned config {path}: key 'op' is {content.get('op')!r}; expected {OP!r}")
+    if not isinstance(content.get("entries"), list):
+        raise ValueError(f"tuned config {path}: key 'entries' must be a list")
+    entries = []
+    for i, entry in enumerate(content["entries"]):
+        try:
+            entries.append(_parse_entry(entry))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"tuned config {path}: entries[{i}]: {error}") from error
+    return tuple(entries)
+
+
+def _parse_entry(entry: dict[str, Any]) -> tuple[Problem, TileConfig]:
+    if missing := sorted(_ENTRY_KEYS - set(entry)):
+        raise ValueError(f"key {missing[0]!r} is missing")
+    dtype = getattr(torch, str(entry["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"key 'dtype' is {entry['dtype']!r}; expected for example 'bfloat16'")
+    if entry["epilogue"] not in ("none", "silu_mul", "add_residual"):
+        raise ValueError(f"key 'epilogue' is {entry['epilogue']!r}")
+    rows = tuple(int(r) for r in entry["rows"])
+    problem = Problem(int(entry["n"]), int(entry["k"]), dtype, entry["epilogue"], rows)
+    return problem, TileConfig.from_dict(entry["config"])
+
+
+def _nearest(
+    entries: tuple[tuple[Problem, TileConfig], ...], problem: Problem
+) -> TileConfig | None:
+    def same_shape(other: Problem) -> bool:
+        return (other.n, other.k, other.dtype, other.epilogue, len(other.counts)) == (
+            problem.n,
+            problem.k,
+            problem.dtype,
+            problem.epilogue,
+            len(problem.counts),
+        )
+
+    def distance(other: Problem) -> float:
+        pairs = zip(other.counts, problem.counts, strict=True)
+        return sum(abs(math.log((a + 1) / (b + 1))) for a, b in pairs)
+
+    candidates = [(distance(other), config) for other, config in entries if same_shape(other)]
+    return min(candidates, key=lambda pair: pair[0])[1] if candidates else None
+
+
+def default_config(problem: Problem, shared_memory: int) -> TileConfig:
+    """A config computed from the shape, for GPUs with `shared_memory` bytes a block.
+
+    Rows of the largest expert decide the tile's height; wide tiles where there are rows to fill
+    them, deep steps where there are not (a short tile is bound by reading the weights).
+    """
+    rows = max(problem.counts)
+    silu_mul = problem.epilogue == "silu_mul"
+    if problem.dtype is torch.float32:  # no tensor cores in full precision: small tiles
+        candidates = [
+            TileConfig(64 if rows > 32 else 16, 64, 32, 8, 4, stages) for stages in (3, 2, 1)
+        ]
+    elif rows <= 64:
+        height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        candidates = [TileConfig(height, 64, 128, 1, 4, stages) for stages in (5, 4, 3, 2)]
+        candidates += [TileConfig(height, 64, 64, 1, 4, stages) for stages in (3, 2)]
+    else:
+        # Two accumulators halve the width that fits in registers.
+        width = 128 if silu_mul else 256
+        candidates = [TileConfig(128, width, 64, 8, 8, stages) for stages in (4, 3)]
+        candidates += [TileConfig(128, 64 if silu_mul else 128, 64, 8, 4, s) for s in (4, 3, 2)]
+        candidates += [TileConfig(64, 64, 32, 8, 4, stages) for stages in (3, 2, 1)]
+    for config in candidates:
+        if is_legal(config, problem.dtype, silu_mul=silu_mul, shared_memory=shared_memory):
+            return config
+    raise ValueError(f"no tile fits {shared_memory} bytes of shared memory for {problem}")
