@@ -9,7 +9,6 @@ import pytest
 import torch
 from golden_data import GOLDEN, GoldenCase
 from PIL import Image
-from torch import Tensor
 
 from bagel_mot.config import ImageLimits
 from bagel_mot.images import (
@@ -29,6 +28,7 @@ VIT_CASES = [*VAE_CASES, "c1", "c2"]
 PICTURE_CASES = [*VIT_CASES, "b4"]
 OUTPUT_CASES = ["a1", "a2", "a3", "a4", "a5", "a7", "b1", "b2", "b3"]
 OFFICIAL = ImageLimits(max_side=1024, min_side=512, stride=16)
+SMALL = ImageLimits(max_side=980, min_side=224, stride=14)  # the official limits of the ViT
 
 
 def limits_of(case: GoldenCase, transform: str) -> ImageLimits:
@@ -53,6 +53,25 @@ def colours(image: Image.Image) -> list[Any]:
 def test_resized_size_recorded(example: dict[str, Any]) -> None:
     limits = ImageLimits.model_validate(example["limits"])
     assert list(resized_size(tuple(example["size"]), limits)) == example["resized"]
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "resized"),
+    [
+        # 700 * 980/1783 = 384.7 -> 385 = 27.5 strides -> 28, though 384.7 is nearer to 27
+        pytest.param((700, 1783), SMALL, (392, 980), id="rounds-twice"),
+        # 164 * 224/107 = 343.3 -> 343 = 24.5 strides -> 24
+        pytest.param((107, 164), SMALL, (224, 336), id="halves-to-even"),
+        # 9728 x 512 is too many pixels: x 0.3627 -> 3520 x 192, then x 1024/3520 -> 1024 x 64
+        pytest.param((399, 21), OFFICIAL, (1024, 64), id="too-many-pixels"),
+        # 512 x 89760 -> 16 x 3520, then 16 * 1024/3520 = 4.7 -> 0 strides, at least 1
+        pytest.param((10, 1753), OFFICIAL, (16, 1024), id="at-least-a-stride"),
+    ],
+)
+def test_resized_size_by_hand(
+    size: tuple[int, int], limits: ImageLimits, resized: tuple[int, int]
+) -> None:
+    assert resized_size(size, limits) == resized
 
 
 @pytest.mark.parametrize("name", PICTURE_CASES)
@@ -291,7 +310,5 @@ def test_bad_input(name: str) -> None:
         call()
 
 
-def test_grid_positions_device() -> None:
-    positions: Tensor = grid_positions(2, 3, 5, device="meta")
-    assert positions.device.type == "meta"
+def test_grid_positions_order() -> None:
     assert grid_positions(2, 3, 5).tolist() == [0, 1, 2, 5, 6, 7]

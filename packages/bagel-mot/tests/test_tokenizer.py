@@ -11,7 +11,7 @@ import pytest
 from golden_data import GOLDEN
 from tokenizers import Tokenizer
 
-from bagel_mot.tokenizer import SPECIAL_TOKENS, BagelTokenizer
+from bagel_mot.tokenizer import SPECIAL_TOKENS, BagelTokenizer, _build_qwen2
 
 EXAMPLES: list[dict[str, Any]] = GOLDEN.json("tokens.json")
 TEXT_CASES = [name for name in GOLDEN.names if name[0] in "cd"]
@@ -73,6 +73,13 @@ def test_encode_fallback_equals_tokenizer_json(either: BagelTokenizer, text: str
     ids = whole.encode(text, add_special_tokens=False).ids
     assert either.encode(text) == ids
     assert either.decode(ids) == whole.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_fallback_cuts_text_as_tokenizer_json(tmp_path: Path, part: str) -> None:
+    # The recorded vocabulary merges no digits or capitals, so that ids cannot show every cut.
+    built = _build_qwen2(copy(tmp_path, "vocab.json", "merges.txt"))
+    assert json.loads(built.to_str())[part] == GOLDEN.json("checkpoint/tokenizer.json")[part]
 
 
 def test_special_ids_and_size(either: BagelTokenizer) -> None:

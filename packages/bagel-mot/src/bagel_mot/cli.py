@@ -86,7 +86,7 @@ def generate(
     output: OutputOption = Path("bagel.png"),
     height: HeightOption = None,
     width: WidthOption = None,
-    timesteps: TimestepsOption = None,
+    num_timesteps: TimestepsOption = None,
     timestep_shift: ShiftOption = None,
     cfg_text_scale: CfgTextOption = None,
     cfg_img_scale: CfgImgOption = None,
@@ -113,7 +113,10 @@ def generate(
             settings,
             output,
             overwrite,
-            lambda: _load(model, device, dtype, attention),
+            model,
+            device,
+            dtype,
+            attention,
             height=height,
             width=width,
             think=think,
@@ -134,7 +137,7 @@ def edit(
     output: OutputOption = Path("bagel.png"),
     height: HeightOption = None,
     width: WidthOption = None,
-    timesteps: TimestepsOption = None,
+    num_timesteps: TimestepsOption = None,
     timestep_shift: ShiftOption = None,
     cfg_text_scale: CfgTextOption = None,
     cfg_img_scale: CfgImgOption = None,
@@ -161,7 +164,10 @@ def edit(
             settings,
             output,
             overwrite,
-            lambda: _load(model, device, dtype, attention),
+            model,
+            device,
+            dtype,
+            attention,
             height=height,
             width=width,
             think=think,
@@ -241,9 +247,11 @@ def main() -> None:
 
 def _given(arguments: dict[str, Any], settings_class: type[Any]) -> dict[str, Any]:
     """The sampling options among a command's arguments that the user gave."""
-    arguments = arguments | {"num_timesteps": arguments["timesteps"]}
-    fields = settings_class.model_fields
-    return {name: arguments[name] for name in fields if arguments[name] is not None}
+    return {
+        name: arguments[name]
+        for name in settings_class.model_fields
+        if arguments[name] is not None
+    }
 
 
 def _make_images(
@@ -251,13 +259,21 @@ def _make_images(
     settings: Any,
     output: Path,
     overwrite: bool,
-    load: Callable[[], Any],
+    model: Path,
+    device: str | None,
+    dtype: str | None,
+    attention: str | None,
     **options: Any,
 ) -> None:
     """Check what can be checked without the model, load it, paint, save."""
-    files = _output_files(output, options["num_images"], overwrite)
+    from bagel_mot.config import BagelConfig
+    from bagel_mot.pipeline import image_size
+
     _require_text("prompt", parts[-1])
-    pipeline = load()
+    _require_folder(model)
+    image_size(BagelConfig.from_folder(model), options["height"], options["width"], None)
+    files = _output_files(output, options["num_images"], overwrite)
+    pipeline = _load(model, device, dtype, attention)
     steps = settings.num_timesteps - 1
     with _progress("painting", steps * options["num_images"]) as advance:
         result = pipeline.chat(
@@ -287,8 +303,7 @@ def _load(model: Path, device: str | None, dtype: str | None, attention: str | N
     if dtype is None:
         on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
         dtype = "bfloat16" if on_gpu else "float32"
-    if not model.is_dir():
-        raise FileNotFoundError(f"--model {model}: no such folder; give a BAGEL checkpoint folder")
+    _require_folder(model)
     total = sum(tensor.elements for tensor in checkpoint.read_headers(model).values())
     with _progress("loading", total, numbers=False) as advance:
         return BagelPipeline.from_pretrained(
@@ -317,6 +332,11 @@ def _open_images(paths: list[Path]) -> list[Image.Image]:
 def _require_text(name: str, text: str) -> None:
     if not text.strip():
         raise ValueError(f"the {name} is empty; say what you want")
+
+
+def _require_folder(model: Path) -> None:
+    if not model.is_dir():
+        raise FileNotFoundError(f"--model {model}: no such folder; give a BAGEL checkpoint folder")
 
 
 def _output_files(output: Path, count: int, overwrite: bool) -> list[Path]:

@@ -127,7 +127,7 @@ def append_latent(
     """Append a picture as VAE tokens (time 0) between its markers; see `append_text`."""
     patch = model.config.latent_patch_size
     height, width = latent.shape[1] // patch, latent.shape[2] // patch
-    grid = grid_positions(height, width, model.config.latent_grid, device=model.device)
+    grid = grid_positions(height, width, model.config.latent_grid).to(model.device)
     t = torch.zeros(1, device=model.device)
     tokens = model.embed_latents(patchify(latent, patch), t, grid)
     return _append_picture(model, context, tokens, markers, GEN)
@@ -139,7 +139,7 @@ def append_vit(
     """Append a picture as ViT tokens between its markers; see `append_text`."""
     patch = model.config.vit.patch_size
     height, width = pixels.shape[1] // patch, pixels.shape[2] // patch
-    grid = grid_positions(height, width, model.config.vit_grid, device=model.device)
+    grid = grid_positions(height, width, model.config.vit_grid).to(model.device)
     tokens = model.embed_patches(patchify(pixels.to(model.device), patch), grid)
     return _append_picture(model, context, tokens, markers, UND)
 

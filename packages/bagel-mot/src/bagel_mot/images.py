@@ -91,9 +91,9 @@ def to_tensor(image: Image.Image) -> Tensor:
     width, height = image.size
     levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     planes = levels.view(height, width, 3).permute(2, 0, 1)
-    # Three roundings, in the order of the reference: folding them would move the last bit.
     x = planes.to(torch.float32, memory_format=torch.contiguous_format)
-    return x.div_(255).sub_(0.5).div_(0.5)
+    # Equal to the reference's (x/255 - 0.5) / 0.5 in every bit: the halves only move the exponent.
+    return x.div_(127.5).sub_(1)
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -184,19 +184,16 @@ def unpatchify(tokens: Tensor, h: int, w: int, p: int) -> Tensor:
     return grid.permute(4, 0, 2, 1, 3).reshape(-1, h * p, w * p)
 
 
-def grid_positions(
-    h: int, w: int, side: int, *, device: torch.device | str | None = None
-) -> Tensor:
+def grid_positions(h: int, w: int, side: int) -> Tensor:
     """Rows of a position table that a picture's tokens use.
 
     Args:
         h: rows of patches.
         w: columns of patches.
         side: side of the square grid the table was made for (64 latents, 70 ViT patches).
-        device: where the result is to lie.
 
     Returns:
-        (h*w,) int64: row * side + column, row by row.
+        (h*w,) int64 on the CPU: row * side + column, row by row.
 
     Raises:
         ValueError: the picture does not fit into the grid.
@@ -206,8 +203,8 @@ def grid_positions(
             f"h is {h} and w is {w}, but the position table holds a grid of {side} x {side}; "
             "expected a picture of 1 to that many patches a side"
         )
-    rows = torch.arange(h, dtype=torch.int64, device=device)
-    columns = torch.arange(w, dtype=torch.int64, device=device)
+    rows = torch.arange(h, dtype=torch.int64)
+    columns = torch.arange(w, dtype=torch.int64)
     return (rows[:, None] * side + columns).flatten()
 
 

@@ -262,7 +262,8 @@ class BagelPipeline:
         settings = settings or ImageSettings()
         pictures = [resize(to_rgb(p), self.config.vae_transform) for p in parts if not _is_text(p)]
         if wants_image:
-            height, width = self._image_size(height, width, pictures)
+            last = pictures[-1] if pictures else None
+            height, width = image_size(self.config, height, width, last)
         seed = secrets.randbelow(2**31) if seed is None else seed
         noise = noise or Noise(seed)
 
@@ -308,22 +309,6 @@ class BagelPipeline:
             images.append(self._paint(contexts, source, height, width, settings, step_done))
             seeds.append(seed + i)
         return Result(tuple(images), tuple(seeds), text)
-
-    def _image_size(
-        self, height: int | None, width: int | None, pictures: list[Image.Image]
-    ) -> tuple[int, int]:
-        unit = self.config.latent_token_pixels
-        largest = unit * self.config.latent_grid
-        if (height is None) != (width is None):
-            raise ValueError(f"height is {height} and width {width}; give both or neither")
-        if height is None or width is None:
-            width, height = pictures[-1].size if pictures else (largest, largest)
-        for name, side in (("height", height), ("width", width)):
-            if side % unit or not unit <= side <= largest:
-                raise ValueError(
-                    f"{name} is {side}; expected a multiple of {unit} in {unit}..{largest}"
-                )
-        return height, width
 
     def _add_picture(
         self, contexts: Contexts, picture: Image.Image, noise: Noise, *, with_vae: bool
@@ -398,6 +383,31 @@ def build_model(
             return Bagel(config, attention)
     finally:
         torch.set_default_dtype(default)
+
+
+def image_size(
+    config: BagelConfig, height: int | None, width: int | None, picture: Image.Image | None
+) -> tuple[int, int]:
+    """The (height, width) to paint, in pixels: as given, of the picture, or the largest square.
+
+    Args:
+        picture: last picture of the request, resized; None if there is none.
+
+    Raises:
+        ValueError: a side is no multiple of a latent token or out of range, or only one is given.
+    """
+    unit = config.latent_token_pixels
+    largest = unit * config.latent_grid
+    if (height is None) != (width is None):
+        raise ValueError(f"height is {height} and width {width}; give both or neither")
+    if height is None or width is None:
+        width, height = picture.size if picture is not None else (largest, largest)
+    for name, side in (("height", height), ("width", width)):
+        if side % unit or not unit <= side <= largest:
+            raise ValueError(
+                f"{name} is {side}; expected a multiple of {unit} in {unit}..{largest}"
+            )
+    return height, width
 
 
 def _is_text(part: Part) -> bool:

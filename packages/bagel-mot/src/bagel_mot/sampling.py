@@ -187,7 +187,7 @@ class _ImageBlock:
         tokenizer = contexts.tokenizer
         markers = torch.tensor([tokenizer.vision_start, tokenizer.vision_end], device=model.device)
         self.start, self.end = model.embed_text(markers).split(1)
-        self.grid_ids = grid_positions(*grid, model.config.latent_grid, device=model.device)
+        self.grid_ids = grid_positions(*grid, model.config.latent_grid).to(model.device)
         self.tokens = len(self.grid_ids)
         # Equal contexts have equal velocities: `source[b]` is the packed copy branch b reads.
         distinct: list[Context] = []

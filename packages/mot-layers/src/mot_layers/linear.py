@@ -1,0 +1,317 @@
+"""Linear layers of two experts under tensor parallelism: QKV, merged column and row.
+
+All three work alike, in `_MoTLinear`:
+
+- The layer itself is vLLM's layer and holds the und expert's parameters; the submodule `gen_exp`
+  is a plain vLLM layer of the same arguments and holds the gen expert's.
+- Unquantised weights are rows of one (2, N, K) tensor, N and K of this rank's shard, and
+  `mot_kernels.mot_linear` runs over it.
+- With quantised weights each expert's rows are gathered and go through its own quantisation
+  method. That is right, but slow.
+- An epilogue works on what this rank computed, before results of several ranks are gathered or
+  summed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from mot_kernels import AddResidual, Epilogue, RoutePlan, SiluMul, mot_linear, stack_bias
+from mot_kernels.checks import check_plan
+from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.platforms import current_platform
+
+from mot_layers.stacking import StackedExperts, logger
+
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
+
+
+class StackedLinearMethod(UnquantizedLinearMethod):
+    """vLLM's unquantised method, except that the weights stay as they were loaded.
+
+    On CPU vLLM repacks them for its own matrix product and removes them from the layer, which
+    would leave nothing to route. It takes the place of vLLM's method after construction: by then
+    the weight loader is chosen, by the name of vLLM's class.
+    """
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Leave everything in place."""
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (..., K) times the layer's own weight (N, K)."""
+        if current_platform.is_cpu():
+            return F.linear(x, layer.weight, bias)
+        return super().apply(layer, x, bias)
+
+
+class _MoTLinear(StackedExperts, LinearBase):
+    """What the three layers share; each class below adds vLLM's layer as its second base."""
+
+    gen_exp: LinearBase
+    expert_class: ClassVar[type[LinearBase]]
+    gather_output: bool
+
+    def __init__(self, *args: Any, gen_bias: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        signature = inspect.signature(self.expert_class.__init__)
+        arguments = signature.bind(self, *args, **kwargs)
+        arguments.apply_defaults()
+        arguments.arguments["prefix"] = f"{self.prefix}.gen_exp" if self.prefix else "gen_exp"
+        if gen_bias is not None:
+            arguments.arguments["bias"] = gen_bias
+        self.gen_exp = self.expert_class(*arguments.args[1:], **arguments.kwargs)
+        # Exactly vLLM's own method: one derived from it (of a hardware plugin, say) may keep
+        # other weights, and then runs on its own.
+        if all(type(e.quant_method) is UnquantizedLinearMethod for e in self._experts):
+            for expert in self._experts:
+                expert.quant_method = StackedLinearMethod()
+            self._share_storage("weight", "bias")
+
+    @property
+    def _experts(self) -> tuple[LinearBase, LinearBase]:
+        return self, self.gen_exp
+
+    @property
+    def stacked_weight(self) -> torch.Tensor:
+        """Both experts' weights, (2, N, K) of this rank's shard: und, gen.
+
+        Raises:
+            RuntimeError: the layer is quantised; its weights have other shapes.
+        """
+        if not self._addresses:
+            raise RuntimeError(
+                f"layer {self.prefix!r} has no stacked weight: its quantisation method "
+                f"{type(self.quant_method).__name__} keeps each expert's weights in its own format"
+            )
+        weight = self._stacked()[0]
+        assert weight is not None
+        return weight
+
+    @property
+    def stacked_bias(self) -> torch.Tensor | None:
+        """Both experts' biases, (2, N) of this rank's shard, zeros for an expert without one.
+
+        None if neither has a bias.
+        """
+        if not self._addresses:
+            return stack_bias([self.bias, self.gen_exp.bias])
+        return self._stacked()[1]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        plan: RoutePlan | None = None,
+        *,
+        epilogue: Epilogue | None = None,
+    ) -> Result:
+        """y[r] = epilogue(x[r] @ weight[e]^T + bias[e]), where e is the expert of row r.
+
+        Args:
+            x: (M, K) in the weights' dtype; without a plan (..., K).
+            plan: routing of the M rows to the two experts, 0 und and 1 gen. None means every row
+                is und's: vLLM's own forward runs, then the epilogue in plain torch operations.
+            epilogue: None, `SILU_MUL` (merged gate and up projection only) or
+                `AddResidual(residual)`. The residual has the shape of this rank's output; a row
+                layer, whose ranks sum their outputs, adds it on rank 0 only.
+
+        Returns:
+            As vLLM: (y, output bias), or y alone with `return_bias=False`. y is (M, N) of this
+            rank's shard, gathered or summed over the ranks where the layer does that. The output
+            bias is None unless `skip_bias_add`; with a plan it is the rows' bias, so that
+            y + bias is right: (M, N) or None.
+
+        Raises:
+            TypeError: a dtype differs from x's, or the epilogue is none of these.
+            ValueError: shapes do not fit, or `SILU_MUL` is not possible in this layer.
+        """
+        if isinstance(epilogue, SiluMul):
+            self._check_silu_mul()
+        if plan is None and epilogue is None:
+            return super().forward(x)
+        adds = self._adds_bias_and_residual
+        if isinstance(epilogue, AddResidual) and not adds:
+            epilogue = None
+        y = self._multiply(
+            self._shard_of(x), plan, add_bias=adds and not self.skip_bias_add, epilogue=epilogue
+        )
+        y = self._collect(y)
+        if not self.return_bias:
+            return y
+        if not self.skip_bias_add:
+            return y, None
+        if plan is None:
+            return y, self.bias
+        bias = self.stacked_bias
+        return y, None if bias is None else self._gather(bias.index_select(0, plan.expert_ids))
+
+    def _multiply(
+        self, x: torch.Tensor, plan: RoutePlan | None, *, add_bias: bool, epilogue: Epilogue | None
+    ) -> torch.Tensor:
+        """This rank's output for its shard of x, by the fastest way the weights allow."""
+        if plan is None:
+            y = self.quant_method.apply(self, x, self.bias if add_bias else None)
+            return _finish(y, epilogue)
+        if not self._addresses:
+            return _finish(self._multiply_gathered(x, plan, add_bias), epilogue)
+        weight, bias = self._stacked()
+        return mot_linear(x, weight, plan, bias=bias if add_bias else None, epilogue=epilogue)
+
+    def _multiply_gathered(
+        self, x: torch.Tensor, plan: RoutePlan, add_bias: bool
+    ) -> torch.Tensor:
+        """Each expert's rows through its own quantisation method; (M, K) -> (M, N)."""
+        if x.dim() != 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K), one row per token")
+        check_plan(plan, x.shape[0], 2, x.device)
+        _warn_gathered(type(self.quant_method).__name__, self.prefix)
+        # Kernels of quantised formats need not bear zero rows.
+        parts = [
+            expert.quant_method.apply(
+                expert, x.index_select(0, plan.rows_of(e)), expert.bias if add_bias else None
+            )
+            for e, expert in enumerate(self._experts)
+            if plan.counts[e]
+        ]
+        if not parts:
+            return x.new_empty(0, self.output_size_per_partition)
+        y = torch.cat(parts)
+        return torch.empty_like(y).index_copy_(0, plan.row_ids.long(), y)
+
+    def _check_silu_mul(self) -> None:
+        sizes = getattr(self, "output_sizes", [])
+        merged = isinstance(self, MergedColumnParallelLinear)
+        if not merged or len(sizes) != 2 or sizes[0] != sizes[1]:
+            raise ValueError(
+                f"SILU_MUL needs gate and up outputs of one size, so a "
+                f"MoTMergedColumnParallelLinear with two equal output_sizes; layer {self.prefix!r} "
+                f"is a {type(self).__name__}" + (f" with output_sizes {sizes}" if merged else "")
+            )
+        if self.skip_bias_add and any(e.bias is not None for e in self._experts):
+            raise ValueError(
+                f"SILU_MUL in layer {self.prefix!r}: with skip_bias_add the bias would be added "
+                "after the activation, but it belongs before; build the layer with "
+                "skip_bias_add=False"
+            )
+
+    # What follows is how a column layer treats its shard; the row layer overrides it.
+
+    @property
+    def _adds_bias_and_residual(self) -> bool:
+        return True
+
+    def _shard_of(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _gather(self, y: torch.Tensor) -> torch.Tensor:
+        if self.gather_output and self.tp_size > 1:
+            return tensor_model_parallel_all_gather(y)
+        return y
+
+    def _collect(self, y: torch.Tensor) -> torch.Tensor:
+        return self._gather(y)
+
+
+class MoTQKVParallelLinear(_MoTLinear, QKVParallelLinear):
+    """Projection to query, key and value heads, split over the ranks by heads.
+
+    Args: those of vLLM's `QKVParallelLinear`, which the gen expert gets too, and
+        gen_bias: whether the gen expert has a bias; None means the same as `bias`.
+
+    Load `weight`, `bias`, `gen_exp.weight` and `gen_exp.bias` through their `weight_loader` with
+    shard id "q", "k" or "v", or None for a tensor that holds all three.
+    """
+
+    expert_class = QKVParallelLinear
+
+
+class MoTMergedColumnParallelLinear(_MoTLinear, MergedColumnParallelLinear):
+    """Several projections of one input in one, each split over the ranks by its columns.
+
+    Args: those of vLLM's `MergedColumnParallelLinear`, which the gen expert gets too, and
+        gen_bias: whether the gen expert has a bias; None means the same as `bias`.
+
+    Load through `weight_loader` with the projection's number as shard id, or None for a tensor
+    that holds all. A rank's shard is [gate shard | up shard], so `SILU_MUL` needs no other rank.
+    """
+
+    expert_class = MergedColumnParallelLinear
+
+
+class MoTRowParallelLinear(_MoTLinear, RowParallelLinear):
+    """Projection whose input is split over the ranks; their partial outputs are summed.
+
+    Args: those of vLLM's `RowParallelLinear`, which the gen expert gets too, and
+        gen_bias: whether the gen expert has a bias; None means the same as `bias`.
+
+    Bias and residual are added on rank 0, before the sum, so that it holds them once. With
+    `reduce_results=False` each rank returns its part of the sum, and rank 0's part holds the
+    residual.
+    """
+
+    expert_class = RowParallelLinear
+    gather_output = False
+
+    @property
+    def _adds_bias_and_residual(self) -> bool:
+        return self.tp_rank == 0
+
+    def _shard_of(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input_is_parallel or self.tp_size == 1:
+            return x
+        k = self.input_size_per_partition
+        return x.narrow(-1, self.tp_rank * k, k).contiguous()
+
+    def _collect(self, y: torch.Tensor) -> torch.Tensor:
+        if self.reduce_results and self.tp_size > 1:
+            return tensor_model_parallel_all_reduce(y)
+        return y
+
+
+def _finish(y: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
+    """The epilogue in plain torch operations, in fp32 and rounded once as the kernels do."""
+    match epilogue:
+        case None:
+            return y
+        case SiluMul():
+            gate, up = y.chunk(2, dim=-1)
+            return (F.silu(gate.float()) * up).to(y.dtype)
+        case AddResidual(residual):
+            if residual.shape != y.shape:
+                raise ValueError(
+                    f"epilogue.residual has shape {tuple(residual.shape)}; expected "
+                    f"{tuple(y.shape)}"
+                )
+            return y + residual
+        case _:
+            raise TypeError(
+                f"epilogue is {epilogue!r}; expected None, SILU_MUL or AddResidual(residual)"
+            )
+
+
+_gathered_methods: set[str] = set()
+
+
+def _warn_gathered(method: str, prefix: str) -> None:
+    """Once per quantisation method: a model has hundreds of such layers."""
+    if method in _gathered_methods:
+        return
+    _gathered_methods.add(method)
+    logger.warning(
+        "layer %r is quantised by %s, for which there is no routed kernel: each expert's rows are "
+        "gathered and multiplied on their own, which is slow (other layers of this method are not "
+        "mentioned again)",
+        prefix,
+        method,
+    )
