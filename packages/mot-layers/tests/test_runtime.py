@@ -12,7 +12,7 @@ import pytest
 import torch
 from mot_layers import MoTRMSNorm, runtime
 from mot_layers.runtime import init_parallel, shutdown_parallel, single_process
-from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed import parallel_state
 
 
@@ -78,7 +78,7 @@ def test_single_process_keeps_an_earlier_init() -> None:
 
 
 def test_a_current_configuration_is_kept() -> None:
-    config = VllmConfig()
+    config = runtime._default_config(tp_size=1)
     with set_current_vllm_config(config):
         with single_process():
             assert get_current_vllm_config_or_none() is config

@@ -79,6 +79,11 @@ def test_parameter_names() -> None:
     assert not list(built(Layer("qkv", "bias")).named_buffers())
 
 
+def test_linear_parameters_need_no_gradient() -> None:
+    for kind in KINDS:
+        assert not any(p.requires_grad for p in Layer(kind, "bias").build().parameters())
+
+
 def test_gen_expert_is_vllms_class() -> None:
     for kind in KINDS:
         spec = Layer(kind, "bias")

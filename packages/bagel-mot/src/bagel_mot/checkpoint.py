@@ -272,7 +272,9 @@ def _files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: expected JSON with a 'weight_map' ({error})") from error
+            raise CheckpointError(
+                f"{index}: expected JSON with a 'weight_map' ({error})"
+            ) from error
         if VAE_FILE not in names:
             names.append(VAE_FILE)
     else:

@@ -33,7 +33,8 @@ ModelOption = Annotated[
     Path, typer.Option("--model", "-m", help="Checkpoint folder in the official layout.")
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to run, e.g. cuda:0 or cpu. Default: a GPU if there is one.")
+    str | None,
+    typer.Option(help="Where to run, e.g. cuda:0 or cpu. Default: a GPU if there is one."),
 ]
 DtypeOption = Annotated[
     str | None,
@@ -45,7 +46,7 @@ SeedOption = Annotated[
 ]
 OutputOption = Annotated[
     Path,
-    typer.Option("--output", "-o", help="PNG to write; with --num-images NAME-0.png, NAME-1.png..."),
+    typer.Option("--output", "-o", help="PNG to write; with -n NAME-0.png, NAME-1.png..."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 CountOption = Annotated[
@@ -64,7 +65,8 @@ TimestepsOption = Annotated[
 ]
 ShiftOption = Annotated[float | None, typer.Option(help="Timestep shift. Default 3.")]
 CfgTextOption = Annotated[
-    float | None, typer.Option(help="Guidance by the last text; 1 turns all guidance off. Default 4.")
+    float | None,
+    typer.Option(help="Guidance by the last text; 1: none at all. Default 4."),
 ]
 CfgImgOption = Annotated[
     float | None, typer.Option(help="Guidance by the pictures. Default 1 (off), for edit 2.")
@@ -74,7 +76,8 @@ IntervalOption = Annotated[
     typer.Option(help="Guide where LOW < t <= HIGH. Default 0.4 1, for edit 0 1."),
 ]
 RenormOption = Annotated[
-    str | None, typer.Option(help="global, channel or text_channel. Default global, for edit the last.")
+    str | None,
+    typer.Option(help="global, channel or text_channel. Default global, edit: last."),
 ]
 RenormMinOption = Annotated[float | None, typer.Option(help="Least renormalisation. Default 0.")]
 
@@ -212,7 +215,9 @@ def ask(
 @app.command()
 def inspect(
     model: ModelOption,
-    names: Annotated[bool, typer.Option("--names", help="List every tensor and its place.")] = False,
+    names: Annotated[
+        bool, typer.Option("--names", help="List every tensor and its place.")
+    ] = False,
     dtype: DtypeOption = None,
 ) -> None:
     """Say what is in a checkpoint, where it would be loaded and the memory it needs."""
@@ -248,9 +253,7 @@ def main() -> None:
 def _given(arguments: dict[str, Any], settings_class: type[Any]) -> dict[str, Any]:
     """The sampling options among a command's arguments that the user gave."""
     return {
-        name: arguments[name]
-        for name in settings_class.model_fields
-        if arguments[name] is not None
+        name: arguments[name] for name in settings_class.model_fields if arguments[name] is not None
     }
 
 
@@ -267,7 +270,7 @@ def _make_images(
 ) -> None:
     """Check what can be checked without the model, load it, paint, save."""
     from bagel_mot.config import BagelConfig
-    from bagel_mot.pipeline import image_size
+    from bagel_mot.request import image_size
 
     _require_text("prompt", parts[-1])
     _require_folder(model)
@@ -316,7 +319,7 @@ def _load(model: Path, device: str | None, dtype: str | None, attention: str | N
 
 
 def _open_images(paths: list[Path]) -> list[Image.Image]:
-    images = []
+    images: list[Image.Image] = []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -369,9 +372,7 @@ def _save_png(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
 
 
 @contextmanager
-def _progress(
-    title: str, total: int, *, numbers: bool = True
-) -> Iterator[Callable[[int], None]]:
+def _progress(title: str, total: int, *, numbers: bool = True) -> Iterator[Callable[[int], None]]:
     columns = [TextColumn(title), BarColumn(), TimeRemainingColumn()]
     if numbers:
         columns.insert(2, MofNCompleteColumn())

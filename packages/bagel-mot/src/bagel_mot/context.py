@@ -73,9 +73,7 @@ class Contexts:
         self.main, _ = append_text(self.model, self.main, self.tokenizer.text_segment(text))
         self._part_from(before)
 
-    def add_picture(
-        self, latent: torch.Tensor | None, vit_pixels: torch.Tensor | None
-    ) -> None:
+    def add_picture(self, latent: torch.Tensor | None, vit_pixels: torch.Tensor | None) -> None:
         """Append a picture as VAE block and/or ViT block (None leaves one out).
 
         Args:

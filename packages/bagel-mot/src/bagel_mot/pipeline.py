@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
 import torch
 from mot_layers.runtime import init_parallel
@@ -17,13 +17,16 @@ from PIL import Image
 from bagel_mot import checkpoint
 from bagel_mot.config import BagelConfig
 from bagel_mot.context import Contexts
-from bagel_mot.images import patchify, resize, to_image, to_rgb, to_tensor, unpatchify
+from bagel_mot.images import resize, to_image, to_rgb, to_tensor, unpatchify
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.sampling import ImageSettings, Step, denoise
+from bagel_mot.request import Noise, Part, Request, Result, image_size
+from bagel_mot.sampling import Denoising, ImageJob, ImageSettings, Step
 from bagel_mot.text import generate_text
 from bagel_mot.tokenizer import BagelTokenizer
 
-Part = str | Image.Image
+# Packed rows at which images are no longer denoised together: a GPU is full with fewer, and the
+# activations of more would only take memory.
+_ROWS_TOGETHER = 16384
 
 # The model's own interface texts for think mode, exactly as it was trained with them.
 SYSTEM_PROMPT_UNDERSTANDING = (
@@ -42,52 +45,25 @@ class Cancelled(RuntimeError):
     """The caller's `cancel` event was set; nothing was kept."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a request gave.
+@dataclass
+class Prepared:
+    """A request whose prompt has been read (and its text written): images are left to paint.
 
     Attributes:
-        images: generated images, empty if text was asked for.
-        seeds: the seed of each image.
-        text: the answer, or in think mode the thought before the image; None without either.
+        jobs: one for each image; empty if text was asked for.
+        seeds: the seed of each job.
+        text: answer or thought.
     """
 
-    images: tuple[Image.Image, ...] = ()
-    seeds: tuple[int, ...] = ()
-    text: str | None = None
-
-    @property
-    def image(self) -> Image.Image:
-        """The only image.
-
-        Raises:
-            ValueError: there is none, or there are several.
-        """
-        if len(self.images) != 1:
-            raise ValueError(f"the result holds {len(self.images)} images; use .images")
-        return self.images[0]
-
-
-class Noise:
-    """The random numbers of one request, drawn from torch's CPU generator.
-
-    In the official order (the VAE noise of each picture, sampled tokens, then the initial noise),
-    so a seed gives what the official code gives after `torch.manual_seed(seed)`, whatever the
-    device and whatever else runs in the process.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal numbers, float32 on the CPU."""
-        return torch.randn(*shape, generator=self.generator)
+    jobs: list[ImageJob]
+    seeds: list[int]
+    text: str | None
 
 
 class BagelPipeline:
     """A loaded BAGEL and the requests one can make of it.
 
-    One request at a time: the methods are not to be called from several threads at once.
+    The methods are not to be called from several threads at once.
     """
 
     def __init__(self, model: Bagel, tokenizer: BagelTokenizer) -> None:
@@ -145,7 +121,7 @@ class BagelPipeline:
         width: int = 1024,
         settings: ImageSettings | None = None,
         think: bool = False,
-        **options: object,
+        **options: Any,
     ) -> Result:
         """Paint a text. See `chat` for the options (seed, num_images, on_step, ...).
 
@@ -162,7 +138,7 @@ class BagelPipeline:
             width=width,
             settings=settings or ImageSettings(),
             think=think,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
 
     def edit(
@@ -171,7 +147,7 @@ class BagelPipeline:
         prompt: str,
         *,
         settings: ImageSettings | None = None,
-        **options: object,
+        **options: Any,
     ) -> Result:
         """Change a picture (or make one from several) as the prompt says.
 
@@ -189,126 +165,148 @@ class BagelPipeline:
             [*pictures, prompt],
             output="image",
             settings=settings or ImageSettings.for_editing(),
-            **options,  # type: ignore[arg-type]
+            **options,
         )
 
     def ask(
         self,
         images: Image.Image | Sequence[Image.Image] | None,
         question: str,
-        **options: object,
+        **options: Any,
     ) -> str:
         """Answer a question, about pictures or (None or []) without. See `chat` for the options."""
         pictures = [images] if isinstance(images, Image.Image) else list(images or [])
-        answer = self.chat([*pictures, question], output="text", **options).text  # type: ignore[arg-type]
+        answer = self.chat([*pictures, question], output="text", **options).text
         assert answer is not None
         return answer
 
-    @torch.no_grad()
     def chat(
         self,
         parts: Sequence[Part],
         *,
-        output: Literal["text", "image"],
-        think: bool = False,
-        height: int | None = None,
-        width: int | None = None,
-        settings: ImageSettings | None = None,
-        num_images: int = 1,
-        seed: int | None = None,
-        max_text_tokens: int = 1000,
-        temperature: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         on_text: Callable[[str], None] | None = None,
         cancel: threading.Event | None = None,
         noise: Noise | None = None,
+        **options: Any,
     ) -> Result:
         """Answer any sequence of texts and pictures with a text or with images.
 
         Args:
-            parts: strings and pictures in reading order; at least one.
-            output: "text" or "image".
-            think: reason in writing before the answer (`text` then holds both), or plan before
-                the image (`text` then holds the plan).
-            height, width: of the image, multiples of 16; default the last picture's resized
-                size, or the largest square if there is no picture.
-            settings: how the image is sampled; default `ImageSettings()`.
-            num_images: images to make; image i has seed + i. All see the first one's encoding of
-                the request's pictures and its thought.
-            seed: for all random numbers of the request, see `Noise`; drawn if None.
-            max_text_tokens: most tokens of an answer or thought.
-            temperature: None writes the most likely text; otherwise text is sampled.
+            parts: strings and pictures in reading order.
             on_step: called after each denoising step.
             on_text: called with the text so far while it is written.
             cancel: set it from elsewhere to stop within a step: `Cancelled` is raised.
             noise: source of random numbers for the first image, instead of `Noise(seed)`.
+            options: the other fields of `Request`; `output` must be given.
 
         Raises:
             TypeError, ValueError: an argument that makes no sense; the message says which.
             Cancelled: `cancel` was set.
         """
-        _check_parts(parts)
-        if output not in ("text", "image"):
-            raise ValueError(f"output is {output!r}; expected 'text' or 'image'")
-        if num_images < 1 or max_text_tokens < 1:
-            raise ValueError(
-                f"num_images is {num_images} and max_text_tokens {max_text_tokens}; both start at 1"
-            )
-        if temperature is not None and temperature <= 0:
-            raise ValueError(
-                f"temperature is {temperature}; expected > 0, or None for the most likely text"
-            )
-        wants_image = output == "image"
-        settings = settings or ImageSettings()
-        pictures = [resize(to_rgb(p), self.config.vae_transform) for p in parts if not _is_text(p)]
+        prepared = self.prepare(
+            Request(parts, **options), on_text=on_text, cancel=cancel, noise=noise
+        )
+        self.denoise(prepared.jobs, on_step=on_step, cancel=cancel)
+        return self.finish(prepared)
+
+    def run(
+        self, requests: Sequence[Request], *, cancel: threading.Event | None = None
+    ) -> list[Result]:
+        """Answer several requests; their images are denoised together.
+
+        Each result is what the request would give alone, but for rounding: the images may differ
+        in size, settings and contexts. Texts are written one after the other.
+        """
+        prepared = [self.prepare(request, cancel=cancel) for request in requests]
+        self.denoise([job for each in prepared for job in each.jobs], cancel=cancel)
+        return [self.finish(each) for each in prepared]
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        request: Request,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        cancel: threading.Event | None = None,
+        noise: Noise | None = None,
+    ) -> Prepared:
+        """Read a request's prompt and write its text, if any; see `chat` for the arguments."""
+        wants_image = request.output == "image"
+        pictures = [
+            resize(to_rgb(part), self.config.vae_transform)
+            for part in request.parts
+            if not isinstance(part, str)
+        ]
+        height = width = 0
         if wants_image:
             last = pictures[-1] if pictures else None
-            height, width = image_size(self.config, height, width, last)
-        seed = secrets.randbelow(2**31) if seed is None else seed
+            height, width = image_size(self.config, request.height, request.width, last)
+        seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         noise = noise or Noise(seed)
 
-        def check_cancelled() -> None:
-            if cancel is not None and cancel.is_set():
-                raise Cancelled("the request was cancelled")
-
-        guided_by_images = wants_image and settings.cfg_img_scale > 1 and any(
-            settings.guided(settings.timesteps())
+        settings = request.settings
+        guided = any(settings.guided(settings.timesteps()))
+        contexts = Contexts(
+            self.model,
+            self.tokenizer,
+            needs_no_image=wants_image and guided and settings.cfg_img_scale > 1,
         )
-        contexts = Contexts(self.model, self.tokenizer, needs_no_image=guided_by_images)
-        if think:
+        if request.think:
             contexts.add_system(
                 SYSTEM_PROMPT_GENERATION if wants_image else SYSTEM_PROMPT_UNDERSTANDING
             )
         remaining = iter(pictures)
-        for part in parts:
-            check_cancelled()
+        for part in request.parts:
+            _raise_if_set(cancel)
             if isinstance(part, str):
                 contexts.add_text(part)
             else:
                 self._add_picture(contexts, next(remaining), noise, with_vae=wants_image)
 
         text = None
-        if think or not wants_image:
-            text = self._write(
-                contexts, max_text_tokens, temperature, noise, on_text, check_cancelled
-            )
+        if request.think or not wants_image:
+            text = self._write(contexts, request, noise, on_text, cancel)
         if not wants_image:
-            return Result(text=text)
+            return Prepared([], [], text)
         if text is not None:
             contexts.add_thought(text)
+        unit = self.config.latent_token_pixels
+        grid = (height // unit, width // unit)
+        seeds = [seed + i for i in range(request.num_images)]
+        sources = [noise, *(Noise(own) for own in seeds[1:])]
+        channels = self.config.latent_token_dim
+        jobs = [
+            ImageJob(contexts, source.normal(grid[0] * grid[1], channels), grid, settings)
+            for source in sources
+        ]
+        return Prepared(jobs, seeds, text)
 
-        def step_done(step: Step) -> None:
-            if on_step is not None:
-                on_step(step)
-            check_cancelled()
+    def denoise(
+        self,
+        jobs: Sequence[ImageJob],
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        """Make all steps of all jobs, as many jobs at a time as fill the device."""
+        waiting = list(jobs)
+        while waiting:
+            together = [waiting.pop(0)]
+            while waiting and sum(map(_rows, [*together, waiting[0]])) <= _ROWS_TOGETHER:
+                together.append(waiting.pop(0))
+            denoising = Denoising(self.model, self.tokenizer, together)
+            while not all(job.done for job in together):
+                _raise_if_set(cancel)
+                for step in denoising.step():
+                    if on_step is not None:
+                        on_step(step)
 
-        assert height is not None and width is not None
-        images, seeds = [], []
-        for i in range(num_images):
-            source = noise if i == 0 else Noise(seed + i)
-            images.append(self._paint(contexts, source, height, width, settings, step_done))
-            seeds.append(seed + i)
-        return Result(tuple(images), tuple(seeds), text)
+    @torch.no_grad()
+    def finish(self, prepared: Prepared) -> Result:
+        """Decode the images of a request whose jobs are done."""
+        images = [self._decode(job) for job in prepared.jobs]
+        return Result(tuple(images), tuple(prepared.seeds), prepared.text)
 
     def _add_picture(
         self, contexts: Contexts, picture: Image.Image, noise: Noise, *, with_vae: bool
@@ -325,46 +323,34 @@ class BagelPipeline:
     def _write(
         self,
         contexts: Contexts,
-        max_tokens: int,
-        temperature: float | None,
+        request: Request,
         noise: Noise,
         on_text: Callable[[str], None] | None,
-        check_cancelled: Callable[[], None],
+        cancel: threading.Event | None,
     ) -> str:
         tokens = [self.tokenizer.bos]
 
         def token_chosen(token: int) -> None:
+            _raise_if_set(cancel)
             tokens.append(token)
             if on_text is not None:
                 on_text(self.tokenizer.answer(tokens))
-            check_cancelled()
 
         fed = generate_text(
             self.model,
             self.tokenizer,
             contexts.main,
-            max_tokens=max_tokens,
-            temperature=temperature,
+            max_tokens=request.max_text_tokens,
+            temperature=request.temperature,
             generator=noise.generator,
             on_token=token_chosen,
         )
         return self.tokenizer.answer(fed)
 
-    def _paint(
-        self,
-        contexts: Contexts,
-        noise: Noise,
-        height: int,
-        width: int,
-        settings: ImageSettings,
-        on_step: Callable[[Step], None],
-    ) -> Image.Image:
-        unit, patch = self.config.latent_token_pixels, self.config.latent_patch_size
-        grid = (height // unit, width // unit)
-        start = noise.normal(grid[0] * grid[1], self.config.latent_token_dim)
-        tokens = denoise(self.model, contexts, start, grid, settings, on_step)
-        latent = unpatchify(tokens, grid[0], grid[1], patch)[None].to(self.model.dtype)
-        return to_image(self.model.vae.decode(latent)[0])
+    def _decode(self, job: ImageJob) -> Image.Image:
+        patch = self.config.latent_patch_size
+        latent = unpatchify(job.latents, *job.grid, patch)[None]
+        return to_image(self.model.vae.decode(latent.to(self.model.dtype))[0])
 
 
 def build_model(
@@ -385,46 +371,13 @@ def build_model(
         torch.set_default_dtype(default)
 
 
-def image_size(
-    config: BagelConfig, height: int | None, width: int | None, picture: Image.Image | None
-) -> tuple[int, int]:
-    """The (height, width) to paint, in pixels: as given, of the picture, or the largest square.
-
-    Args:
-        picture: last picture of the request, resized; None if there is none.
-
-    Raises:
-        ValueError: a side is no multiple of a latent token or out of range, or only one is given.
-    """
-    unit = config.latent_token_pixels
-    largest = unit * config.latent_grid
-    if (height is None) != (width is None):
-        raise ValueError(f"height is {height} and width {width}; give both or neither")
-    if height is None or width is None:
-        width, height = picture.size if picture is not None else (largest, largest)
-    for name, side in (("height", height), ("width", width)):
-        if side % unit or not unit <= side <= largest:
-            raise ValueError(
-                f"{name} is {side}; expected a multiple of {unit} in {unit}..{largest}"
-            )
-    return height, width
+def _rows(job: ImageJob) -> int:
+    return len(job.branches) * (job.grid[0] * job.grid[1] + 2)
 
 
-def _is_text(part: Part) -> bool:
-    return isinstance(part, str)
-
-
-def _check_parts(parts: Sequence[Part]) -> None:
-    if isinstance(parts, str | Image.Image) or not len(parts):
-        raise ValueError("parts must be a list with at least one text or picture")
-    for i, part in enumerate(parts):
-        if isinstance(part, str):
-            if not part.strip():
-                raise ValueError(f"the text at parts[{i}] is empty; say what you want")
-        elif not isinstance(part, Image.Image):
-            raise TypeError(
-                f"parts[{i}] is a {type(part).__name__}; expected a string or a PIL image"
-            )
+def _raise_if_set(cancel: threading.Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled("the request was cancelled")
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -436,10 +389,10 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _parse_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+def _parse_device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device} but torch sees no GPU; use device='cpu'")
     if device.type == "cuda" and device.index is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -21,6 +21,7 @@ from bagel_mot.model.layout import (
     Segment,
     build_layout,
 )
+from bagel_mot.tokenizer import BagelTokenizer
 
 
 class ImageSettings(BaseModel):
@@ -131,6 +132,119 @@ class Step:
     velocity: torch.Tensor
 
 
+class ImageJob:
+    """One image being denoised: what guides it, how, and how far it is.
+
+    Args:
+        contexts: what guides the image; left as they are.
+        noise: (N, 64) float32, tokens in row-major order over the grid.
+        grid: (h, w) latent tokens, N = h * w.
+
+    Attributes:
+        latents: (N, 64) float32, x as it is now; on the model's device once a step was made.
+        index: steps made.
+        branches: the contexts whose velocities the guided steps need: main, then (where the
+            settings ask for them) without the last text and without pictures.
+    """
+
+    def __init__(
+        self,
+        contexts: Contexts,
+        noise: torch.Tensor,
+        grid: tuple[int, int],
+        settings: ImageSettings,
+    ) -> None:
+        tokens = grid[0] * grid[1]
+        if noise.dim() != 2 or noise.shape[0] != tokens:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; expected ({tokens}, channels) for a grid "
+                f"of {grid[0]} x {grid[1]}"
+            )
+        self.grid = grid
+        self.settings = settings
+        self.latents = noise.float()
+        self.timesteps = settings.timesteps()
+        self.guided = settings.guided(self.timesteps)
+        self.index = 0
+        self.branches = [contexts.main]
+        if any(self.guided):
+            self.branches.append(contexts.no_text)
+            if settings.cfg_img_scale > 1:
+                self.branches.append(contexts.no_image)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are made."""
+        return self.index == len(self.guided)
+
+
+class Denoising:
+    """Images denoised together, one packed forward a step for all their branches.
+
+    The images may differ in everything: contexts, sizes, settings, progress. Make a new
+    `Denoising` when one joins or leaves; the jobs hold their own state.
+
+    Branches of a job with equal contexts have equal velocities and are computed once: plain
+    text-to-image with an image scale has three branches and two forwards' worth of rows.
+    """
+
+    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, jobs: Sequence[ImageJob]) -> None:
+        self.model = model
+        self.jobs = list(jobs)
+        self._images = []
+        length = 0
+        for job in self.jobs:
+            self._images.append(_PackedImage(job, length))
+            length = self._images[-1].end
+        self._cache = model.new_cache(length)
+        for image in self._images:
+            image.copy_prefixes(self._cache)
+        ids = torch.tensor([tokenizer.vision_start, tokenizer.vision_end], device=model.device)
+        self._markers = model.embed_text(ids)
+        side = model.config.latent_grid
+        grids = [grid_positions(*job.grid, side) for job in self.jobs]
+        self._grid_ids = torch.cat(grids).to(model.device)
+        sizes = torch.tensor([len(grid) for grid in grids])
+        self._job_of_token = torch.arange(len(grids)).repeat_interleave(sizes).to(model.device)
+        self._packings: dict[tuple[int, ...], _Packing] = {}
+
+    @torch.no_grad()
+    def step(self) -> list[Step]:
+        """Advance every unfinished job by one step; returns a `Step` for each of them."""
+        active = [0 if job.done else _branches_now(job) for job in self.jobs]
+        copies = [
+            max(image.source[:count]) + 1 if count else 0
+            for image, count in zip(self._images, active, strict=True)
+        ]
+        velocities = self._velocities(tuple(copies))
+        steps = []
+        for job, image, count in zip(self.jobs, self._images, active, strict=True):
+            if not count:
+                continue
+            own = velocities[: max(image.source[:count]) + 1]
+            velocities = velocities[len(own) :]
+            steps.append(_advance(job, tuple(own[c] for c in image.source[:count])))
+        return steps
+
+    def _velocities(self, copies: tuple[int, ...]) -> list[torch.Tensor]:
+        """Velocities (N, 64) of the first `copies[j]` packed copies of each job j, in order."""
+        if copies not in self._packings:
+            blocks = [
+                (job.grid[0] * job.grid[1], image.blocks[:n])
+                for job, image, n in zip(self.jobs, self._images, copies, strict=True)
+            ]
+            self._packings[copies] = _Packing.build(blocks, self.model.device)
+        packing = self._packings[copies]
+        device = self.model.device
+        latents = torch.cat([job.latents.to(device) for job in self.jobs])
+        # A finished job's rows are embedded, but not packed: its last timestep does no harm.
+        now = torch.stack([job.timesteps[job.index] for job in self.jobs]).to(device)
+        tokens = self.model.embed_latents(latents, now, self._grid_ids, self._job_of_token)
+        rows = torch.cat([self._markers, tokens])[packing.sources]
+        hidden = self.model(rows, packing.layout, self._cache)
+        return list(self.model.velocity(hidden[packing.gen_rows]).split(packing.sizes))
+
+
 @torch.no_grad()
 def denoise(
     model: Bagel,
@@ -140,87 +254,92 @@ def denoise(
     settings: ImageSettings,
     on_step: Callable[[Step], None] | None = None,
 ) -> torch.Tensor:
-    """Turn noise into the latent tokens of an image.
+    """Turn the noise of one image into its latent tokens; see `ImageJob` for the arguments.
 
     Args:
-        contexts: what guides the image; left as they are.
-        noise: (N, 64) float32, tokens in row-major order over the grid.
-        grid: (h, w) latent tokens, N = h * w.
         on_step: called after each step; an exception of its ends the denoising.
 
     Returns:
         (N, 64) float32 on the model's device.
     """
-    timesteps = settings.timesteps()
-    guided = settings.guided(timesteps)
-    branches = [contexts.main]
-    if any(guided):
-        branches.append(contexts.no_text)
-        if settings.cfg_img_scale > 1:
-            branches.append(contexts.no_image)
-    block = _ImageBlock(model, contexts, branches, grid)
-
-    x = noise.to(model.device, torch.float32)
-    times = timesteps.to(model.device)
-    for i, guidance in enumerate(guided):
-        velocities = block.velocities(x, times[i], len(branches) if guidance else 1)
-        v = velocities[0]
-        if guidance:
-            v = guide(settings, v, velocities[1], velocities[2] if len(velocities) > 2 else None)
-        x = x - v * (times[i] - times[i + 1])
+    job = ImageJob(contexts, noise, grid, settings)
+    denoising = Denoising(model, contexts.tokenizer, [job])
+    while not job.done:
+        (step,) = denoising.step()
         if on_step is not None:
-            on_step(Step(i, len(guided), float(timesteps[i]), x, velocities, v))
-    return x
+            on_step(step)
+    return job.latents
 
 
-class _ImageBlock:
-    """The denoised block, packed once per distinct context, behind copies of their prefixes."""
+def _branches_now(job: ImageJob) -> int:
+    """Branches whose velocities the job's next step needs."""
+    return len(job.branches) if job.guided[job.index] else 1
 
-    def __init__(
-        self,
-        model: Bagel,
-        contexts: Contexts,
-        branches: list[Context],
-        grid: tuple[int, int],
-    ) -> None:
-        self.model = model
-        tokenizer = contexts.tokenizer
-        markers = torch.tensor([tokenizer.vision_start, tokenizer.vision_end], device=model.device)
-        self.start, self.end = model.embed_text(markers).split(1)
-        self.grid_ids = grid_positions(*grid, model.config.latent_grid).to(model.device)
-        self.tokens = len(self.grid_ids)
-        # Equal contexts have equal velocities: `source[b]` is the packed copy branch b reads.
-        distinct: list[Context] = []
-        self.source: list[int] = []
-        for context in branches:
-            if context not in distinct:
-                distinct.append(context)
-            self.source.append(distinct.index(context))
-        self.cache, self.blocks = self._place(distinct)
-        self.layouts: dict[int, Layout] = {}
 
-    def _place(self, contexts: list[Context]) -> tuple[KVCache, list[Block]]:
-        rows = self.tokens + 2
-        runs = ((UND, 1), (GEN, self.tokens), (UND, 1))
-        cache = self.model.new_cache(sum(context.length + rows for context in contexts))
-        blocks, start = [], 0
-        for context in contexts:
-            cache.copy_rows(context.cache, context.length, start)
-            segment = Segment(rows, start, context.length, causal=False)
-            blocks.append(Block(segment, runs, context.position))
-            start += context.length + rows
-        return cache, blocks
+def _advance(job: ImageJob, velocities: tuple[torch.Tensor, ...]) -> Step:
+    """Guide and make the Euler step."""
+    v = velocities[0]
+    if job.guided[job.index]:
+        v = guide(job.settings, v, velocities[1], velocities[2] if len(velocities) > 2 else None)
+    t, following = job.timesteps[job.index : job.index + 2].tolist()
+    job.latents = job.latents.to(v.device) - v * (t - following)
+    job.index += 1
+    return Step(job.index - 1, len(job.guided), t, job.latents, velocities, v)
 
-    def velocities(
-        self, x: torch.Tensor, t: torch.Tensor, branches: int
-    ) -> tuple[torch.Tensor, ...]:
-        """Velocities (N, 64) of the first `branches` branches at time t."""
-        copies = max(self.source[:branches]) + 1
-        if copies not in self.layouts:
-            self.layouts[copies] = build_layout(self.blocks[:copies], self.model.device)
-        tokens = self.model.embed_latents(x, t, self.grid_ids)
-        rows = torch.cat([self.start, tokens, self.end]).repeat(copies, 1)
-        hidden = self.model(rows, self.layouts[copies], self.cache)
-        gen = hidden.view(copies, self.tokens + 2, -1)[:, 1:-1]
-        per_copy = self.model.velocity(gen).unbind()
-        return tuple(per_copy[c] for c in self.source[:branches])
+
+class _PackedImage:
+    """A job's copies of the denoised block, one per distinct context, and their cache rows."""
+
+    def __init__(self, job: ImageJob, start: int) -> None:
+        self.contexts: list[Context] = []
+        self.source: list[int] = []  # which copy each branch reads
+        for context in job.branches:
+            if context not in self.contexts:
+                self.contexts.append(context)
+            self.source.append(self.contexts.index(context))
+        tokens = job.grid[0] * job.grid[1]
+        runs = ((UND, 1), (GEN, tokens), (UND, 1))
+        self.blocks = []
+        for context in self.contexts:
+            segment = Segment(tokens + 2, start, context.length, causal=False)
+            self.blocks.append(Block(segment, runs, context.position))
+            start = segment.kv_rows.stop
+        self.end = start
+
+    def copy_prefixes(self, cache: KVCache) -> None:
+        for context, block in zip(self.contexts, self.blocks, strict=True):
+            cache.copy_rows(context.cache, context.length, block.segment.kv_start)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How the embedded tokens of all jobs become packed rows, and rows become velocities.
+
+    Attributes:
+        layout: of the packed rows.
+        sources: (M,) int64, for each row its place in [start marker, end marker, tokens of all
+            jobs].
+        gen_rows: int64, the rows of latent tokens.
+        sizes: latent tokens of each copy.
+    """
+
+    layout: Layout
+    sources: torch.Tensor
+    gen_rows: torch.Tensor
+    sizes: list[int]
+
+    @classmethod
+    def build(cls, images: Sequence[tuple[int, list[Block]]], device: torch.device) -> Self:
+        """Pack, for each job, its number of latent tokens and the copies to evaluate."""
+        sources, sizes = [], []
+        first_token = 2
+        for tokens, blocks in images:
+            own = torch.arange(first_token, first_token + tokens)
+            for _ in blocks:
+                sources += [torch.tensor([0]), own, torch.tensor([1])]
+                sizes.append(tokens)
+            first_token += tokens
+        packed = torch.cat(sources)
+        gen_rows = torch.nonzero(packed >= 2).flatten()
+        layout = build_layout([block for _, blocks in images for block in blocks], device)
+        return cls(layout, packed.to(device), gen_rows.to(device), sizes)

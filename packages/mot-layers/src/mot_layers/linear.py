@@ -72,6 +72,10 @@ class _MoTLinear(StackedExperts, LinearBase):
         if gen_bias is not None:
             arguments.arguments["bias"] = gen_bias
         self.gen_exp = self.expert_class(*arguments.args[1:], **arguments.kwargs)
+        for expert in self._experts:
+            if expert.bias is not None:
+                # vLLM 0.26 leaves this on by mistake; a gathered output then fails in grad mode.
+                expert.bias.requires_grad_(False)
         # Exactly vLLM's own method: one derived from it (of a hardware plugin, say) may keep
         # other weights, and then runs on its own.
         if all(type(e.quant_method) is UnquantizedLinearMethod for e in self._experts):

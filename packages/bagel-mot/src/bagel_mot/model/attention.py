@@ -13,9 +13,7 @@ import torch.nn.functional as F
 
 from bagel_mot.model.layout import Segment
 
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Segment]], torch.Tensor
-]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Segment]], torch.Tensor]
 
 
 def attend_sdpa(

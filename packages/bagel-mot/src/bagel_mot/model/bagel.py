@@ -79,11 +79,27 @@ class Bagel(nn.Module):
         return self.connector(features) + self.vit_pos(grid_ids)
 
     def embed_latents(
-        self, latents: torch.Tensor, t: torch.Tensor, grid_ids: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        grid_ids: torch.Tensor,
+        t_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Latent tokens (n, 64) at time t (scalar or (1,), in [0, 1]), rows (n,) -> (n, D)."""
-        tokens = self.vae2llm(latents.to(self.dtype)) + self.time_embedder(t.reshape(1))
-        return tokens + self.latent_pos(grid_ids)
+        """Latent tokens become input embeddings.
+
+        Args:
+            latents: (n, 64).
+            t: (T,) times in [0, 1]; 0 for a clean picture.
+            grid_ids: (n,) rows of the position table.
+            t_index: (n,) which time each token has; may be None if there is but one.
+
+        Returns:
+            (n, D).
+        """
+        time = self.time_embedder(t)
+        if t_index is not None and len(t) > 1:
+            time = time[t_index]
+        return self.vae2llm(latents.to(self.dtype)) + time + self.latent_pos(grid_ids)
 
     def forward(self, x: torch.Tensor, layout: Layout, cache: KVCache) -> torch.Tensor:
         """Packed embeddings (M, D) -> final-normed hidden states (M, D); fills `cache`."""

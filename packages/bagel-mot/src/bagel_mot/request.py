@@ -1,0 +1,143 @@
+"""What is asked of the pipeline, what comes back, and where its random numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from bagel_mot.config import BagelConfig
+from bagel_mot.sampling import ImageSettings
+
+Part = str | Image.Image
+
+
+@dataclass(frozen=True)
+class Request:
+    """What can be asked of the pipeline, checked when made as far as the model need not be known.
+
+    Args:
+        parts: strings and pictures in reading order; at least one.
+        output: "text" or "image".
+        think: reason in writing before the answer (the result's `text` then holds both), or plan
+            before the image (`text` then holds the plan).
+        height, width: of the image, multiples of 16; default the last picture's resized size, or
+            the largest square if there is no picture.
+        settings: how the image is sampled.
+        num_images: images to make; image i has seed + i. All see the first one's encoding of the
+            request's pictures and its thought.
+        seed: for all random numbers of the request, see `Noise`; drawn if None.
+        max_text_tokens: most tokens of an answer or thought.
+        temperature: None writes the most likely text; otherwise text is sampled.
+
+    Raises:
+        TypeError, ValueError: an argument that makes no sense; the message says which.
+    """
+
+    parts: Sequence[Part]
+    output: Literal["text", "image"]
+    think: bool = False
+    height: int | None = None
+    width: int | None = None
+    settings: ImageSettings = field(default_factory=ImageSettings)
+    num_images: int = 1
+    seed: int | None = None
+    max_text_tokens: int = 1000
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_parts(self.parts)
+        if self.output not in ("text", "image"):
+            raise ValueError(f"output is {self.output!r}; expected 'text' or 'image'")
+        if self.num_images < 1 or self.max_text_tokens < 1:
+            raise ValueError(
+                f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "
+                "both start at 1"
+            )
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature}; expected > 0, or None for the likeliest text"
+            )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request gave.
+
+    Attributes:
+        images: generated images, empty if text was asked for.
+        seeds: the seed of each image.
+        text: the answer, or in think mode the thought before the image; None without either.
+    """
+
+    images: tuple[Image.Image, ...] = ()
+    seeds: tuple[int, ...] = ()
+    text: str | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The only image.
+
+        Raises:
+            ValueError: there is none, or there are several.
+        """
+        if len(self.images) != 1:
+            raise ValueError(f"the result holds {len(self.images)} images; use .images")
+        return self.images[0]
+
+
+class Noise:
+    """The random numbers of one request, drawn from torch's CPU generator.
+
+    In the official order (the VAE noise of each picture, sampled tokens, then the initial noise),
+    so a seed gives what the official code gives after `torch.manual_seed(seed)`, whatever the
+    device and whatever else runs in the process.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers, float32 on the CPU."""
+        return torch.randn(*shape, generator=self.generator)
+
+
+def image_size(
+    config: BagelConfig, height: int | None, width: int | None, picture: Image.Image | None
+) -> tuple[int, int]:
+    """The (height, width) to paint, in pixels: as given, of the picture, or the largest square.
+
+    Args:
+        picture: last picture of the request, resized; None if there is none.
+
+    Raises:
+        ValueError: a side is no multiple of a latent token or out of range, or only one is given.
+    """
+    unit = config.latent_token_pixels
+    largest = unit * config.latent_grid
+    if (height is None) != (width is None):
+        raise ValueError(f"height is {height} and width {width}; give both or neither")
+    if height is None or width is None:
+        width, height = picture.size if picture is not None else (largest, largest)
+    for name, side in (("height", height), ("width", width)):
+        if side % unit or not unit <= side <= largest:
+            raise ValueError(
+                f"{name} is {side}; expected a multiple of {unit} in {unit}..{largest}"
+            )
+    return height, width
+
+
+def _check_parts(parts: Sequence[Part]) -> None:
+    if isinstance(parts, str | Image.Image) or not len(parts):
+        raise ValueError("parts must be a list with at least one text or picture")
+    for i, part in enumerate(parts):
+        if isinstance(part, str):
+            if not part.strip():
+                raise ValueError(f"the text at parts[{i}] is empty; say what you want")
+        elif not isinstance(part, Image.Image):
+            raise TypeError(
+                f"parts[{i}] is a {type(part).__name__}; expected a string or a PIL image"
+            )

@@ -1,0 +1,278 @@
+"""All layers split over 1, 2 and 4 ranks compute what the whole layer computes.
+
+Four processes run every check twice, as one group of four and as two groups of two; the tests
+read what they found. With one rank the checks run here.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import (
+    BIASES,
+    FFN,
+    HIDDEN,
+    KINDS,
+    Layer,
+    assert_near,
+    exact,
+    load,
+    make_plan,
+    plain,
+    rows_of_rank,
+)
+from mot_kernels import SILU_MUL, AddResidual, Epilogue, RoutePlan
+from mot_layers import MoTRMSNorm
+from mot_layers.runtime import init_parallel, shutdown_parallel
+from test_quantized import HalvesConfig, quantised
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.linear import RowParallelLinear
+
+WORLD_SIZE = 4
+PLAN = make_plan("two_images_and_text")
+DENSE_PLAN = RoutePlan.from_labels(torch.zeros(21, dtype=torch.int32), num_experts=2)
+
+Check = Callable[[int, int], None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register function(rank, tp_size, **options) under its name and the options' values."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        name = "-".join([function.__name__, *(str(v) for v in options.values())])
+        CHECKS[name] = lambda rank, tp_size: function(rank, tp_size, **options)
+        return function
+
+    return register
+
+
+def check_all(name: str, values: list[Any], **options: Any) -> Any:
+    """`check` for each of the values of one option."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        for value in values:
+            check(**{name: value}, **options)(function)
+        return function
+
+    return register
+
+
+def inputs(features: int) -> torch.Tensor:
+    """The same on every rank."""
+    return torch.randn(PLAN.num_rows, features, generator=torch.Generator().manual_seed(3))
+
+
+def built(spec: Layer, **options: Any) -> Any:
+    layer = spec.build(**options)
+    load(layer, spec, spec.weights())
+    return layer
+
+
+def assert_computes(
+    got: torch.Tensor,
+    spec: Layer,
+    epilogue: Epilogue | None = None,
+    columns: torch.Tensor | None = None,
+    plan: RoutePlan = PLAN,
+) -> None:
+    """`got` is the whole layer's output, or the given out-features of it."""
+    x, weights = inputs(spec.in_features), spec.weights()
+    truth = exact(x, plan, weights, epilogue, columns)
+    assert_near(got, plain(x, plan, weights, epilogue, columns), truth, plan)
+
+
+def shard(x: torch.Tensor, rank: int, tp_size: int) -> torch.Tensor:
+    return x.chunk(tp_size, dim=-1)[rank]
+
+
+@check_all("spec", [Layer(kind, bias) for kind in ("qkv", "gate_up") for bias in BIASES])
+def columns(rank: int, tp_size: int, spec: Layer) -> None:
+    layer = built(spec)
+    y, _ = layer(inputs(HIDDEN), PLAN)
+    mine = rows_of_rank(spec, rank, tp_size)
+    assert_computes(y, spec, columns=mine)
+    for stacked, own in zip(layer.stacked_weight, spec.weights(), strict=True):
+        assert torch.equal(stacked, own.weight[mine])
+
+
+@check()
+def replicated_kv_heads(rank: int, tp_size: int) -> None:
+    layer = built(Layer("qkv", "bias"))
+    assert (layer.num_heads, layer.num_kv_heads) == (4 // tp_size, max(1, 2 // tp_size))
+    assert layer.num_kv_head_replicas == max(1, tp_size // 2)
+
+
+@check_all("plan", ["plan", "no_plan"], gather=True)
+@check_all("plan", ["plan", "no_plan"], gather=False)
+def silu_mul(rank: int, tp_size: int, plan: str, gather: bool) -> None:
+    spec = Layer("gate_up", "bias")
+    used = PLAN if plan == "plan" else None
+    y, _ = built(spec, gather_output=gather)(inputs(HIDDEN), used, epilogue=SILU_MUL)
+    mine = None if gather else rows_of_rank(spec, rank, tp_size)
+    assert_computes(y, spec, SILU_MUL, mine, used or DENSE_PLAN)
+
+
+@check_all("skip", [False, True])
+def gathered_output(rank: int, tp_size: int, skip: bool) -> None:
+    spec = Layer("gate_up", "bias")
+    y, bias = built(spec, gather_output=True, skip_bias_add=skip)(inputs(HIDDEN), PLAN)
+    assert (bias is not None) == skip
+    everyone = torch.cat([rows_of_rank(spec, r, tp_size) for r in range(tp_size)])
+    assert_computes(y if bias is None else y + bias, spec, columns=everyone)
+
+
+@check_all("plan", ["plan", "no_plan"])
+def column_residual(rank: int, tp_size: int, plan: str) -> None:
+    spec = Layer("qkv", "und")
+    mine = rows_of_rank(spec, rank, tp_size)
+    epilogue = AddResidual(inputs(len(mine)) + rank)
+    used = PLAN if plan == "plan" else None
+    y, _ = built(spec)(inputs(HIDDEN), used, epilogue=epilogue)
+    assert_computes(y, spec, epilogue, mine, used or DENSE_PLAN)
+
+
+@check_all("bias", list(BIASES), plan="plan", residual=True)
+@check_all("bias", list(BIASES), plan="plan", residual=False)
+@check_all("bias", list(BIASES), plan="no_plan", residual=True)
+def row(rank: int, tp_size: int, bias: str, plan: str, residual: bool) -> None:
+    spec = Layer("row", bias)
+    epilogue = AddResidual(inputs(HIDDEN)) if residual else None
+    used = PLAN if plan == "plan" else None
+    y, _ = built(spec)(shard(inputs(FFN), rank, tp_size), used, epilogue=epilogue)
+    assert_computes(y, spec, epilogue, plan=used or DENSE_PLAN)
+
+
+@check_all("plan", ["plan", "no_plan"])
+def row_of_whole_input(rank: int, tp_size: int, plan: str) -> None:
+    spec = Layer("row", "bias")
+    used = PLAN if plan == "plan" else None
+    epilogue = AddResidual(inputs(HIDDEN))
+    y, _ = built(spec, input_is_parallel=False)(inputs(FFN), used, epilogue=epilogue)
+    assert_computes(y, spec, epilogue, plan=used or DENSE_PLAN)
+
+
+@check_all("bias", list(BIASES))
+def row_skip_bias_add(rank: int, tp_size: int, bias: str) -> None:
+    spec = Layer("row", bias)
+    layer = built(spec, skip_bias_add=True)
+    y, output_bias = layer(shard(inputs(FFN), rank, tp_size), PLAN)
+    assert (output_bias is None) == (bias == "no_bias")
+    assert_computes(y if output_bias is None else y + output_bias, spec)
+
+
+@check_all("plan", ["plan", "no_plan"])
+def row_partial_sums(rank: int, tp_size: int, plan: str) -> None:
+    spec = Layer("row", "no_bias")
+    used = PLAN if plan == "plan" else None
+    x, residual = inputs(FFN), inputs(HIDDEN)
+    layer = built(spec, reduce_results=False)
+    part, _ = layer(shard(x, rank, tp_size), used, epilogue=AddResidual(residual))
+    # Rank 0's part, and only that, holds the residual.
+    alone, _ = layer(shard(x, rank, tp_size), used)
+    torch.testing.assert_close(part - alone, residual * (rank == 0), atol=1e-5, rtol=0)
+    total = part.clone()
+    torch.distributed.all_reduce(total, group=get_tp_group().device_group)
+    assert_computes(total, spec, AddResidual(residual), plan=used or DENSE_PLAN)
+
+
+@check()
+def row_without_plan_is_vllms(rank: int, tp_size: int) -> None:
+    spec = Layer("row", "und")
+    ours, theirs = built(spec), RowParallelLinear(FFN, HIDDEN)
+    theirs.cpu_linear = F.linear
+    for name, full in spec.weights()[0].parameters().items():
+        parameter = getattr(theirs, name)
+        parameter.weight_loader(parameter, full)
+    x = shard(inputs(FFN), rank, tp_size)
+    assert torch.equal(ours(x)[0], theirs(x)[0])
+
+
+@check_all("kind", list(KINDS))
+def disabled(rank: int, tp_size: int, kind: str) -> None:
+    spec = Layer(kind, "bias")
+    layer = built(spec, disable_tp=True)
+    assert layer.gen_exp.tp_size == 1
+    assert_computes(layer(inputs(spec.in_features), PLAN)[0], spec)
+
+
+@check_all("kind", list(KINDS))
+def quantised_layer(rank: int, tp_size: int, kind: str) -> None:
+    spec = Layer(kind, "gen")
+    x, epilogue, mine = inputs(spec.in_features), None, rows_of_rank(spec, rank, tp_size)
+    if kind == "row":
+        x, epilogue = shard(x, rank, tp_size).contiguous(), AddResidual(inputs(HIDDEN))
+    layer = quantised(spec)
+    assert isinstance(layer.quant_config, HalvesConfig)
+    assert_computes(layer(x, PLAN, epilogue=epilogue)[0], spec, epilogue, mine)
+
+
+@check()
+def norm(rank: int, tp_size: int) -> None:
+    x = inputs(HIDDEN)
+    layer = MoTRMSNorm(HIDDEN)
+    layer.gen_exp.weight.data.fill_(2)
+    wanted = F.rms_norm(x, (HIDDEN,), eps=1e-6) * (1 + PLAN.expert_ids)[:, None]
+    torch.testing.assert_close(layer(x, PLAN), wanted)
+
+
+def run_rank(rank: int, folder: str) -> None:
+    """One process: all checks in a group of 4 and in one of 2; writes its failures."""
+    torch.set_num_threads(1)
+    failures: dict[str, str] = {}
+    for tp_size in (4, 2):
+        init_parallel(tp_size, rank, WORLD_SIZE, f"file://{folder}/store{tp_size}")
+        assert get_tensor_model_parallel_world_size() == tp_size
+        for name, function in CHECKS.items():
+            try:
+                function(get_tensor_model_parallel_rank(), tp_size)
+            except Exception:
+                failures[f"{tp_size} {name}"] = traceback.format_exc()
+        shutdown_parallel()
+    Path(folder, f"{rank}.json").write_text(json.dumps(failures))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Per rank, what failed there."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # Forked from a clean process that has imported vLLM once: four imports would take a minute.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mot_layers.runtime"])
+    ranks = [context.Process(target=run_rank, args=(r, str(folder))) for r in range(WORLD_SIZE)]
+    for process in ranks:
+        process.start()
+    # A rank that fails between two collectives leaves the others waiting for it.
+    deadline = time.monotonic() + 150
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in ranks:
+        process.kill()
+    results = [folder / f"{rank}.json" for rank in range(WORLD_SIZE)]
+    missing = [path.stem for path in results if not path.exists()]
+    assert not missing, f"ranks {missing} crashed or hung; see what they printed"
+    return [json.loads(path.read_text()) for path in results]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("tp_size", [2, 4], ids=["tp2", "tp4"])
+def test_several_ranks(found: list[dict[str, str]], tp_size: int, name: str) -> None:
+    for rank, failures in enumerate(found):
+        key = f"{tp_size} {name}"
+        assert key not in failures, f"on rank {rank}:\n{failures[key]}"
+
+
+@pytest.mark.usefixtures("vllm_groups")
+@pytest.mark.parametrize("name", CHECKS)
+def test_one_rank(name: str) -> None:
+    CHECKS[name](0, 1)
