@@ -30,6 +30,12 @@ def pipeline(request: pytest.FixtureRequest) -> Iterator[BagelPipeline]:
     yield BagelPipeline.from_pretrained(GOLDEN.checkpoint, device=device, dtype=dtype)
 
 
+@pytest.fixture(scope="session")
+def cpu() -> BagelPipeline:
+    """The golden model on the CPU in float32, for what does not depend on the device."""
+    return BagelPipeline.from_pretrained(GOLDEN.checkpoint, device="cpu", dtype="float32")
+
+
 @pytest.fixture
 def judge(pipeline: BagelPipeline) -> Judge:
     return Judge(pipeline.model.dtype)

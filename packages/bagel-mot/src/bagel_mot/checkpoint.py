@@ -271,15 +271,15 @@ def _files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(
-                f"{index}: expected JSON with a 'weight_map' ({error})"
+                f"{index}: expected JSON with a 'weight_map' of file names ({error})"
             ) from error
         if VAE_FILE not in names:
-            names.append(VAE_FILE)
+            files.append(folder / VAE_FILE)
     else:
-        names = [MODEL_FILE, VAE_FILE]
-    files = [folder / name for name in names]
+        files = [folder / name for name in (MODEL_FILE, VAE_FILE)]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(
             f"{', '.join(missing)} not found; a BAGEL checkpoint folder holds {MODEL_FILE} and "

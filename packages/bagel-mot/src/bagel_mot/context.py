@@ -42,7 +42,8 @@ class Contexts:
 
     Attributes:
         main: everything.
-        no_text: main as it was before the last text, if a text came last; else main.
+        no_text: main as it was before the last text, if a text came last; else main. Behind it
+            the negative text, if there is one.
         no_image: the texts only. The same object as `main` while no picture has come.
         needs_no_image: whether anyone will read `no_image`; if not, it is not kept up.
     """
@@ -88,6 +89,16 @@ class Contexts:
             self.main, _ = append_vit(self.model, self.main, vit_pixels, ids)
         self._part_from(before)
         self.no_text = self.main
+
+    def add_negative(self, text: str) -> None:
+        """Give the no-text context a text of its own: what the image is guided away from.
+
+        Call it once, after the last text or picture: a later one starts `no_text` anew.
+        """
+        cache = self.model.new_cache(self.no_text.length + 64)
+        cache.copy_rows(self.no_text.cache, self.no_text.length, 0)
+        apart = replace(self.no_text, cache=cache)
+        self.no_text, _ = append_text(self.model, apart, self.tokenizer.text_segment(text))
 
     def _add_to_texts(self, token_ids: list[int]) -> None:
         before = self.main

@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from mot_layers.runtime import init_parallel
 from PIL import Image
 
 from bagel_mot import checkpoint
 from bagel_mot.config import BagelConfig
 from bagel_mot.context import Contexts
+from bagel_mot.denoising import Denoising
 from bagel_mot.images import resize, to_image, to_rgb, to_tensor, unpatchify
+from bagel_mot.model.attention import choose_attention
 from bagel_mot.model.bagel import Bagel
+from bagel_mot.parallel import (
+    ALONE,
+    Parallel,
+    ParallelConfig,
+    start,
+    world_size_from_environment,
+)
 from bagel_mot.request import Noise, Part, Request, Result, image_size
-from bagel_mot.sampling import Denoising, ImageJob, ImageSettings, Step
+from bagel_mot.sampling import ImageJob, ImageSettings, Step
 from bagel_mot.text import generate_text
 from bagel_mot.tokenizer import BagelTokenizer
 
@@ -66,9 +74,10 @@ class BagelPipeline:
     The methods are not to be called from several threads at once.
     """
 
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer) -> None:
+    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, parallel: Parallel = ALONE) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.parallel = parallel
         self.config = model.config
 
     @classmethod
@@ -79,6 +88,7 @@ class BagelPipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = torch.bfloat16,
         attention: str | None = None,
+        parallel: ParallelConfig | None = None,
         on_tensor: Callable[[str, int], None] | None = None,
     ) -> Self:
         """Load a checkpoint folder in the official layout.
@@ -88,16 +98,19 @@ class BagelPipeline:
             device: default "cuda" if there is one, else "cpu".
             dtype: what the model computes in: bfloat16, float16 or float32.
             attention: attention backend, see `bagel_mot.model.attention`.
+            parallel: how several processes share the work; each of them makes the same calls and
+                gets the same results. Default: this process alone.
             on_tensor: called with name and element count of each loaded tensor.
 
         Raises:
             FileNotFoundError: the folder or a file is missing.
             CheckpointError: the files do not hold exactly the model's tensors.
-            ValueError: a config value, device, dtype or attention backend makes no sense.
+            ValueError: a config value, device, dtype, attention backend or parallel size makes no
+                sense.
         """
         folder = Path(path)
         dtype = _parse_dtype(dtype)
-        device = _parse_device(device)
+        parallel = parallel or ParallelConfig()
         config = BagelConfig.from_folder(folder)
         tokenizer = BagelTokenizer.from_folder(folder)
         stored = checkpoint.read_headers(folder)
@@ -107,11 +120,17 @@ class BagelPipeline:
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
                 f"{config.llm.vocab_size} rows; the files belong to different models"
             )
-        model = build_model(config, device=device, dtype=dtype, attention=attention)
+        parallel.check(config.llm, world_size_from_environment())
+        choose_attention(attention)  # an unknown name is an error before anything is loaded
+        place = _parse_device(device)
+        joined = start(parallel, place.type)
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", torch.cuda.current_device())
+        model = build_model(config, device=place, dtype=dtype, attention=attention)
         targets = checkpoint.model_targets(config) | checkpoint.vae_targets(model.vae)
         checkpoint.check_names(stored, targets)
         checkpoint.load_checkpoint(model, stored, targets, on_tensor)
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, joined)
 
     def generate(
         self,
@@ -242,7 +261,9 @@ class BagelPipeline:
         if wants_image:
             last = pictures[-1] if pictures else None
             height, width = image_size(self.config, request.height, request.width, last)
-        seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+        seed = request.seed
+        if seed is None:
+            seed = self.parallel.agree(secrets.randbelow(2**31))
         noise = noise or Noise(seed)
 
         settings = request.settings
@@ -258,11 +279,13 @@ class BagelPipeline:
             )
         remaining = iter(pictures)
         for part in request.parts:
-            _raise_if_set(cancel)
+            self._stop_if(cancel)
             if isinstance(part, str):
                 contexts.add_text(part)
             else:
                 self._add_picture(contexts, next(remaining), noise, with_vae=wants_image)
+        if request.negative_prompt and wants_image and guided:
+            contexts.add_negative(request.negative_prompt)
 
         text = None
         if request.think or not wants_image:
@@ -295,9 +318,9 @@ class BagelPipeline:
             together = [waiting.pop(0)]
             while waiting and sum(map(_rows, [*together, waiting[0]])) <= _ROWS_TOGETHER:
                 together.append(waiting.pop(0))
-            denoising = Denoising(self.model, self.tokenizer, together)
+            denoising = Denoising(self.model, self.tokenizer, together, self.parallel)
             while not all(job.done for job in together):
-                _raise_if_set(cancel)
+                self._stop_if(cancel)
                 for step in denoising.step():
                     if on_step is not None:
                         on_step(step)
@@ -331,7 +354,7 @@ class BagelPipeline:
         tokens = [self.tokenizer.bos]
 
         def token_chosen(token: int) -> None:
-            _raise_if_set(cancel)
+            self._stop_if(cancel)
             tokens.append(token)
             if on_text is not None:
                 on_text(self.tokenizer.answer(tokens))
@@ -343,9 +366,15 @@ class BagelPipeline:
             max_tokens=request.max_text_tokens,
             temperature=request.temperature,
             generator=noise.generator,
+            parallel=self.parallel,
             on_token=token_chosen,
         )
         return self.tokenizer.answer(fed)
+
+    def _stop_if(self, cancel: threading.Event | None) -> None:
+        # Ranks must stop at the same place, or some would wait for the others for ever.
+        if cancel is not None and self.parallel.agree(int(cancel.is_set())):
+            raise Cancelled("the request was cancelled")
 
     def _decode(self, job: ImageJob) -> Image.Image:
         patch = self.config.latent_patch_size
@@ -360,8 +389,7 @@ def build_model(
     dtype: torch.dtype,
     attention: str | None = None,
 ) -> Bagel:
-    """A `Bagel` with uninitialised weights, its vLLM layers set up for one process."""
-    init_parallel()
+    """A `Bagel` with uninitialised weights; call `bagel_mot.parallel.start` first."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -373,11 +401,6 @@ def build_model(
 
 def _rows(job: ImageJob) -> int:
     return len(job.branches) * (job.grid[0] * job.grid[1] + 2)
-
-
-def _raise_if_set(cancel: threading.Event | None) -> None:
-    if cancel is not None and cancel.is_set():
-        raise Cancelled("the request was cancelled")
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -395,6 +418,4 @@ def _parse_device(name: str | torch.device | None) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device} but torch sees no GPU; use device='cpu'")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     return device

@@ -32,6 +32,8 @@ class Request:
         seed: for all random numbers of the request, see `Noise`; drawn if None.
         max_text_tokens: most tokens of an answer or thought.
         temperature: None writes the most likely text; otherwise text is sampled.
+        negative_prompt: text that the image is guided away from, in place of the request's last
+            text; None guides away from no text.
 
     Raises:
         TypeError, ValueError: an argument that makes no sense; the message says which.
@@ -47,6 +49,7 @@ class Request:
     seed: int | None = None
     max_text_tokens: int = 1000
     temperature: float | None = None
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         _check_parts(self.parts)

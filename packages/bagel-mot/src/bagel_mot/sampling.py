@@ -1,8 +1,10 @@
-"""Denoising an image: flow-matching schedule, guidance by up to three contexts, Euler steps."""
+"""Sampling an image: flow-matching schedule, guidance by up to three contexts, Euler steps.
+
+How the velocities come about is `denoising.py`'s business.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -10,18 +12,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bagel_mot.context import Context, Contexts
-from bagel_mot.images import grid_positions
-from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import (
-    GEN,
-    UND,
-    Block,
-    KVCache,
-    Layout,
-    Segment,
-    build_layout,
-)
-from bagel_mot.tokenizer import BagelTokenizer
 
 
 class ImageSettings(BaseModel):
@@ -177,169 +167,20 @@ class ImageJob:
         """Whether all steps are made."""
         return self.index == len(self.guided)
 
+    @property
+    def branches_now(self) -> list[Context]:
+        """The branches whose velocities the next step needs; none if done."""
+        if self.done:
+            return []
+        return self.branches if self.guided[self.index] else self.branches[:1]
 
-class Denoising:
-    """Images denoised together, one packed forward a step for all their branches.
-
-    The images may differ in everything: contexts, sizes, settings, progress. Make a new
-    `Denoising` when one joins or leaves; the jobs hold their own state.
-
-    Branches of a job with equal contexts have equal velocities and are computed once: plain
-    text-to-image with an image scale has three branches and two forwards' worth of rows.
-    """
-
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, jobs: Sequence[ImageJob]) -> None:
-        self.model = model
-        self.jobs = list(jobs)
-        self._images = []
-        length = 0
-        for job in self.jobs:
-            self._images.append(_PackedImage(job, length))
-            length = self._images[-1].end
-        self._cache = model.new_cache(length)
-        for image in self._images:
-            image.copy_prefixes(self._cache)
-        ids = torch.tensor([tokenizer.vision_start, tokenizer.vision_end], device=model.device)
-        self._markers = model.embed_text(ids)
-        side = model.config.latent_grid
-        grids = [grid_positions(*job.grid, side) for job in self.jobs]
-        self._grid_ids = torch.cat(grids).to(model.device)
-        sizes = torch.tensor([len(grid) for grid in grids])
-        self._job_of_token = torch.arange(len(grids)).repeat_interleave(sizes).to(model.device)
-        self._packings: dict[tuple[int, ...], _Packing] = {}
-
-    @torch.no_grad()
-    def step(self) -> list[Step]:
-        """Advance every unfinished job by one step; returns a `Step` for each of them."""
-        active = [0 if job.done else _branches_now(job) for job in self.jobs]
-        copies = [
-            max(image.source[:count]) + 1 if count else 0
-            for image, count in zip(self._images, active, strict=True)
-        ]
-        velocities = self._velocities(tuple(copies))
-        steps = []
-        for job, image, count in zip(self.jobs, self._images, active, strict=True):
-            if not count:
-                continue
-            own = velocities[: max(image.source[:count]) + 1]
-            velocities = velocities[len(own) :]
-            steps.append(_advance(job, tuple(own[c] for c in image.source[:count])))
-        return steps
-
-    def _velocities(self, copies: tuple[int, ...]) -> list[torch.Tensor]:
-        """Velocities (N, 64) of the first `copies[j]` packed copies of each job j, in order."""
-        if copies not in self._packings:
-            blocks = [
-                (job.grid[0] * job.grid[1], image.blocks[:n])
-                for job, image, n in zip(self.jobs, self._images, copies, strict=True)
-            ]
-            self._packings[copies] = _Packing.build(blocks, self.model.device)
-        packing = self._packings[copies]
-        device = self.model.device
-        latents = torch.cat([job.latents.to(device) for job in self.jobs])
-        # A finished job's rows are embedded, but not packed: its last timestep does no harm.
-        now = torch.stack([job.timesteps[job.index] for job in self.jobs]).to(device)
-        tokens = self.model.embed_latents(latents, now, self._grid_ids, self._job_of_token)
-        rows = torch.cat([self._markers, tokens])[packing.sources]
-        hidden = self.model(rows, packing.layout, self._cache)
-        return list(self.model.velocity(hidden[packing.gen_rows]).split(packing.sizes))
-
-
-@torch.no_grad()
-def denoise(
-    model: Bagel,
-    contexts: Contexts,
-    noise: torch.Tensor,
-    grid: tuple[int, int],
-    settings: ImageSettings,
-    on_step: Callable[[Step], None] | None = None,
-) -> torch.Tensor:
-    """Turn the noise of one image into its latent tokens; see `ImageJob` for the arguments.
-
-    Args:
-        on_step: called after each step; an exception of its ends the denoising.
-
-    Returns:
-        (N, 64) float32 on the model's device.
-    """
-    job = ImageJob(contexts, noise, grid, settings)
-    denoising = Denoising(model, contexts.tokenizer, [job])
-    while not job.done:
-        (step,) = denoising.step()
-        if on_step is not None:
-            on_step(step)
-    return job.latents
-
-
-def _branches_now(job: ImageJob) -> int:
-    """Branches whose velocities the job's next step needs."""
-    return len(job.branches) if job.guided[job.index] else 1
-
-
-def _advance(job: ImageJob, velocities: tuple[torch.Tensor, ...]) -> Step:
-    """Guide and make the Euler step."""
-    v = velocities[0]
-    if job.guided[job.index]:
-        v = guide(job.settings, v, velocities[1], velocities[2] if len(velocities) > 2 else None)
-    t, following = job.timesteps[job.index : job.index + 2].tolist()
-    job.latents = job.latents.to(v.device) - v * (t - following)
-    job.index += 1
-    return Step(job.index - 1, len(job.guided), t, job.latents, velocities, v)
-
-
-class _PackedImage:
-    """A job's copies of the denoised block, one per distinct context, and their cache rows."""
-
-    def __init__(self, job: ImageJob, start: int) -> None:
-        self.contexts: list[Context] = []
-        self.source: list[int] = []  # which copy each branch reads
-        for context in job.branches:
-            if context not in self.contexts:
-                self.contexts.append(context)
-            self.source.append(self.contexts.index(context))
-        tokens = job.grid[0] * job.grid[1]
-        runs = ((UND, 1), (GEN, tokens), (UND, 1))
-        self.blocks = []
-        for context in self.contexts:
-            segment = Segment(tokens + 2, start, context.length, causal=False)
-            self.blocks.append(Block(segment, runs, context.position))
-            start = segment.kv_rows.stop
-        self.end = start
-
-    def copy_prefixes(self, cache: KVCache) -> None:
-        for context, block in zip(self.contexts, self.blocks, strict=True):
-            cache.copy_rows(context.cache, context.length, block.segment.kv_start)
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """How the embedded tokens of all jobs become packed rows, and rows become velocities.
-
-    Attributes:
-        layout: of the packed rows.
-        sources: (M,) int64, for each row its place in [start marker, end marker, tokens of all
-            jobs].
-        gen_rows: int64, the rows of latent tokens.
-        sizes: latent tokens of each copy.
-    """
-
-    layout: Layout
-    sources: torch.Tensor
-    gen_rows: torch.Tensor
-    sizes: list[int]
-
-    @classmethod
-    def build(cls, images: Sequence[tuple[int, list[Block]]], device: torch.device) -> Self:
-        """Pack, for each job, its number of latent tokens and the copies to evaluate."""
-        sources, sizes = [], []
-        first_token = 2
-        for tokens, blocks in images:
-            own = torch.arange(first_token, first_token + tokens)
-            for _ in blocks:
-                sources += [torch.tensor([0]), own, torch.tensor([1])]
-                sizes.append(tokens)
-            first_token += tokens
-        packed = torch.cat(sources)
-        gen_rows = torch.nonzero(packed >= 2).flatten()
-        layout = build_layout([block for _, blocks in images for block in blocks], device)
-        return cls(layout, packed.to(device), gen_rows.to(device), sizes)
+    def advance(self, velocities: tuple[torch.Tensor, ...]) -> Step:
+        """Make one step with the velocities of `branches_now`, (N, 64) float32 each."""
+        v = velocities[0]
+        if self.guided[self.index]:
+            v_img = velocities[2] if len(velocities) > 2 else None
+            v = guide(self.settings, v, velocities[1], v_img)
+        t, following = self.timesteps[self.index : self.index + 2].tolist()
+        self.latents = self.latents.to(v.device) - v * (t - following)
+        self.index += 1
+        return Step(self.index - 1, len(self.guided), t, self.latents, velocities, v)

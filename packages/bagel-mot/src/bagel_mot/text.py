@@ -8,6 +8,7 @@ import torch
 
 from bagel_mot.context import Context, append_text
 from bagel_mot.model.bagel import Bagel
+from bagel_mot.parallel import ALONE, Parallel
 from bagel_mot.tokenizer import BagelTokenizer
 
 
@@ -20,6 +21,7 @@ def generate_text(
     max_tokens: int,
     temperature: float | None = None,
     generator: torch.Generator | None = None,
+    parallel: Parallel = ALONE,
     on_token: Callable[[int], None] | None = None,
     on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> list[int]:
@@ -30,6 +32,7 @@ def generate_text(
         temperature: None decodes greedily; otherwise tokens are drawn from
             softmax(logits / temperature).
         generator: CPU generator to draw with.
+        parallel: this process among others, which write the same text.
         on_token: called with each chosen token; an exception of its ends the generation.
         on_logits: called with each step's logits, (1, vocabulary) float32.
 
@@ -45,7 +48,7 @@ def generate_text(
         logits = model.logits(hidden)
         if on_logits is not None:
             on_logits(logits)
-        token = _choose(logits[0], temperature, generator)
+        token = parallel.agree(_choose(logits[0], temperature, generator))
         if on_token is not None:
             on_token(token)
         if token == tokenizer.eos:

@@ -57,13 +57,18 @@ class Bagel(nn.Module):
         """What the transformer computes in."""
         return self.lm_head.weight.dtype
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An uninitialised KV cache with room for `capacity` rows on this rank."""
-        qkv = self.transformer.layers[0].attn.qkv
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of this tensor parallel rank."""
+        heads: int = self.transformer.layers[0].attn.qkv.num_kv_heads
+        return heads
+
+    def new_cache(self, capacity: int, kv_heads: int | None = None) -> KVCache:
+        """An uninitialised KV cache with room for `capacity` rows of `kv_heads` (default: all)."""
         return KVCache(
             len(self.transformer.layers),
             capacity,
-            qkv.num_kv_heads,
+            self.kv_heads if kv_heads is None else kv_heads,
             self.config.llm.head_dim,
             dtype=self.dtype,
             device=self.device,

@@ -3,58 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from mot_kernels import RoutePlan
+
+if TYPE_CHECKING:
+    from bagel_mot.model.sequence_parallel import Exchange
 
 UND, GEN = 0, 1
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive packed rows that attend to one context and to each other.
+    """Consecutive packed rows that attend to one context and to their own block.
 
     Attributes:
         rows: number of packed rows.
         kv_start: first row of its context in the KV cache.
-        prefix: cached rows of the context; the segment's own K and V follow them directly.
-        causal: row i sees own rows 0..i (text); otherwise all of them (pictures).
+        prefix: cached rows of the context; the block's own K and V follow them directly.
+        causal: row i sees own rows 0..i (text); otherwise the whole block (pictures).
+        first: place of the first row in its block; not 0 where other ranks have other rows.
+        block_rows: rows of the whole block, on all ranks; 0 means `rows`.
     """
 
     rows: int
     kv_start: int
     prefix: int
     causal: bool
+    first: int = 0
+    block_rows: int = 0
+
+    @property
+    def own_rows(self) -> slice:
+        """Cache rows of the block's own K and V."""
+        start = self.kv_start + self.prefix
+        return slice(start, start + (self.block_rows or self.rows))
 
     @property
     def kv_rows(self) -> slice:
-        """Cache rows the segment attends to, its own included."""
-        return slice(self.kv_start, self.kv_start + self.prefix + self.rows)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A packed sequence of M rows. Built on the host, without a device sync; reusable.
-
-    Attributes:
-        plan: which expert owns which row; None if all rows are und.
-        positions: (M,) int32, RoPE position of each row.
-        kv_rows: (M,) int32, cache row that each row's K and V are written to.
-        segments: attention segments, in row order.
-        positions_end: one more than the largest position, on the host.
-    """
-
-    plan: RoutePlan | None
-    positions: torch.Tensor
-    kv_rows: torch.Tensor
-    segments: tuple[Segment, ...]
-    positions_end: int
-
-    @property
-    def rows(self) -> int:
-        """M, the number of packed rows."""
-        return sum(segment.rows for segment in self.segments)
+        """Cache rows the segment attends to: context and own block."""
+        return slice(self.kv_start, self.own_rows.stop)
 
 
 @dataclass(frozen=True)
@@ -77,35 +67,86 @@ class Block:
         """One more than the block's largest position."""
         return self.position + (self.segment.rows if self.segment.causal else 1)
 
+    def part(self, rows: range) -> Block:
+        """The rows of a (not causal) block that one of several ranks computes."""
+        runs, start = [], 0
+        for expert, length in self.runs:
+            inside = range(max(start, rows.start), min(start + length, rows.stop))
+            runs.append((expert, len(inside)))
+            start += length
+        segment = replace(
+            self.segment, rows=len(rows), first=rows.start, block_rows=self.segment.rows
+        )
+        return Block(segment, tuple(runs), self.position)
 
-def build_layout(blocks: Sequence[Block], device: torch.device) -> Layout:
-    """Lay out blocks one after the other."""
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed sequence of M rows. Built on the host, without a device sync; reusable.
+
+    Attributes:
+        plan: which expert owns which row; None if all rows are und.
+        positions: (M,) int32, RoPE position of each row.
+        kv_rows: (M,) int32, cache row that each row's K and V are written to.
+        segments: attention segments, in row order.
+        positions_end: one more than the largest position, on the host.
+        exchange: how ranks that hold other rows of these blocks attend together; None if all
+            rows are here.
+    """
+
+    plan: RoutePlan | None
+    positions: torch.Tensor
+    kv_rows: torch.Tensor
+    segments: tuple[Segment, ...]
+    positions_end: int
+    exchange: Exchange | None = None
+
+    @property
+    def rows(self) -> int:
+        """M, the number of packed rows."""
+        return sum(segment.rows for segment in self.segments)
+
+
+def build_layout(
+    blocks: Sequence[Block], device: torch.device, exchange: Exchange | None = None
+) -> Layout:
+    """Lay out blocks (or this rank's parts of them) one after the other."""
     runs = [run for block in blocks for run in block.runs]
-    positions, kv_rows = [], []
+    positions = [torch.empty(0, dtype=torch.int32)]
+    kv_rows = [torch.empty(0, dtype=torch.int32)]
     for block in blocks:
         segment = block.segment
         count = torch.arange(segment.rows, dtype=torch.int32)
         positions.append(block.position + (count if segment.causal else count * 0))
-        kv_rows.append(count + segment.kv_start + segment.prefix)
-    packed = torch.stack([torch.cat(positions), torch.cat(kv_rows)])
-    if device.type == "cuda":  # from pinned memory: the host does not wait for the copy
-        packed = packed.pin_memory().to(device, non_blocking=True)
+        kv_rows.append(segment.own_rows.start + segment.first + count)
+    packed = to_device(torch.stack([torch.cat(positions), torch.cat(kv_rows)]), device)
     plan = None
-    if any(expert != UND for expert, _ in runs):
+    if any(expert != UND and length for expert, length in runs):
         plan = RoutePlan.from_runs(runs, num_experts=2, device=device)
     return Layout(
         plan,
         packed[0],
         packed[1],
         tuple(block.segment for block in blocks),
-        max(block.positions_end for block in blocks),
+        max((block.positions_end for block in blocks), default=0),
+        exchange,
     )
 
 
-class KVCache:
-    """Keys and values of all layers, (layers, capacity, KV heads, head size) each.
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a small host tensor without making the host wait (from pinned memory to a GPU)."""
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
 
-    Rows are addressed by whoever owns the cache; it only stores and grows.
+
+class KVCache:
+    """Keys and values of all layers, rows addressed by whoever owns the cache.
+
+    K and V of a row lie side by side, so that one exchange between ranks moves both.
+
+    Attributes:
+        kv: (layers, capacity, 2, KV heads, head size).
     """
 
     def __init__(
@@ -118,14 +159,23 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layers, capacity, kv_heads, head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        shape = (layers, capacity, 2, kv_heads, head_dim)
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def k(self) -> torch.Tensor:
+        """Keys, (layers, capacity, KV heads, head size), a view."""
+        return self.kv[:, :, 0]
+
+    @property
+    def v(self) -> torch.Tensor:
+        """Values, (layers, capacity, KV heads, head size), a view."""
+        return self.kv[:, :, 1]
 
     @property
     def capacity(self) -> int:
         """Rows the cache can hold."""
-        return self.k.shape[1]
+        return self.kv.shape[1]
 
     def grown(self, capacity: int, used: int) -> KVCache:
         """A cache with room for `capacity` rows holding the first `used` of this one.
@@ -135,19 +185,18 @@ class KVCache:
         """
         if capacity <= self.capacity:
             return self
-        layers, _, kv_heads, head_dim = self.k.shape
+        layers, _, _, kv_heads, head_dim = self.kv.shape
         larger = KVCache(
             layers,
             max(capacity, 2 * self.capacity),
             kv_heads,
             head_dim,
-            dtype=self.k.dtype,
-            device=self.k.device,
+            dtype=self.kv.dtype,
+            device=self.kv.device,
         )
         larger.copy_rows(self, used, 0)
         return larger
 
-    def copy_rows(self, source: KVCache, rows: int, start: int) -> None:
-        """Copy the first `rows` rows of `source` to rows `start`..."""
-        self.k[:, start : start + rows] = source.k[:, :rows]
-        self.v[:, start : start + rows] = source.v[:, :rows]
+    def copy_rows(self, source: KVCache, rows: int, start: int, heads: slice = slice(None)) -> None:
+        """Copy `heads` of the first `rows` rows of `source` to rows `start`..."""
+        self.kv[:, start : start + rows] = source.kv[:, :rows, :, heads]

@@ -52,12 +52,14 @@ class Attention(nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor,
         layout: Layout,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        kv: torch.Tensor,
         rope: torch.Tensor,
         attend: Attend,
     ) -> torch.Tensor:
         """x, residual (M, D) -> residual + attention output, (M, D)."""
+        own, own_rows = kv, layout.kv_rows
+        if layout.exchange is not None:
+            own, own_rows = layout.exchange.place(kv, layout.kv_rows, self.qkv.num_kv_heads)
         q, _, _ = mot_qk_norm_rope(
             self.qkv(x, layout.plan),
             self.q_norm.stacked_weight,
@@ -68,11 +70,14 @@ class Attention(nn.Module):
             num_heads=self.qkv.num_heads,
             num_kv_heads=self.qkv.num_kv_heads,
             eps=self.eps,
-            k_out=k_cache,
-            v_out=v_cache,
-            kv_rows=layout.kv_rows,
+            k_out=own[:, 0],
+            v_out=own[:, 1],
+            kv_rows=own_rows,
         )
-        y = attend(q, k_cache, v_cache, layout.segments)
+        if layout.exchange is not None:
+            y = layout.exchange.attend(q, own, kv, attend)
+        else:
+            y = attend(q, kv[:, 0], kv[:, 1], layout.segments)
         return self.o(y.flatten(1), layout.plan, epilogue=AddResidual(residual))
 
 
@@ -116,14 +121,13 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         layout: Layout,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        kv: torch.Tensor,
         rope: torch.Tensor,
         attend: Attend,
     ) -> torch.Tensor:
-        """x (M, D) residual stream; k_cache, v_cache (S, Hkv, head size), this layer's."""
+        """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache."""
         h = self.input_norm(x, layout.plan)
-        x = self.attn(h, x, layout, k_cache, v_cache, rope, attend)
+        x = self.attn(h, x, layout, kv, rope, attend)
         return self.mlp(self.post_norm(x, layout.plan), x, layout)
 
 
@@ -158,5 +162,5 @@ class Transformer(nn.Module):
             (M, D), after the final norm.
         """
         for i, layer in enumerate(self.layers):
-            x = layer(x, layout, cache.k[i], cache.v[i], rope, attend)
+            x = layer(x, layout, cache.kv[i], rope, attend)
         return self.norm(x, layout.plan)

@@ -1,0 +1,204 @@
+"""Several GPUs for one request: tensor, sequence and CFG parallelism, and any product of them.
+
+Rank = (CFG place * sequence parallel size + sequence place) * tensor parallel size + tensor place:
+the ranks that talk most are neighbours.
+
+- Tensor parallel: every linear is split, through vLLM's groups (`mot_layers`).
+- Sequence parallel: the rows of a denoised picture are split; see `model/sequence_parallel.py`.
+- CFG parallel: the contexts of the guidance are split; ranks exchange velocities once a step.
+
+Prompts are read and text is written by all ranks alike (under tensor parallelism together).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from mot_layers.runtime import init_parallel
+
+from bagel_mot.config import LlmConfig
+from bagel_mot.model.sequence_parallel import SequenceParallel
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many ranks do what; their product is the number of processes.
+
+    Attributes:
+        tensor: tensor parallel ranks.
+        ulysses, ring: sequence parallel ranks of each kind; they multiply.
+        allgather: sequence parallel ranks that gather K and V, instead of the two.
+        cfg: ranks that guidance contexts are spread over.
+
+    Raises:
+        ValueError: a size below 1, or all-gather together with Ulysses or ring.
+    """
+
+    tensor: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    allgather: int = 1
+    cfg: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "ulysses", "ring", "allgather", "cfg"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} parallel size is {getattr(self, name)}; expected >= 1")
+        if self.allgather > 1 and self.ulysses * self.ring > 1:
+            raise ValueError(
+                f"allgather={self.allgather} with ulysses={self.ulysses}, ring={self.ring}: "
+                "all-gather KV is used alone, Ulysses and ring may be combined"
+            )
+
+    @property
+    def sequence(self) -> int:
+        """Sequence parallel ranks."""
+        return self.ulysses * self.ring * self.allgather
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.sequence * self.cfg
+
+    @classmethod
+    def parse(cls, tensor: int = 1, sequence: str | None = None, cfg: int = 1) -> Self:
+        """From the command line's words; `sequence` is "ulysses:2", "ring:3", "ulysses:2,ring:2"
+        or "allgather:2".
+
+        Raises:
+            ValueError: `sequence` is written differently, or a size makes no sense.
+        """
+        sizes = {"ulysses": 1, "ring": 1, "allgather": 1}
+        for part in (sequence or "").split(",") if sequence else []:
+            kind, _, size = part.strip().partition(":")
+            if kind not in sizes or not size.isdigit():
+                raise ValueError(
+                    f"sequence parallelism {part!r}; expected KIND:SIZE with KIND one of "
+                    f"{', '.join(sizes)}, for example ulysses:2 or ulysses:2,ring:2"
+                )
+            sizes[kind] = int(size)
+        return cls(tensor=tensor, cfg=cfg, **sizes)
+
+    def check(self, llm: LlmConfig, world_size: int) -> None:
+        """Refuse what the model or the number of processes does not allow.
+
+        Raises:
+            ValueError: naming the sizes that do not go together.
+        """
+        if self.world_size != world_size:
+            raise ValueError(
+                f"tensor {self.tensor} x sequence {self.sequence} x cfg {self.cfg} needs "
+                f"{self.world_size} processes, but there are {world_size}"
+            )
+        heads, kv_heads = llm.num_attention_heads, llm.num_key_value_heads
+        if heads % self.tensor or llm.intermediate_size % self.tensor:
+            raise ValueError(
+                f"tensor parallel size {self.tensor} does not divide the {heads} attention heads "
+                f"and the MLP width {llm.intermediate_size}"
+            )
+        if max(kv_heads, self.tensor) % min(kv_heads, self.tensor):
+            raise ValueError(
+                f"tensor parallel size {self.tensor} and the {kv_heads} KV heads: one must divide "
+                "the other"
+            )
+        heads, kv_heads = heads // self.tensor, max(kv_heads // self.tensor, 1)
+        uneven = max(kv_heads, self.ulysses) % min(kv_heads, self.ulysses)
+        if heads % self.ulysses or uneven:
+            raise ValueError(
+                f"Ulysses size {self.ulysses} with {heads} attention heads and {kv_heads} KV heads "
+                "a rank: the first must be a multiple of it, the second a multiple or a divisor; "
+                "use a ring for the rest, or allgather"
+            )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among the others; made by `start`.
+
+    Attributes:
+        config: the sizes.
+        rank: of this process.
+        sp: its sequence parallel ranks; None if there are no others.
+        cfg_rank: its place among the CFG parallel ranks.
+        peers: the ranks with the same tensor place, who exchange velocities; None if alone.
+    """
+
+    config: ParallelConfig
+    rank: int
+    sp: SequenceParallel | None
+    cfg_rank: int
+    peers: dist.ProcessGroup | None
+
+    def agree(self, value: int) -> int:
+        """Rank 0's value, on every rank: for what ranks draw or decide each on their own."""
+        if self.config.world_size == 1:
+            return value
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.broadcast(tensor, src=0)
+        return int(tensor)
+
+
+ALONE = Parallel(ParallelConfig(), rank=0, sp=None, cfg_rank=0, peers=None)
+
+
+def world_size_from_environment() -> int:
+    """Processes torchrun (or `bagel-mot --nproc`) started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(config: ParallelConfig, device_type: str) -> Parallel:
+    """Join the other processes; call it on every rank, after `config.check`.
+
+    Rank and meeting place come from the environment, as torchrun sets it (RANK, WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT). One process needs none of it. On GPUs, rank r takes the machine's
+    GPU r and makes it the current one.
+    """
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    world = config.world_size
+    if world == 1:
+        init_parallel(backend=backend)
+        return ALONE
+    rank = int(os.environ["RANK"])
+    init_parallel(config.tensor, rank, world, init_method="env://", backend=backend)
+    place = rank // config.tensor
+    sp_rank, cfg_rank = place % config.sequence, place // config.sequence
+
+    def global_rank(cfg: int, sequence: int, tensor: int) -> int:
+        return (cfg * config.sequence + sequence) * config.tensor + tensor
+
+    # Every process creates every group, in the same order, as torch.distributed requires.
+    mine: dict[str, dist.ProcessGroup] = {}
+
+    def create(name: str, ranks: list[int]) -> None:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            mine[name] = group
+
+    sequences = range(config.sequence)
+    for tensor in range(config.tensor):
+        everyone = [global_rank(c, s, tensor) for c in range(config.cfg) for s in sequences]
+        create("peers", everyone)
+        for cfg in range(config.cfg):
+            create("sp", [global_rank(cfg, s, tensor) for s in sequences])
+            for r in range(config.ring):
+                ulysses = range(r * config.ulysses, (r + 1) * config.ulysses)
+                create("ulysses", [global_rank(cfg, s, tensor) for s in ulysses])
+            for u in range(config.ulysses):
+                ring = range(u, config.ulysses * config.ring, config.ulysses)
+                create("ring", [global_rank(cfg, s, tensor) for s in ring])
+    sp = None
+    if config.sequence > 1:
+        gathers = config.allgather > 1
+        sp = SequenceParallel(
+            size=config.sequence,
+            rank=sp_rank,
+            group=mine["sp"],
+            ulysses_group=None if gathers else mine["ulysses"],
+            ring_group=None if gathers else mine["ring"],
+        )
+    return Parallel(config, rank, sp, cfg_rank, mine["peers"])

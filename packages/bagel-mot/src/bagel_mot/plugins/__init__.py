@@ -1,0 +1,1 @@
+"""What vLLM and vLLM-Omni find through entry points; importing any of it imports neither."""

@@ -1,0 +1,56 @@
+"""Entry point of vLLM-Omni: registers our BAGEL pipeline, and if asked to, in place of theirs.
+
+vLLM-Omni calls `register` in each of its processes before it looks for a model's class. The
+pipeline itself is named as strings and imported where it is used, so this module stays light.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+
+logger = logging.getLogger("bagel_mot")
+
+# Set to 1, it makes BAGEL checkpoints, which vLLM-Omni resolves to "BagelPipeline", run on ours.
+REPLACE_VARIABLE = "BAGEL_MOT_REPLACE_OMNI"
+OWN_NAME = "MoTBagelPipeline"
+REPLACED_NAME = "BagelPipeline"
+_MODULE = "bagel_mot.plugins.omni_pipeline"
+
+
+def register() -> None:
+    """Register `MoTBagelPipeline` with vLLM-Omni; does nothing where that is not installed.
+
+    May be called any number of times. Never raises: what a plugin raises ends vLLM-Omni's process.
+    """
+    if importlib.util.find_spec("vllm_omni") is None:
+        return
+    try:
+        from vllm_omni.diffusion.registry import register_diffusion_model
+    except ImportError as error:
+        logger.warning(
+            "MoTBagelPipeline is not registered: this vLLM-Omni has no register_diffusion_model "
+            "(%s); bagel-mot works with 0.26 to 0.30",
+            error,
+        )
+        return
+    for name in (OWN_NAME, REPLACED_NAME) if _replaces() else (OWN_NAME,):
+        # The process functions are named even where they have the names of those they replace:
+        # vLLM-Omni keeps no function of an unnamed one, only its name.
+        register_diffusion_model(
+            name,
+            _MODULE,
+            "MoTBagelPipeline",
+            pre_process_func_name="get_bagel_pre_process_func",
+            post_process_func_name="get_bagel_post_process_func",
+        )
+
+
+def _replaces() -> bool:
+    value = os.environ.get(REPLACE_VARIABLE, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value not in ("", "0", "false", "no", "off"):
+        logger.warning("%s is %r; expected 1 or 0, taken as 0", REPLACE_VARIABLE, value)
+    return False

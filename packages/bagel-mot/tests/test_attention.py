@@ -1,0 +1,159 @@
+"""Attention backends against attention written out row by row, and in a whole request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from golden_data import GOLDEN, Judge, relative_error
+from PIL import Image
+from test_golden import RecordedNoise, pipeline_for, request_parts, settings_of
+from torch import Tensor
+
+from bagel_mot.model.attention import BACKENDS, attend_math, attend_sdpa, choose_attention
+from bagel_mot.model.layout import Segment
+from bagel_mot.pipeline import BagelPipeline
+from bagel_mot.sampling import Step
+
+HEAD = 16
+
+# Sizes are odd, so that a row too many or too few shows.
+SEGMENTS = {
+    "full": [Segment(5, 0, 0, causal=False)],
+    "full-prefix": [Segment(5, 0, 7, causal=False)],
+    "causal": [Segment(5, 0, 0, causal=True)],
+    "causal-prefix": [Segment(5, 0, 7, causal=True)],
+    "one-row-full": [Segment(1, 0, 0, causal=False)],
+    "one-row-causal": [Segment(1, 0, 0, causal=True)],
+    "one-row-causal-prefix": [Segment(1, 0, 9, causal=True)],
+    "two-rows-causal-prefix": [Segment(2, 0, 1, causal=True)],
+    "starts-later": [Segment(3, 11, 4, causal=True)],
+    "three-branches": [
+        Segment(9, 0, 7, causal=False),
+        Segment(9, 16, 3, causal=False),
+        Segment(9, 28, 0, causal=False),
+    ],
+    "mixed": [
+        Segment(4, 40, 5, causal=True),
+        Segment(1, 0, 3, causal=True),
+        Segment(6, 10, 2, causal=False),
+        Segment(3, 25, 0, causal=True),
+    ],
+    "shared-prefix-rows": [Segment(3, 0, 6, causal=False), Segment(2, 0, 6, causal=True)],
+}
+# Query heads and key/value heads; the last two are the golden model's and the release's.
+HEADS = [(1, 1), (6, 6), (6, 1), (4, 2), (28, 4)]
+
+
+def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment]) -> Tensor:
+    """One query head of one row at a time, in float64."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    groups = q.shape[1] // k.shape[1]
+    row = 0
+    for segment in segments:
+        for own in range(segment.rows):
+            seen = segment.prefix + (own + 1 if segment.causal else segment.rows)
+            keys = slice(segment.kv_start, segment.kv_start + seen)
+            for head in range(q.shape[1]):
+                scores = k[keys, head // groups].double() @ q[row, head].double() / HEAD**0.5
+                out[row, head] = scores.softmax(0) @ v[keys, head // groups].double()
+            row += 1
+    return out
+
+
+def random_rows(
+    segments: list[Segment], heads: int, kv_heads: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v; rows of the cache that no segment may read are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(segment.rows for segment in segments)
+    end = max(segment.kv_rows.stop for segment in segments)
+    # One cache layer as the model has it: k and v are views that skip over one another.
+    kv = torch.full((end + 3, 2, kv_heads, HEAD), float("nan"))
+    for segment in segments:
+        kv[segment.kv_rows] = torch.randn(kv[segment.kv_rows].shape, generator=generator)
+    return torch.randn(rows, heads, HEAD, generator=generator), kv[:, 0], kv[:, 1]
+
+
+def assert_rows_close(got: Tensor, want: Tensor, segments: list[Segment]) -> None:
+    """Each segment for itself: a single wrong row hides among many."""
+    sizes = [segment.rows for segment in segments]
+    for index, pair in enumerate(zip(got.split(sizes), want.split(sizes), strict=True)):
+        error = relative_error(*pair)
+        assert error <= GOLDEN.fp32_bound, f"segment {index}: error {error:.2e}"
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]}-heads-{heads[1]}-kv")
+@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention(backend: str, case: str, heads: tuple[int, int]) -> None:
+    segments = SEGMENTS[case]
+    q, k, v = random_rows(segments, *heads)
+    before = [tensor.clone() for tensor in (q, k, v)]
+    got = BACKENDS[backend](q, k, v, segments)
+    assert got.dtype == q.dtype and got.shape == q.shape
+    assert_rows_close(got, attend_by_rows(q, k, v, segments), segments)
+    for tensor, kept in zip((q, k, v), before, strict=True):
+        assert torch.equal(tensor.nan_to_num(), kept.nan_to_num())
+
+
+@pytest.mark.parametrize("seed", range(8), ids=lambda seed: f"seed-{seed}")
+def test_sdpa_and_math_agree(seed: int) -> None:
+    """On random packings, of up to a few hundred rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(most, (1,), generator=generator))
+
+    segments, start = [], 0
+    for _ in range(1 + draw(5)):
+        start += draw(4)
+        segments.append(Segment(1 + draw(60), start, draw(2) * draw(90), bool(draw(2))))
+        start = segments[-1].kv_rows.stop
+    q, k, v = random_rows(segments, 8, 2, seed)
+    assert_rows_close(attend_sdpa(q, k, v, segments), attend_math(q, k, v, segments), segments)
+
+
+def test_math_computes_in_float32() -> None:
+    """In bfloat16 the reference rounds its inputs and its result, and nothing between."""
+    segments = SEGMENTS["mixed"]
+    q, k, v = (tensor.bfloat16() for tensor in random_rows(segments, 4, 2))
+    got = attend_math(q, k, v, segments)
+    want = attend_math(q.float(), k.float(), v.float(), segments)
+    assert torch.equal(got, want.bfloat16())
+
+
+def test_choose_attention() -> None:
+    assert choose_attention() is choose_attention("sdpa") is attend_sdpa
+    assert choose_attention("math") is attend_math
+
+
+def test_choose_attention_unknown() -> None:
+    with pytest.raises(ValueError, match=r"attention is 'fa9'; known backends are .*sdpa.*math"):
+        choose_attention("fa9")
+
+
+def test_whole_request_with_math() -> None:
+    """A recorded edit, all three contexts, through the reference backend."""
+    case, judge = GOLDEN.case("b1"), Judge(torch.float32)
+    own = BagelPipeline.from_pretrained(
+        GOLDEN.checkpoint, device="cpu", dtype="float32", attention="math"
+    )
+    assert own.model.attend is attend_math
+    steps: list[Step] = []
+    result = pipeline_for(own, case).chat(
+        request_parts(case),
+        output="image",
+        settings=settings_of(case),
+        noise=RecordedNoise(case),
+        on_step=steps.append,
+    )
+    for step in steps:
+        judge.check(case, f"step{step.index}.v", step.velocity)
+        for name, velocity in zip(("main", "cfg_text", "cfg_img"), step.velocities, strict=True):
+            judge.check(case, f"step{step.index}.v_{name}", velocity)
+    judge.check(case, "gen.final_latent", steps[-1].latents)
+    judge.assert_nothing_missed(case, "step0.v", "step4.v", "gen.final")
+    with Image.open(GOLDEN.folder / "cases" / f"{case.name}.png") as recorded:
+        want = np.asarray(recorded, dtype=np.int32)
+    judge.check_pixels(case, np.asarray(result.image, dtype=np.int32) - want)
