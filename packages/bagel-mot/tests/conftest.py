@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bagel_mot.pipeline import BagelPipeline
 from golden_data import GOLDEN, Judge
+
+from bagel_mot.pipeline import BagelPipeline
 
 PLACES = [
     pytest.param(("cpu", torch.float32), id="cpu-float32"),

@@ -26,7 +26,7 @@ NAMES = ("main", "no_text", "no_image")
 class Item:
     """What a request brings, in order: a text of some kind, or a picture."""
 
-    kind: Literal["system", "text", "thought", "picture"]
+    kind: Literal["system", "text", "negative", "thought", "picture"]
     text: str = ""
     latent: Tensor | None = None
     pixels: Tensor | None = None
@@ -53,6 +53,8 @@ def blocks_of(items: Iterable[Item]) -> dict[str, list[RuleBlock]]:
             if item.pixels is not None:
                 main.append(RuleBlock("vit", tensor=item.pixels))
             no_text = list(main)
+        elif item.kind == "negative":  # our own addition: the README knows no negative text
+            no_text = [*no_text, RuleBlock("text", item.text)]
         else:
             if item.kind == "text":
                 no_text = list(main)
@@ -107,6 +109,7 @@ def feed(contexts: Contexts, item: Item) -> None:
         add = {
             "system": contexts.add_system,
             "text": contexts.add_text,
+            "negative": contexts.add_negative,
             "thought": contexts.add_thought,
         }[item.kind]
         add(item.text)
@@ -130,9 +133,12 @@ def picture_item(config: BagelConfig, seed: int, *, with_vae: bool = True) -> It
 
 
 def request_items(config: BagelConfig, letters: str, *, with_vae: bool = True) -> list[Item]:
-    """Items of a request: s is a system prompt, t a text, p a picture and h a thought."""
-    kinds: dict[str, Literal["system", "text", "thought"]]
-    kinds = {"s": "system", "t": "text", "h": "thought"}
+    """Items of a request, a letter each.
+
+    s is a system prompt, t a text, n a negative text, p a picture and h a thought.
+    """
+    kinds: dict[str, Literal["system", "text", "negative", "thought"]]
+    kinds = {"s": "system", "t": "text", "n": "negative", "h": "thought"}
     return [
         picture_item(config, index, with_vae=with_vae)
         if letter == "p"

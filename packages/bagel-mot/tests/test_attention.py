@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from golden_data import GOLDEN, Judge, relative_error
-from PIL import Image
-from test_golden import RecordedNoise, pipeline_for, request_parts, settings_of
+from golden_requests import paint_and_judge
 from torch import Tensor
 
 from bagel_mot.model.attention import BACKENDS, attend_math, attend_sdpa, choose_attention
 from bagel_mot.model.layout import Segment
 from bagel_mot.pipeline import BagelPipeline
-from bagel_mot.sampling import Step
 
 HEAD = 16
 
@@ -140,20 +137,5 @@ def test_whole_request_with_math() -> None:
         GOLDEN.checkpoint, device="cpu", dtype="float32", attention="math"
     )
     assert own.model.attend is attend_math
-    steps: list[Step] = []
-    result = pipeline_for(own, case).chat(
-        request_parts(case),
-        output="image",
-        settings=settings_of(case),
-        noise=RecordedNoise(case),
-        on_step=steps.append,
-    )
-    for step in steps:
-        judge.check(case, f"step{step.index}.v", step.velocity)
-        for name, velocity in zip(("main", "cfg_text", "cfg_img"), step.velocities, strict=True):
-            judge.check(case, f"step{step.index}.v_{name}", velocity)
-    judge.check(case, "gen.final_latent", steps[-1].latents)
-    judge.assert_nothing_missed(case, "step0.v", "step4.v", "gen.final")
-    with Image.open(GOLDEN.folder / "cases" / f"{case.name}.png") as recorded:
-        want = np.asarray(recorded, dtype=np.int32)
-    judge.check_pixels(case, np.asarray(result.image, dtype=np.int32) - want)
+    paint_and_judge(own, judge, case)
+    assert any(key.endswith(".v_cfg_img") for key in judge.checked)

@@ -24,7 +24,7 @@ from bagel_mot.model.layout import KVCache
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.text import generate_text
 
-# s: system prompt, t: text, p: picture, h: thought
+# s: system prompt, t: text, n: negative text, p: picture, h: thought
 REQUESTS = {
     "text": "t",
     "two-texts": "tt",
@@ -34,11 +34,16 @@ REQUESTS = {
     "three-pictures-text": "pppt",
     "picture-text-picture": "ptp",
     "text-picture-text-picture-text": "tptpt",
+    "system-prompt-alone": "s",
     "think-text": "sth",
     "think-picture-text": "spth",
     "think-text-picture": "stph",
     "think-picture": "sph",
     "think-interleaved": "stptpth",
+    "negative-text": "tn",
+    "negative-picture-text": "ptn",
+    "negative-text-picture": "tpn",
+    "negative-think-interleaved": "stptnh",
 }
 LETTERS = [pytest.param(letters, id=name) for name, letters in REQUESTS.items()]
 
@@ -97,7 +102,7 @@ def test_blocks_of_an_interleaved_request(cpu: BagelPipeline) -> None:
 
 
 # Long enough for caches to grow (from 64 rows) on the way.
-@pytest.mark.parametrize("letters", ["ttttt", "tptpt", "ptptp", "spttht"])
+@pytest.mark.parametrize("letters", ["ttttt", "tptpt", "ptptp", "sttht", "tpptnh"])
 def test_older_contexts_stay(cpu: BagelPipeline, letters: str) -> None:
     """Whatever is appended or written later, no context changes: not by a bit."""
     contexts = Contexts(cpu.model, cpu.tokenizer)

@@ -16,8 +16,8 @@ from test_context import forwards, poison_caches
 from torch import Tensor
 
 from bagel_mot.context import Contexts
-from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.denoising import Denoising, denoise
+from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageJob, ImageSettings, Step, guide
 
 RENORMS = ("global", "channel", "text_channel")
@@ -103,6 +103,9 @@ def test_settings_defaults() -> None:
         pytest.param({"num_timesteps": 1}, r"num_timesteps\n.*greater than or equal to 2", id="T"),
         pytest.param({"num_timesteps": 2.5}, r"num_timesteps\n.*integer", id="T-fraction"),
         pytest.param({"timestep_shift": 0}, r"timestep_shift\n.*greater than 0", id="shift"),
+        pytest.param(
+            {"timestep_shift": float("inf")}, r"timestep_shift\n.*finite", id="shift-infinite"
+        ),
         pytest.param({"cfg_text_scale": 0.9}, r"cfg_text_scale\n.*equal to 1", id="text-scale"),
         pytest.param({"cfg_img_scale": 0.9}, r"cfg_img_scale\n.*equal to 1", id="image-scale"),
         pytest.param(
@@ -276,13 +279,24 @@ def test_denoise_steps(cpu: BagelPipeline, renorm: str) -> None:
     ],
 )
 def test_equal_contexts_are_evaluated_once(
-    cpu: BagelPipeline, letters: str, changes: dict[str, Any], copies: list[int]
+    cpu: BagelPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    letters: str,
+    changes: dict[str, Any],
+    copies: list[int],
 ) -> None:
     """Rows of each step: one copy of the image block for each distinct context that is read."""
     contexts = contexts_of(cpu, letters)
+    placed = cache_capacities(monkeypatch)
     with forwards(cpu.model) as packed:
         paint(cpu, contexts, GUIDED.model_copy(update=changes))
     assert packed == [count * (TOKENS + 2) for count in copies]
+    # Nor is there a second copy of a prefix, which may be long.
+    all_contexts = [contexts.main, contexts.no_text, contexts.no_image]
+    distinct = {context.length: context for context in all_contexts if context in all_contexts}
+    assert placed == [
+        sum(length + TOKENS + 2 for length in sorted(distinct, reverse=True)[: max(copies)])
+    ]
 
 
 @pytest.mark.parametrize("renorm", RENORMS)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and the options that make a plain `pytest` on a GPU-less machine work."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from mot_layers.runtime import single_process
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, RoutePlan
+
 from mot_layers import (
     MoTMergedColumnParallelLinear,
     MoTQKVParallelLinear,
@@ -32,7 +33,12 @@ ROUTINGS = {
 }
 
 KINDS = ("qkv", "gate_up", "row")
-BIASES = {"no_bias": (False, False), "bias": (True, True), "und": (True, False), "gen": (False, True)}
+BIASES = {
+    "no_bias": (False, False),
+    "bias": (True, True),
+    "und": (True, False),
+    "gen": (False, True),
+}
 
 
 def make_plan(routing: str, device: str = "cpu") -> RoutePlan:
@@ -58,13 +64,14 @@ class Layer:
     def shards(self) -> dict[Any, int]:
         """Shard id -> out-features of the whole model, in the order of the merged tensor."""
         heads, kv = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
-        return {
+        shards: dict[str, dict[Any, int]] = {
             "qkv": {"q": heads, "k": kv, "v": kv},
             "gate_up": {0: FFN, 1: FFN},
             "row": {None: HIDDEN},
-        }[self.kind]
+        }
+        return shards[self.kind]
 
-    def arguments(self) -> tuple[type, type, tuple[Any, ...]]:
+    def arguments(self) -> tuple[Any, Any, tuple[Any, ...]]:
         """The MoT class, vLLM's class and vLLM's positional arguments."""
         mot, args = {
             "qkv": (MoTQKVParallelLinear, (HIDDEN, HEAD_SIZE, HEADS, KV_HEADS)),
@@ -158,7 +165,10 @@ def exact(
     columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`plain` in float64."""
-    wide = [Weights(w.weight.double(), None if w.bias is None else w.bias.double()) for w in weights]
+    wide = [
+        Weights(own.weight.double(), None if own.bias is None else own.bias.double())
+        for own in weights
+    ]
     if isinstance(epilogue, AddResidual):
         epilogue = AddResidual(epilogue.residual.double())
     return plain(x.double(), plan, wide, epilogue, columns)
@@ -180,7 +190,8 @@ def assert_near(
         if not len(rows):
             continue
         want = truth[rows]
-        error, own_error = (got[rows].double() - want).abs(), (torch_own[rows].double() - want).abs()
+        error = (got[rows].double() - want).abs()
+        own_error = (torch_own[rows].double() - want).abs()
         for measure in (torch.max, lambda t: t.square().mean().sqrt()):
             allowed = 2 * measure(own_error) + 4 * eps * measure(want.abs())
             assert measure(error) <= allowed, (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from layer_cases import (
     plain,
 )
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, Path, use_path
+from vllm.platforms import current_platform
+
 from mot_layers import MoTRMSNorm
 from mot_layers.runtime import single_process
-from vllm.platforms import current_platform
 
 
 def missing() -> str:
@@ -33,7 +35,7 @@ def missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
     if not current_platform.is_cuda_alike():
-        return "needs a GPU build of vLLM; this one is for " + (current_platform.device_type or "none")
+        return f"needs a GPU build of vLLM; this one is for {current_platform.device_type!r}"
     return ""
 
 
@@ -45,11 +47,11 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_gpu() -> Iterator[None]:
-    with single_process(), use_path(Path.TRITON), torch.inference_mode():
+    with single_process(), use_path(Path.TRITON):
         yield
 
 
-def built(spec: Layer, **options: object) -> MoTRMSNorm:
+def built(spec: Layer, **options: Any) -> Any:
     with torch.device("cuda"):
         layer = spec.build(params_dtype=BF16, **options)
     load(layer, spec, spec.weights(BF16))
@@ -114,9 +116,9 @@ def test_moving_to_the_gpu_keeps_one_storage() -> None:
     layer = spec.build()
     load(layer, spec, spec.weights())
     layer.to("cuda")
-    for parameter, row in zip((layer.weight, layer.gen_exp.weight), layer.stacked_weight, strict=True):
-        assert parameter.data_ptr() == row.data_ptr()
-        assert parameter.is_cuda
+    for expert, row in zip((layer, layer.gen_exp), layer.stacked_weight, strict=True):
+        assert expert.weight.data_ptr() == row.data_ptr()
+        assert row.is_cuda
 
 
 def test_graph_capture() -> None:
@@ -140,4 +142,5 @@ def test_graph_capture_with_replaced_weights() -> None:
         pytest.raises(RuntimeError, match="run the layer once before the capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
+        x.mul_(2)  # torch warns of an empty graph
         layer(x, plan)

@@ -94,7 +94,9 @@ def test_experts_do_not_load_into_each_other() -> None:
     assert torch.equal(layer.stacked_weight[1, 48:], half)
 
 
-@pytest.mark.parametrize(("kind", "shard_id"), [("qkv", "o"), ("gate_up", 2)], ids=["qkv", "merged"])
+@pytest.mark.parametrize(
+    ("kind", "shard_id"), [("qkv", "o"), ("gate_up", 2)], ids=["qkv", "merged"]
+)
 def test_unknown_shard(kind: str, shard_id: Any) -> None:
     layer = Layer(kind, "bias").build()
     with pytest.raises(ValueError, match=r"[Ss]hard id"):

@@ -3,69 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from halves_format import HalvesConfig, quantised
 from layer_cases import BIASES, FFN, HIDDEN, KINDS, ROUTINGS, Layer, exact, load, make_plan
 from layer_cases import assert_near as assert_near_truth
 from layer_cases import plain as plainly
 from mot_kernels import SILU_MUL, AddResidual, Epilogue
+
 from mot_layers import linear
-from torch.nn import Parameter
-from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 pytestmark = pytest.mark.usefixtures("vllm_groups")
 
 LAYERS = [Layer(kind, bias) for kind in KINDS for bias in BIASES]
-
-
-class HalvesLinearMethod(LinearMethodBase):
-    """A stand-in for a quantised format: another layout (K, N), and a scale to undo in `apply`."""
-
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        UnquantizedLinearMethod().create_weights(layer, *args, **kwargs)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        layer.weight_scale = 2.0
-        layer.weight = Parameter(layer.weight.data.t().contiguous() / 2, requires_grad=False)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        assert x.shape[0] and x.is_contiguous()
-        return F.linear(x, layer.weight.t() * layer.weight_scale, bias)
-
-
-class HalvesConfig(QuantizationConfig):
-    """Quantises everything except the layers whose prefix holds `ignored`."""
-
-    def __init__(self, ignored: str = "?") -> None:
-        super().__init__()
-        self.ignored = ignored
-        self.prefixes: list[str] = []
-
-    def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        self.prefixes.append(prefix)
-        return UnquantizedLinearMethod() if self.ignored in prefix else HalvesLinearMethod()
-
-    def get_name(self) -> Any:
-        return "halves"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> HalvesConfig:
-        return cls()
 
 
 @pytest.fixture(autouse=True)
@@ -73,15 +25,9 @@ def warn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_gathered_methods", set())
 
 
-def quantised(spec: Layer, ignored: str = "?", **options: Any) -> Any:
-    layer = spec.build(quant_config=HalvesConfig(ignored), **options)
-    load(layer, spec, spec.weights())
-    for expert in (layer, layer.gen_exp):
-        expert.quant_method.process_weights_after_loading(expert)
-    return layer
-
-
-def assert_right(layer: Any, spec: Layer, routing: str, epilogue: Epilogue | None = None) -> None:
+def assert_right(
+    layer: torch.nn.Module, spec: Layer, routing: str, epilogue: Epilogue | None = None
+) -> None:
     plan = make_plan(routing)
     x = torch.randn(plan.num_rows, spec.in_features)
     y, bias = layer(x, plan, epilogue=epilogue)
@@ -149,7 +95,9 @@ def test_says_once_that_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_no_stacked_weight() -> None:
     layer = quantised(Layer("row", "gen"))
-    with pytest.raises(RuntimeError, match="'layers.0.row' has no stacked weight: .*HalvesLinear"):
+    with pytest.raises(
+        RuntimeError, match=r"'layers\.0\.row' has no stacked weight: .*HalvesLinear"
+    ):
         _ = layer.stacked_weight
     assert torch.equal(layer.stacked_bias[1], layer.gen_exp.bias)
     assert not layer.stacked_bias[0].any()

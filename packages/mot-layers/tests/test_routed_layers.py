@@ -21,8 +21,9 @@ from layer_cases import (
     plain,
 )
 from mot_kernels import SILU_MUL, AddResidual
-from mot_layers import MoTMergedColumnParallelLinear, MoTRMSNorm
 from vllm.model_executor.layers.layernorm import RMSNorm
+
+from mot_layers import MoTMergedColumnParallelLinear, MoTRMSNorm
 
 pytestmark = pytest.mark.usefixtures("vllm_groups")
 
@@ -35,7 +36,7 @@ def built(spec: Layer, **options: Any) -> Any:
     return layer
 
 
-def poisoned_norm(**options: Any) -> MoTRMSNorm:
+def drawn_norm(**options: Any) -> MoTRMSNorm:
     norm = MoTRMSNorm(HIDDEN, eps=1e-5, **options)
     for expert in (norm, norm.gen_exp):
         expert.weight.data.normal_()
@@ -118,7 +119,7 @@ def test_skip_bias_add(spec: Layer, residual: bool, return_bias: bool) -> None:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
 def test_rms_norm(residual: bool, routing: str) -> None:
-    norm, plan = poisoned_norm(), make_plan(routing)
+    norm, plan = drawn_norm(), make_plan(routing)
     x = torch.randn(plan.num_rows, HIDDEN)
     r = torch.randn_like(x) if residual else None
 
@@ -137,7 +138,7 @@ def test_rms_norm(residual: bool, routing: str) -> None:
 
 @pytest.mark.parametrize("shape", [(5, HIDDEN), (2, 3, HIDDEN)], ids=["2d", "3d"])
 def test_rms_norm_without_plan_is_vllms(shape: tuple[int, ...]) -> None:
-    norm, theirs = poisoned_norm(), RMSNorm(HIDDEN, eps=1e-5)
+    norm, theirs = drawn_norm(), RMSNorm(HIDDEN, eps=1e-5)
     theirs.weight.data.copy_(norm.weight)
     x, residual = torch.randn(shape), torch.randn(shape)
     assert torch.equal(norm(x), theirs(x))
@@ -148,8 +149,8 @@ def test_rms_norm_without_plan_is_vllms(shape: tuple[int, ...]) -> None:
 
 
 def test_layers_compile_to_one_graph() -> None:
-    norm, gate_up, down = poisoned_norm(), built(Layer("gate_up", "gen")), built(Layer("row", "und"))
-    plan = make_plan("image_between_markers")
+    gate_up, down = built(Layer("gate_up", "gen")), built(Layer("row", "und"))
+    norm, plan = drawn_norm(), make_plan("image_between_markers")
 
     def block(x: torch.Tensor) -> torch.Tensor:
         h, _ = gate_up(norm(x, plan), plan, epilogue=SILU_MUL)
@@ -178,13 +179,13 @@ class TestErrors:
     def test_silu_mul_in_another_layer(self, kind: str, plan: Any) -> None:
         spec = Layer(kind, "no_bias")
         x = torch.randn(16, spec.in_features)
-        with pytest.raises(ValueError, match="SILU_MUL needs gate and up .* is a MoT"):
+        with pytest.raises(ValueError, match=r"SILU_MUL needs gate and up .* is a MoT"):
             built(spec)(x, plan, epilogue=SILU_MUL)
 
     @pytest.mark.parametrize("sizes", [[8, 16], [8, 8, 8], [8]], ids=str)
     def test_silu_mul_of_unequal_halves(self, sizes: list[int]) -> None:
         layer = MoTMergedColumnParallelLinear(HIDDEN, sizes, bias=False)
-        with pytest.raises(ValueError, match="two equal output_sizes.*with output_sizes"):
+        with pytest.raises(ValueError, match=r"two equal output_sizes.*with output_sizes"):
             layer(torch.randn(16, HIDDEN), self.plan, epilogue=SILU_MUL)
 
     @pytest.mark.parametrize("bias", ["bias", "und", "gen"])
@@ -220,7 +221,7 @@ class TestErrors:
 
     def test_norm_called_with_the_residual_second(self) -> None:
         with pytest.raises(TypeError, match="residual by keyword"):
-            poisoned_norm()(torch.randn(16, HIDDEN), torch.randn(16, HIDDEN))
+            drawn_norm()(torch.randn(16, HIDDEN), torch.randn(16, HIDDEN))
 
     def test_norm_without_weight(self) -> None:
         with pytest.raises(ValueError, match="use vLLM's RMSNorm"):

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from mot_layers import MoTRMSNorm, runtime
-from mot_layers.runtime import init_parallel, shutdown_parallel, single_process
 from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed import parallel_state
+
+from mot_layers import MoTRMSNorm, runtime
+from mot_layers.runtime import init_parallel, shutdown_parallel, single_process
 
 
 def is_set_up() -> tuple[bool, bool, bool]:
@@ -94,6 +95,21 @@ def test_groups_of_others_are_kept() -> None:
         with single_process():
             assert is_set_up() == ALL
         assert is_set_up() == ALL
+
+
+def test_what_was_set_up_in_two_steps_is_undone_in_one() -> None:
+    init_parallel()
+    engine, runtime._active = runtime._active, None
+    assert engine is not None
+    with set_current_vllm_config(None):  # groups of others, but no configuration
+        init_parallel()
+        assert is_set_up() == ALL
+        engine.close()
+        assert is_set_up()[1:] == (False, False)
+        init_parallel()
+        assert is_set_up() == ALL
+        shutdown_parallel()
+        assert is_set_up()[1:] == (False, False)
 
 
 def test_a_process_group_of_others_is_kept(tmp_path: os.PathLike[str]) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from layer_cases import BIASES, HIDDEN, KINDS, Layer, exact, load, make_plan, plain
 from layer_cases import assert_near as assert_near_truth
-from mot_layers import MoTRMSNorm, stacking
-from mot_layers.linear import StackedLinearMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from mot_layers import MoTRMSNorm, stacking
+from mot_layers.linear import StackedLinearMethod
 
 pytestmark = pytest.mark.usefixtures("vllm_groups")
 
@@ -94,9 +95,11 @@ def test_gen_expert_is_vllms_class() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("spec", LAYERS, ids=str)
-def test_to_dtype(spec: Layer, dtype: torch.dtype) -> None:
+def test_to_dtype(spec: Layer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Inside another module, as a model would be converted.
     model = torch.nn.Sequential(built(spec)).to(dtype)
+    # Stacked by `to` itself, and not only when a forward finds that they are not.
+    monkeypatch.setattr(stacking, "_warn_restacked", pytest.fail)
     assert_shared(model[0])
     assert model[0].stacked_weight.dtype is dtype
     for stacked, own in zip(model[0].stacked_weight, spec.weights(), strict=True):
@@ -119,6 +122,18 @@ def test_from_meta() -> None:
         parameter.data.zero_()
     assert_shared(layer)
     assert not layer.stacked_weight.any()
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["plan", "no_plan"])
+def test_built_in_inference_mode(planned: bool) -> None:
+    spec = Layer("qkv", "und")
+    plan = make_plan("only_und")
+    x, und = torch.randn(plan.num_rows, HIDDEN), spec.weights()[0]
+    with torch.inference_mode():
+        layer = built(spec)
+        assert_shared(layer)
+        y, _ = layer(x, plan if planned else None)
+    assert torch.equal(y, torch.nn.functional.linear(x, und.weight, und.bias))
 
 
 def test_norm_to_dtype() -> None:
@@ -183,6 +198,7 @@ class TestReplacedParameters:
         und, gen = self.spec.weights()
         load(layer, self.spec, [und, und])
         layer.gen_exp.weight.data = gen.weight.clone()
+        assert gen.bias is not None
         layer.gen_exp.bias.data = gen.bias.clone()
         self.assert_restacked(layer, caplog)
 
@@ -205,8 +221,17 @@ class TestReplacedParameters:
         assert norm.stacked_weight[1, 0] == 2
         assert "MoTRMSNorm" in caplog.text
 
+    def test_one_expert_converted(self) -> None:
+        layer = built(self.spec)
+        layer.gen_exp.to(torch.bfloat16)
+        x, plan = torch.randn(16, HIDDEN), make_plan("every_second_row")
+        with pytest.raises(ValueError, match=r"float32 on cpu but gen_exp\.weight is .*bfloat16"):
+            layer(x, plan)
+        layer.gen_exp.to(torch.float32)
+        layer(x, plan)
+
     def test_wrapped_expert_is_refused(self) -> None:
         layer = built(self.spec)
         layer.gen_exp = torch.nn.Sequential(layer.gen_exp)
-        with pytest.raises(RuntimeError, match="now a Sequential.*LoRA adapters"):
+        with pytest.raises(RuntimeError, match=r"now a Sequential.*LoRA adapters"):
             layer(torch.randn(16, HIDDEN), make_plan("every_second_row"))

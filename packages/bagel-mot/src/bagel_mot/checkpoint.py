@@ -161,6 +161,19 @@ def model_targets(config: BagelConfig) -> dict[str, Target]:
     return targets
 
 
+def und_targets(config: BagelConfig) -> dict[str, Target]:
+    """The part of `model_targets` that understanding needs: the und expert and the vision tower.
+
+    Left out are the gen expert and what turns latents into tokens and back.
+    """
+    latents = {"latent_pos", "time_embedder", "vae2llm", "llm2vae"}
+    return {
+        name: target
+        for name, target in model_targets(config).items()
+        if ".gen_exp" not in target.parameter and target.parameter.split(".")[0] not in latents
+    }
+
+
 def vae_targets(vae: nn.Module) -> dict[str, Target]:
     """Every tensor of `ae.safetensors`: the VAE module's own names."""
     return {
@@ -248,13 +261,14 @@ def load_checkpoint(
         with _opened(file) as tensors:
             for name in names:
                 target = targets[name]
-                _fill(parameters[target.parameter], tensors.get_tensor(name), target.shard)
+                fill(parameters[target.parameter], tensors.get_tensor(name), target.shard)
                 if on_tensor is not None:
                     on_tensor(name, stored[name].elements)
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None) -> None:
+def fill(parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None) -> None:
+    """Copy a checkpoint tensor, or the part `shard` of a fused one, to its parameter."""
     loader = getattr(parameter, "weight_loader", None)
     if loader is not None:  # a vLLM layer: it takes this rank's part
         loader(parameter, tensor) if shard is None else loader(parameter, tensor, shard)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
-from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 from rich.table import Table
 
 from bagel_mot import __version__
+from bagel_mot.cli_io import (
+    IS_FIRST_RANK,
+    console,
+    open_images,
+    output_files,
+    progress,
+    require_folder,
+    require_text,
+    save_png,
+    user_errors,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -26,9 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Paint, edit and answer with BAGEL on routed kernels.",
 )
-# Progress and messages go to stderr: stdout holds the answer and nothing else.
-console = Console(stderr=True)
-
 ModelOption = Annotated[
     Path, typer.Option("--model", "-m", help="Checkpoint folder in the official layout.")
 ]
@@ -41,6 +43,15 @@ DtypeOption = Annotated[
     typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32."),
 ]
 AttentionOption = Annotated[str | None, typer.Option(help="Attention backend: sdpa or math.")]
+TpOption = Annotated[int, typer.Option(help="Tensor parallel ranks.")]
+SpOption = Annotated[
+    str | None,
+    typer.Option(help="Sequence parallel ranks: ulysses:2, ring:3, ulysses:2,ring:2, allgather:2."),
+]
+CfgParallelOption = Annotated[int, typer.Option(help="Ranks the guidance is spread over.")]
+NprocOption = Annotated[
+    int | None, typer.Option(help="Start this many ranks here (else: torchrun does).")
+]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, help="Same seed, same result. Default: a random one.")
 ]
@@ -105,21 +116,22 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    tp: TpOption = 1,
+    sp: SpOption = None,
+    cfg_parallel: CfgParallelOption = 1,
+    nproc: NprocOption = None,
 ) -> None:
     """Paint a text."""
     from bagel_mot.sampling import ImageSettings
 
-    with _user_errors():
+    with user_errors():
         settings = ImageSettings(**_given(locals(), ImageSettings))
         _make_images(
             [prompt],
             settings,
             output,
             overwrite,
-            model,
-            device,
-            dtype,
-            attention,
+            Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc),
             height=height,
             width=width,
             think=think,
@@ -156,21 +168,22 @@ def edit(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    tp: TpOption = 1,
+    sp: SpOption = None,
+    cfg_parallel: CfgParallelOption = 1,
+    nproc: NprocOption = None,
 ) -> None:
     """Change a picture; the output has the last picture's (resized) size."""
     from bagel_mot.sampling import ImageSettings
 
-    with _user_errors():
+    with user_errors():
         settings = ImageSettings.for_editing(**_given(locals(), ImageSettings))
         _make_images(
-            [*_open_images(images), prompt],
+            [*open_images(images), prompt],
             settings,
             output,
             overwrite,
-            model,
-            device,
-            dtype,
-            attention,
+            Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc),
             height=height,
             width=width,
             think=think,
@@ -195,13 +208,28 @@ def ask(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    tp: TpOption = 1,
+    sp: SpOption = None,
+    cfg_parallel: CfgParallelOption = 1,
+    nproc: NprocOption = None,
 ) -> None:
     """Answer a question, about pictures or without. The answer goes to stdout."""
-    with _user_errors():
-        pictures = _open_images(images or [])
-        _require_text("question", question)
-        pipeline = _load(model, device, dtype, attention)
-        answer = pipeline.ask(
+    from bagel_mot.request import Request
+
+    with user_errors():
+        pictures = open_images(images or [])
+        require_text("question", question)
+        Request(
+            [*pictures, question],
+            "text",
+            think=think,
+            max_text_tokens=max_text_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        place = Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc)
+        place.start_ranks()
+        answer = place.load().ask(
             pictures,
             question,
             think=think,
@@ -209,7 +237,8 @@ def ask(
             temperature=temperature,
             seed=seed,
         )
-    typer.echo(answer)
+    if IS_FIRST_RANK:
+        typer.echo(answer)
 
 
 @app.command()
@@ -221,17 +250,22 @@ def inspect(
     dtype: DtypeOption = None,
 ) -> None:
     """Say what is in a checkpoint, where it would be loaded and the memory it needs."""
-    with _user_errors():
+    with user_errors():
         from bagel_mot.inspection import inspect_checkpoint
 
         report = inspect_checkpoint(model, dtype or "bfloat16")
+    stdout = Console()
+    if not stdout.is_terminal:
+        stdout.width = 1000  # as wide as a table needs: no name is cut for whoever reads it
     for title, columns, rows in report.tables(with_names=names):
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+            table.add_row(*map(escape, row))
+        stdout.print(table)
     for problem in report.problems:
-        console.print(f"[red]{problem}[/red]", highlight=False)
+        console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
 
@@ -257,31 +291,93 @@ def _given(arguments: dict[str, Any], settings_class: type[Any]) -> dict[str, An
     }
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which model runs where: the options every command that runs it has."""
+
+    model: Path
+    device: str | None
+    dtype: str | None
+    attention: str | None
+    tp: int
+    sp: str | None
+    cfg_parallel: int
+    nproc: int | None
+
+    def start_ranks(self) -> None:
+        """With --nproc: run this command on so many ranks instead, and exit as they do."""
+        from bagel_mot.config import BagelConfig
+        from bagel_mot.launch import run_ranks
+        from bagel_mot.parallel import ParallelConfig, world_size_from_environment
+
+        require_folder(self.model)
+        if self.nproc is not None and self.nproc < 1:
+            raise ValueError(f"--nproc {self.nproc}: expected at least 1")
+        sizes = ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel)
+        ranks = self.nproc or world_size_from_environment()
+        sizes.check(BagelConfig.from_folder(self.model).llm, ranks)
+        if self.nproc is None or self.nproc == 1:
+            return
+        words = iter(sys.argv[1:])
+        command = [sys.executable, "-m", "bagel_mot"]
+        for word in words:
+            if word == "--nproc":
+                next(words)
+            elif not word.startswith("--nproc="):
+                command.append(word)
+        raise typer.Exit(run_ranks(command, self.nproc))
+
+    def load(self) -> Any:
+        """The pipeline."""
+        import torch
+
+        from bagel_mot import checkpoint
+        from bagel_mot.parallel import ParallelConfig
+        from bagel_mot.pipeline import BagelPipeline
+
+        dtype = self.dtype
+        if dtype is None:
+            on_gpu = self.device.startswith("cuda") if self.device else torch.cuda.is_available()
+            dtype = "bfloat16" if on_gpu else "float32"
+        headers = checkpoint.read_headers(self.model)
+        total = sum(tensor.elements for tensor in headers.values())
+        with progress("loading", total, numbers=False) as advance:
+            return BagelPipeline.from_pretrained(
+                self.model,
+                device=self.device,
+                dtype=dtype,
+                attention=self.attention,
+                parallel=ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel),
+                on_tensor=lambda _, elements: advance(elements),
+            )
+
+
 def _make_images(
     parts: list[Any],
     settings: Any,
     output: Path,
     overwrite: bool,
-    model: Path,
-    device: str | None,
-    dtype: str | None,
-    attention: str | None,
+    place: Place,
     **options: Any,
 ) -> None:
     """Check what can be checked without the model, load it, paint, save."""
     from bagel_mot.config import BagelConfig
-    from bagel_mot.request import image_size
+    from bagel_mot.request import Request, image_size
 
-    _require_text("prompt", parts[-1])
-    _require_folder(model)
-    image_size(BagelConfig.from_folder(model), options["height"], options["width"], None)
-    files = _output_files(output, options["num_images"], overwrite)
-    pipeline = _load(model, device, dtype, attention)
+    require_text("prompt", parts[-1])
+    require_folder(place.model)
+    Request(parts, "image", settings=settings, **options)
+    image_size(BagelConfig.from_folder(place.model), options["height"], options["width"], None)
+    files = output_files(output, options["num_images"], overwrite)
+    place.start_ranks()
+    pipeline = place.load()
     steps = settings.num_timesteps - 1
-    with _progress("painting", steps * options["num_images"]) as advance:
+    with progress("painting", steps * options["num_images"]) as advance:
         result = pipeline.chat(
             parts, output="image", settings=settings, on_step=lambda _: advance(1), **options
         )
+    if not IS_FIRST_RANK:
+        return
     if result.text is not None:
         console.print(result.text, markup=False, highlight=False)
     for file, image, seed in zip(files, result.images, result.seeds, strict=True):
@@ -293,105 +389,5 @@ def _make_images(
         }
         if result.text is not None:
             metadata["thought"] = result.text
-        _save_png(image, file, metadata)
+        save_png(image, file, metadata)
         typer.echo(file.resolve())
-
-
-def _load(model: Path, device: str | None, dtype: str | None, attention: str | None) -> Any:
-    import torch
-
-    from bagel_mot import checkpoint
-    from bagel_mot.pipeline import BagelPipeline
-
-    if dtype is None:
-        on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
-        dtype = "bfloat16" if on_gpu else "float32"
-    _require_folder(model)
-    total = sum(tensor.elements for tensor in checkpoint.read_headers(model).values())
-    with _progress("loading", total, numbers=False) as advance:
-        return BagelPipeline.from_pretrained(
-            model,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            on_tensor=lambda _, elements: advance(elements),
-        )
-
-
-def _open_images(paths: list[Path]) -> list[Image.Image]:
-    images: list[Image.Image] = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.load()
-                images.append(image)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"--image {path}: no such file") from error
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
-    return images
-
-
-def _require_text(name: str, text: str) -> None:
-    if not text.strip():
-        raise ValueError(f"the {name} is empty; say what you want")
-
-
-def _require_folder(model: Path) -> None:
-    if not model.is_dir():
-        raise FileNotFoundError(f"--model {model}: no such folder; give a BAGEL checkpoint folder")
-
-
-def _output_files(output: Path, count: int, overwrite: bool) -> list[Path]:
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output {output}: expected a name that ends in .png")
-    files = [output]
-    if count > 1:
-        files = [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
-    for file in files:
-        if file.exists() and not overwrite:
-            raise ValueError(f"{file} exists; choose another --output or pass --overwrite")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return files
-
-
-def _save_png(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
-    """Write beside the target, then rename: the file is whole or not there."""
-    info = PngInfo()
-    for key, value in metadata.items():
-        info.add_itxt(key, value)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".png")
-    os.close(handle)
-    try:
-        image.save(temporary, pnginfo=info)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-@contextmanager
-def _progress(title: str, total: int, *, numbers: bool = True) -> Iterator[Callable[[int], None]]:
-    columns = [TextColumn(title), BarColumn(), TimeRemainingColumn()]
-    if numbers:
-        columns.insert(2, MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda amount: progress.advance(task, amount)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn errors the user can mend into one line and exit code 2."""
-    try:
-        yield
-    except ValidationError as error:
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"]) or "settings"
-            got = json.dumps(problem["input"], default=str)
-            console.print(f"error: {name}: {problem['msg']} (got {got})", markup=False)
-        raise typer.Exit(2) from None
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None

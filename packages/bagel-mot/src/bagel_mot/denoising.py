@@ -18,7 +18,7 @@ from bagel_mot.context import Context, Contexts
 from bagel_mot.images import grid_positions
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.layout import GEN, UND, Block, Layout, Segment, build_layout, to_device
-from bagel_mot.model.sequence_parallel import chunk
+from bagel_mot.model.sequence_parallel import all_gather, chunk
 from bagel_mot.parallel import ALONE, Parallel
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
 from bagel_mot.tokenizer import BagelTokenizer
@@ -130,7 +130,7 @@ class Denoising:
             padded[: len(own)] = own
             everyone = dist.get_world_size(self.parallel.peers)
             gathered = padded.new_empty(everyone * packing.most_tokens, channels)
-            dist.all_gather_into_tensor(gathered, padded, group=self.parallel.peers)
+            all_gather(gathered, padded, self.parallel.peers)
             own = gathered[packing.assembly]
         return own.split(packing.sizes)
 

@@ -177,7 +177,7 @@ class BagelPipeline:
             prompt: what to change.
             settings: default `ImageSettings.for_editing()`.
         """
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        pictures = _pictures(images)
         if not pictures:
             raise ValueError("images is empty; give at least one picture to edit")
         return self.chat(
@@ -194,7 +194,7 @@ class BagelPipeline:
         **options: Any,
     ) -> str:
         """Answer a question, about pictures or (None or []) without. See `chat` for the options."""
-        pictures = [images] if isinstance(images, Image.Image) else list(images or [])
+        pictures = [] if images is None else _pictures(images)
         answer = self.chat([*pictures, question], output="text", **options).text
         assert answer is not None
         return answer
@@ -227,7 +227,7 @@ class BagelPipeline:
             Request(parts, **options), on_text=on_text, cancel=cancel, noise=noise
         )
         self.denoise(prepared.jobs, on_step=on_step, cancel=cancel)
-        return self.finish(prepared)
+        return self.finish(prepared, cancel=cancel)
 
     def run(
         self, requests: Sequence[Request], *, cancel: threading.Event | None = None
@@ -239,7 +239,7 @@ class BagelPipeline:
         """
         prepared = [self.prepare(request, cancel=cancel) for request in requests]
         self.denoise([job for each in prepared for job in each.jobs], cancel=cancel)
-        return [self.finish(each) for each in prepared]
+        return [self.finish(each, cancel=cancel) for each in prepared]
 
     @torch.no_grad()
     def prepare(
@@ -326,9 +326,12 @@ class BagelPipeline:
                         on_step(step)
 
     @torch.no_grad()
-    def finish(self, prepared: Prepared) -> Result:
+    def finish(self, prepared: Prepared, *, cancel: threading.Event | None = None) -> Result:
         """Decode the images of a request whose jobs are done."""
-        images = [self._decode(job) for job in prepared.jobs]
+        images = []
+        for job in prepared.jobs:
+            self._stop_if(cancel)
+            images.append(self._decode(job))
         return Result(tuple(images), tuple(prepared.seeds), prepared.text)
 
     def _add_picture(
@@ -356,7 +359,8 @@ class BagelPipeline:
         def token_chosen(token: int) -> None:
             self._stop_if(cancel)
             tokens.append(token)
-            if on_text is not None:
+            # Of `max_text_tokens` chosen tokens the last is not fed, and so not in the answer.
+            if on_text is not None and len(tokens) <= request.max_text_tokens:
                 on_text(self.tokenizer.answer(tokens))
 
         fed = generate_text(
@@ -399,6 +403,20 @@ def build_model(
         torch.set_default_dtype(default)
 
 
+def _pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """One picture or several as a list; a path would otherwise pass for a list of texts."""
+    if isinstance(images, Image.Image):
+        return [images]
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        raise TypeError(
+            f"images is a {type(images).__name__}; expected a PIL image or a list of PIL images"
+        )
+    for i, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"images[{i}] is a {type(image).__name__}; expected a PIL image")
+    return list(images)
+
+
 def _rows(job: ImageJob) -> int:
     return len(job.branches) * (job.grid[0] * job.grid[1] + 2)
 
@@ -415,7 +433,12 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _parse_device(name: str | torch.device | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device} but torch sees no GPU; use device='cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device} but torch sees {torch.cuda.device_count()} GPUs")
     return device

@@ -29,7 +29,7 @@ class Request:
         settings: how the image is sampled.
         num_images: images to make; image i has seed + i. All see the first one's encoding of the
             request's pictures and its thought.
-        seed: for all random numbers of the request, see `Noise`; drawn if None.
+        seed: for all random numbers of the request, see `Noise`; at least 0; drawn if None.
         max_text_tokens: most tokens of an answer or thought.
         temperature: None writes the most likely text; otherwise text is sampled.
         negative_prompt: text that the image is guided away from, in place of the request's last
@@ -60,10 +60,15 @@ class Request:
                 f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "
                 "both start at 1"
             )
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not self.temperature > 0:  # NaN included
             raise ValueError(
                 f"temperature is {self.temperature}; expected > 0, or None for the likeliest text"
             )
+        if not isinstance(self.settings, ImageSettings):
+            raise TypeError(f"settings is a {type(self.settings).__name__}; expected ImageSettings")
+        last = 2**63 - self.num_images
+        if self.seed is not None and not 0 <= self.seed <= last:
+            raise ValueError(f"seed is {self.seed}; expected 0..{last}")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class ImageSettings(BaseModel):
         cfg_renorm_min: least scale the renormalisation may give, 0..1.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_timesteps: int = Field(50, ge=2)
     timestep_shift: float = Field(3.0, gt=0)

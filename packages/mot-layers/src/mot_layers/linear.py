@@ -15,7 +15,7 @@ All three work alike, in `_MoTLinear`:
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from vllm.platforms import current_platform
 
 from mot_layers.stacking import StackedExperts, logger
 
-Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
 class StackedLinearMethod(UnquantizedLinearMethod):
@@ -172,9 +172,7 @@ class _MoTLinear(StackedExperts, LinearBase):
         weight, bias = self._stacked()
         return mot_linear(x, weight, plan, bias=bias if add_bias else None, epilogue=epilogue)
 
-    def _multiply_gathered(
-        self, x: torch.Tensor, plan: RoutePlan, add_bias: bool
-    ) -> torch.Tensor:
+    def _multiply_gathered(self, x: torch.Tensor, plan: RoutePlan, add_bias: bool) -> torch.Tensor:
         """Each expert's rows through its own quantisation method; (M, K) -> (M, N)."""
         if x.dim() != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K), one row per token")

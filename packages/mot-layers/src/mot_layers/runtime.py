@@ -20,7 +20,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 from vllm.config import (
@@ -90,9 +89,8 @@ def init_parallel(
             undo.enter_context(set_current_vllm_config(config))
         if not parallel_state.model_parallel_is_initialized():
             _create_groups(undo, tp_size, rank, world_size, init_method, backend)
-        if _active is not None:
-            undo.push(_active.pop_all())
-        _active = undo.pop_all()
+        _active = _active or ExitStack()
+        _active.push(undo.pop_all())
     atexit.register(shutdown_parallel)
 
 
@@ -182,7 +180,7 @@ def _create_groups(
         folder = tempfile.mkdtemp(prefix="mot-layers-")
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         # A file rather than a port: nothing else on the machine can take it first.
-        init_method = Path(folder, "store").as_uri()
+        init_method = f"file://{folder}/store"
     if world_size > 1 and not on_gpu and "VLLM_DIST_IDENT" not in os.environ:
         # vLLM's CPU communicator names its shared memory after this; its workers set it.
         meeting = f"{init_method} {os.environ.get('MASTER_PORT', '')}"

@@ -41,31 +41,47 @@ class StackedExperts(nn.Module):
         self._addresses = tuple((name, None, None) for name in names)
         self._restack()
 
-    # Parameters made from inference tensors could never be loaded into outside inference mode.
-    @torch.inference_mode(False)
     @torch.no_grad()
     def _restack(self) -> None:
         self._stacks = ()  # drop the old stacks first; the parameters keep alive what they need
         stacks: list[torch.Tensor | None] = []
-        addresses = []
+        addresses: list[tuple[str, int | None, int | None]] = []
         for name, _, _ in self._addresses:
             experts = [getattr(self, name), getattr(self.gen_exp, name)]
             like = next((p.data for p in experts if p is not None), None)
-            stack = None if like is None else like.new_empty((2, *like.shape))
-            pointers: list[int | None] = [None, None]
-            for e, parameter in enumerate(experts):
-                if stack is None:
-                    continue
-                if parameter is None:
-                    stack[e].zero_()
-                else:
-                    stack[e].copy_(parameter.data)
-                    parameter.data = stack[e]
-                    pointers[e] = parameter.data_ptr()
+            if like is None:
+                stacks.append(None)
+                addresses.append((name, None, None))
+                continue
+            self._check_alike(name, experts)
+            # A stack made again during inference must not turn parameters into inference tensors,
+            # which could not be loaded into later; and those that are some stay so.
+            with torch.inference_mode(like.is_inference()):
+                stack = like.new_empty((2, *like.shape))
+                pointers: list[int | None] = [None, None]
+                for e, parameter in enumerate(experts):
+                    if parameter is None:
+                        stack[e].zero_()
+                    else:
+                        stack[e].copy_(parameter.data)
+                        parameter.data = stack[e]
+                        pointers[e] = parameter.data_ptr()
             stacks.append(stack)
-            addresses.append((name, *pointers))
+            addresses.append((name, pointers[0], pointers[1]))
         self._stacks = tuple(stacks)
         self._addresses = tuple(addresses)
+
+    def _check_alike(self, name: str, experts: list[torch.Tensor | None]) -> None:
+        und, gen = experts
+        if und is None or gen is None:
+            return
+        facts = [(tuple(p.shape), p.dtype, p.device) for p in (und, gen)]
+        if facts[0] != facts[1]:
+            described = [f"{shape} {dtype} on {device}" for shape, dtype, device in facts]
+            raise ValueError(
+                f"{type(self).__name__}: {name} is {described[0]} but gen_exp.{name} is "
+                f"{described[1]}; convert or move the layer as a whole"
+            )
 
     def _is_stacked(self) -> bool:
         """Whether the parameters still are the rows of the stacks; compares addresses only.

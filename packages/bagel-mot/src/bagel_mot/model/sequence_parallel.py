@@ -26,6 +26,13 @@ from bagel_mot.model.attention import Attend, attend_with_lse, merge
 from bagel_mot.model.layout import Block, Segment, to_device
 
 
+def all_gather(out: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Concatenate the ranks' `own` tensors, of one shape, into `out`."""
+    # torch 2.13 renames the function and warns about the old name, which is all 2.11 has.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(out, own, group=group)
+
+
 def chunk_rows(rows: int, parts: int) -> int:
     """Rows of each chunk but the last ones."""
     return -(-rows // parts)
@@ -135,7 +142,7 @@ class _AllGatherKV:
             start = segment.own_rows.start
             whole = kv[start : start + size * self.sp.size]
             mine = whole[self.sp.rank * size : (self.sp.rank + 1) * size]
-            dist.all_gather_into_tensor(whole, mine.clone(), group=self.sp.group)
+            all_gather(whole, mine.clone(), self.sp.group)
         return attend(q, kv[:, 0], kv[:, 1], self.segments)
 
 

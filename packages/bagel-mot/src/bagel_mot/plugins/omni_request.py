@@ -47,7 +47,7 @@ class _Extras(BaseModel):
     timestep_shift: float = 3.0
     negative_prompt: str = ""
     think: bool = False
-    max_think_tokens: int | None = None
+    max_think_tokens: int | None = Field(None, ge=1)
     do_sample: bool = False
     text_temperature: float = 0.3
     bagel_mot_size: tuple[int | None, int | None] = (None, None)
@@ -60,9 +60,9 @@ class _Sampling(BaseModel):
 
     height: int | None = Field(None, gt=0)
     width: int | None = Field(None, gt=0)
-    num_inference_steps: int = 50
-    num_outputs_per_prompt: int = 1
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    num_inference_steps: int = Field(50, ge=2)
+    num_outputs_per_prompt: int = Field(1, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,26 @@ class Asked:
         settings: how its images are sampled.
         num_images: how many.
         size: (height, width) of them; None if another stage may know it.
+        negative_prompt: what they are guided away from, "" for no text.
     """
 
     request: Request | None
     settings: ImageSettings
     num_images: int
     size: tuple[int, int] | None
+    negative_prompt: str
 
 
-def read_request(prompt: Any, sampling: Any, config: BagelConfig) -> Asked:
+def read_request(
+    prompt: Any, sampling: Any, config: BagelConfig, *, handed_over: bool = False
+) -> Asked:
     """Read a request's prompt and sampling parameters.
 
     Args:
         prompt: a string, or a mapping with `prompt`, `negative_prompt`, `modalities`,
             `multi_modal_data` and `mm_processor_kwargs`.
         sampling: `OmniDiffusionSamplingParams`.
+        handed_over: another stage reads the prompt, or has done so; its parts do not matter here.
 
     Raises:
         OmniClientError: naming the field, what it was and what would be right.
@@ -111,18 +116,16 @@ def read_request(prompt: Any, sampling: Any, config: BagelConfig) -> Asked:
             cfg_text_scale=max(extras.cfg_text_scale, 1.0),
             cfg_img_scale=max(extras.cfg_img_scale, 1.0),
             cfg_interval=extras.cfg_interval,
-            cfg_renorm_type=extras.cfg_renorm_type,  # type: ignore[arg-type]  # checked there
+            cfg_renorm_type=extras.cfg_renorm_type,
             cfg_renorm_min=extras.cfg_renorm_min,
         )
-        if values.num_outputs_per_prompt < 1:
-            raise ValueError(
-                f"num_outputs_per_prompt is {values.num_outputs_per_prompt}; expected at least 1"
-            )
+        negative = fields.get("negative_prompt")
+        negative = _text(extras.negative_prompt if negative is None else negative)
         size = _requested_size(values.height, values.width, config)
-        if sampling.past_key_values is not None:
+        if handed_over:
             largest = config.latent_grid * config.latent_token_pixels
             full = None if size is None else (size[0] or largest, size[1] or largest)
-            return Asked(None, settings, values.num_outputs_per_prompt, full)
+            return Asked(None, settings, values.num_outputs_per_prompt, full, negative)
 
         parts = _parts(fields)
         pictures = [part for part in parts if not isinstance(part, str)]
@@ -133,7 +136,6 @@ def read_request(prompt: Any, sampling: Any, config: BagelConfig) -> Asked:
                 "once; ask several times, with do_sample and other seeds"
             )
         whole = _whole_size(size, pictures, config) if output == "image" else None
-        negative = fields.get("negative_prompt")
         request = Request(
             parts,
             output,
@@ -145,11 +147,11 @@ def read_request(prompt: Any, sampling: Any, config: BagelConfig) -> Asked:
             seed=values.seed,
             max_text_tokens=extras.max_think_tokens or _most_tokens(extras, output),
             temperature=extras.text_temperature if extras.do_sample else None,
-            negative_prompt=_text(extras.negative_prompt if negative is None else negative) or None,
+            negative_prompt=negative or None,
         )
         if whole is not None:
             initial_latents(sampling.latents, whole, values.num_outputs_per_prompt, config)
-        return Asked(request, settings, values.num_outputs_per_prompt, whole)
+        return Asked(request, settings, values.num_outputs_per_prompt, whole, negative)
 
 
 def initial_latents(
@@ -196,7 +198,7 @@ def set_size_apart(sampling: Any) -> None:
     whatever their sizes. `report_size` puts a size back for whoever reads the result.
     """
     sides = [
-        None if getattr(sampling, f"{name}_not_provided", False) else getattr(sampling, name)
+        None if getattr(sampling, f"{name}_not_provided") else getattr(sampling, name)
         for name in ("height", "width")
     ]
     if any(side is not None for side in sides):
@@ -243,13 +245,16 @@ def _given(extra_args: Any) -> dict[str, Any]:
 def _sampling_values(sampling: Any, fields: Mapping[str, Any], extras: _Extras) -> dict[str, Any]:
     values = {name: getattr(sampling, name) for name in _Sampling.model_fields}
     hints = fields.get("mm_processor_kwargs") or {}
+    if not isinstance(hints, Mapping):
+        raise TypeError(f"mm_processor_kwargs is a {type(hints).__name__}; expected a mapping")
     apart = extras.bagel_mot_size
     for name, hint, side in (("height", "target_h", apart[0]), ("width", "target_w", apart[1])):
-        if getattr(sampling, f"{name}_not_provided", False):
+        if getattr(sampling, f"{name}_not_provided"):
+            # Filled in from the picture by the HTTP server, which does not know how BAGEL resizes
+            # it; the hint is then of the same origin.
             values[name] = None
-        for other in (side, hints.get(hint)):
-            if values[name] is None:
-                values[name] = other
+        elif values[name] is None:
+            values[name] = hints.get(hint) if side is None else side
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -308,7 +313,8 @@ def _picture(image: Any, index: int) -> Image.Image:
         if isinstance(image, str | os.PathLike):
             image = Image.open(image)
         if isinstance(image, Image.Image):
-            return to_rgb(image).copy() if image.mode == "RGB" else to_rgb(image)
+            image.load()  # which finds a truncated file
+            return to_rgb(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {index} cannot be read: {error}") from error
     raise TypeError(f"picture {index} is a {type(image).__name__}; expected a PIL image or a path")

@@ -128,16 +128,25 @@ def load_entries(path: Path) -> tuple[tuple[Problem, TileConfig], ...]:
     return tuple(entries)
 
 
-def _parse_entry(entry: dict[str, Any]) -> tuple[Problem, TileConfig]:
+def _parse_entry(entry: Any) -> tuple[Problem, TileConfig]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, got {entry!r}")
     if missing := sorted(_ENTRY_KEYS - set(entry)):
         raise ValueError(f"key {missing[0]!r} is missing")
+    for key in ("n", "k"):
+        if type(entry[key]) is not int:  # a bool is an int, too
+            raise ValueError(f"key {key!r} is {entry[key]!r}; expected an integer")
+    rows = entry["rows"]
+    if not isinstance(rows, list) or any(type(r) is not int or r < 0 for r in rows):
+        raise ValueError(f"key 'rows' is {rows!r}; expected a list of row counts, one per expert")
+    if not isinstance(entry["config"], dict):
+        raise ValueError(f"key 'config' is {entry['config']!r}; expected an object")
     dtype = getattr(torch, str(entry["dtype"]), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"key 'dtype' is {entry['dtype']!r}; expected for example 'bfloat16'")
     if entry["epilogue"] not in ("none", "silu_mul", "add_residual"):
         raise ValueError(f"key 'epilogue' is {entry['epilogue']!r}")
-    rows = tuple(int(r) for r in entry["rows"])
-    problem = Problem(int(entry["n"]), int(entry["k"]), dtype, entry["epilogue"], rows)
+    problem = Problem(entry["n"], entry["k"], dtype, entry["epilogue"], tuple(rows))
     return problem, TileConfig.from_dict(entry["config"])
 
 

@@ -1,0 +1,112 @@
+"""What the commands share: pictures in and out, progress, errors a user can mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# vLLM's advice about its engine, which does not run here, would bury our own messages.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+# Progress and messages go to stderr: stdout holds the answer and nothing else.
+console = Console(stderr=True)
+
+# Of several ranks only the first shows progress and writes results.
+IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
+
+
+def open_images(paths: list[Path]) -> list[Image.Image]:
+    images: list[Image.Image] = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.load()
+                images.append(image)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--image {path}: no such file") from error
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
+    return images
+
+
+def require_text(name: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"the {name} is empty; say what you want")
+
+
+def require_folder(model: Path) -> None:
+    if not model.is_dir():
+        raise FileNotFoundError(f"--model {model}: no such folder; give a BAGEL checkpoint folder")
+
+
+def output_files(output: Path, count: int, overwrite: bool) -> list[Path]:
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output {output}: expected a name that ends in .png")
+    files = [output]
+    if count > 1:
+        files = [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file} exists; choose another --output or pass --overwrite")
+    existing = next(path for path in (output.parent, *output.parent.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output {output}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--output {output}: no permission to write to {existing}")
+    return files
+
+
+def save_png(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
+    """Write beside the target, then rename: the file is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    for key, value in metadata.items():
+        info.add_itxt(key, value)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".png")
+    os.close(handle)
+    try:
+        image.save(temporary, pnginfo=info)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def progress(title: str, total: int, *, numbers: bool = True) -> Iterator[Callable[[int], None]]:
+    columns = [TextColumn(title), BarColumn(), TimeRemainingColumn()]
+    if numbers:
+        columns.insert(2, MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not IS_FIRST_RANK) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn errors the user can mend into one line and exit code 2."""
+    try:
+        yield
+    except ValidationError as error:
+        for problem in error.errors():
+            cause = problem.get("ctx", {}).get("error")  # a check of our own: it says it all
+            name = ".".join(str(part) for part in problem["loc"]).replace("_", "-")
+            got = json.dumps(problem["input"], default=str)
+            message = cause or f"--{name}: {problem['msg']} (got {got})"
+            console.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except (ValueError, TypeError, OSError) as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,115 @@
+"""From vLLM-Omni's configuration to a checkpoint folder, our configuration, and loaded weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+from vllm_omni.model_executor.model_loader.weight_utils import download_weights_from_hf_specific
+
+from bagel_mot import checkpoint
+from bagel_mot.checkpoint import CheckpointError, StoredTensor, Target
+from bagel_mot.config import BagelConfig
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the official layout, downloaded if it has to be.
+
+    Attributes:
+        config: with the grids that the position tables have.
+        stored: the tensors in its files.
+    """
+
+    folder: Path
+    config: BagelConfig
+    stored: Mapping[str, StoredTensor]
+
+    @classmethod
+    def of(cls, od_config: Any) -> Checkpoint:
+        """The checkpoint that `od_config.model` names; reads configs and file headers only.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file does not hold what it should.
+        """
+        model = od_config.model
+        if not model:
+            raise ValueError("od_config.model is empty; expected a folder or a Hugging Face name")
+        if not os.path.exists(model):
+            model = download_weights_from_hf_specific(
+                model, None, ["*"], revision=getattr(od_config, "revision", None)
+            )
+        folder = Path(model)
+        stored = checkpoint.read_headers(folder)
+        config = checkpoint.config_with_grids(BagelConfig.from_folder(folder), stored)
+        return cls(folder, config, stored)
+
+    def targets(self, vae: nn.Module) -> dict[str, Target]:
+        """Where each tensor goes, after a check that the files hold exactly these.
+
+        Raises:
+            CheckpointError: listing all that is missing, not known or of another shape.
+        """
+        targets = checkpoint.model_targets(self.config) | checkpoint.vae_targets(vae)
+        checkpoint.check_names(dict(self.stored), targets)
+        return targets
+
+    def sources(self) -> list[DiffusersPipelineLoader.ComponentSource]:
+        """The files, for vLLM-Omni's loader to stream.
+
+        One source a file: the loader's own choice, by pattern or by the index, would add files
+        that happen to lie there, or leave out a VAE that the index does not list.
+        """
+        files = sorted({tensor.file for tensor in self.stored.values()})
+        return [
+            DiffusersPipelineLoader.ComponentSource(
+                model_or_path=str(self.folder),
+                subfolder=None,
+                revision=None,
+                prefix="",
+                fall_back_to_pt=False,
+                allow_patterns_overrides=[str(file.relative_to(self.folder))],
+            )
+            for file in files
+        ]
+
+
+def load_stream(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], targets: Mapping[str, Target]
+) -> set[str]:
+    """Copy a stream of checkpoint tensors to where they belong.
+
+    Args:
+        weights: (checkpoint name, tensor), in any order.
+        targets: the place of each; every one must come, and none twice.
+
+    Returns:
+        The names of the parameters of `model` that were filled: all.
+
+    Raises:
+        CheckpointError: a tensor without a place, of another shape, or coming twice; or places
+            that got nothing.
+    """
+    parameters = dict(model.named_parameters())
+    waiting = dict(targets)
+    for name, tensor in weights:
+        target = waiting.pop(name, None)
+        if target is None:
+            what = "came twice" if name in targets else "is not part of the model"
+            raise CheckpointError(f"tensor {name} {what}")
+        if tuple(tensor.shape) != target.shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"tensor {name} is {list(tensor.shape)} {tensor.dtype}; expected "
+                f"{list(target.shape)} in a floating-point type"
+            )
+        checkpoint.fill(parameters[target.parameter], tensor, target.shard)
+    if waiting:
+        raise CheckpointError(f"missing tensors: {', '.join(sorted(waiting))}")
+    return {target.parameter for target in targets.values()}

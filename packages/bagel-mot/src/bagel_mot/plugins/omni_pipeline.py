@@ -1,0 +1,344 @@
+"""`MoTBagelPipeline`: BAGEL as vLLM-Omni's diffusion stage.
+
+One stage serves everything (text and picture to image, and to text), or the image stage of the
+two-stage deployment, whose language model hands its KV caches over. Requests in one batch may
+differ in all they ask for, sizes included. vLLM-Omni 0.26 to 0.30; `omni.py` registers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from mot_layers.runtime import init_parallel
+from torch import nn
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.errors import OmniClientError
+
+from bagel_mot.config import LlmConfig
+from bagel_mot.denoising import Denoising
+from bagel_mot.parallel import ALONE, Parallel, ParallelConfig, start
+from bagel_mot.pipeline import BagelPipeline, Prepared, build_model
+from bagel_mot.plugins.omni_checkpoint import Checkpoint, load_stream
+from bagel_mot.plugins.omni_context import contexts_from, handed_over_size
+from bagel_mot.plugins.omni_noise import noise_sources
+from bagel_mot.plugins.omni_painting import Painting, image_answer, text_answer
+from bagel_mot.plugins.omni_request import (
+    Asked,
+    client_errors,
+    initial_latents,
+    read_request,
+    report_size,
+    set_size_apart,
+)
+from bagel_mot.request import Noise, image_size
+from bagel_mot.sampling import ImageJob, Step
+from bagel_mot.tokenizer import BagelTokenizer
+
+_STATE = "bagel_mot"
+
+try:
+    from vllm_omni.diffusion.cancellation import check_request_cancellation
+except ImportError:  # before 0.30 a running request cannot be cancelled
+
+    def check_request_cancellation() -> None:
+        """Never asks to stop."""
+
+
+def get_bagel_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """What vLLM-Omni's engine does with a request before it is queued: refuse what is wrong."""
+    found: list[Checkpoint] = []
+    handed_over = bool((od_config.omni_kv_config or {}).get("need_recv_cache"))
+
+    def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        if not found:  # not before a request comes: the engine is built before the download
+            found.append(Checkpoint.of(od_config))
+        sampling = request.sampling_params
+        asked = read_request(request.prompt, sampling, found[0].config, handed_over=handed_over)
+        set_size_apart(sampling)
+        # The step scheduler counts steps before the pipeline sees the request.
+        sampling.num_inference_steps = asked.settings.num_timesteps
+        if asked.request is not None and asked.request.output == "text":
+            # Text is not denoised. vLLM-Omni 0.26 does not look at this: a text request fails
+            # there while step execution is on.
+            request.use_step_execution = False
+        return request
+
+    return pre_process
+
+
+def get_bagel_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
+    """What vLLM-Omni's engine does with an answer: nothing, it is complete."""
+
+    def post_process(output: Any, sampling_params: Any = None) -> Any:
+        images = output["payload"].get("image") if isinstance(output, dict) else None
+        if images and sampling_params is not None:
+            first = images[0] if isinstance(images, list) else images
+            report_size(sampling_params, *first.size)
+        return output
+
+    return post_process
+
+
+class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
+    """BAGEL for vLLM-Omni's diffusion worker.
+
+    Args:
+        od_config: vLLM-Omni's configuration. Its tensor, sequence (Ulysses, ring, all-gather) and
+            CFG parallel sizes become ours.
+        prefix: of parameter names; always "".
+
+    Attributes:
+        bagel: the model. `transformer` and `vae` are parts of it.
+        scheduler: None, or what makes the steps instead of ours; see `Painting`.
+
+    Raises:
+        ValueError: the configuration asks for what this pipeline cannot do, or the checkpoint
+            holds something else than BAGEL's tensors.
+        FileNotFoundError: a file of the checkpoint is missing.
+    """
+
+    supports_step_execution: ClassVar[bool] = True
+    supports_request_batch: ClassVar[bool] = True
+    supports_request_cancellation: ClassVar[bool] = True
+
+    _dit_modules: ClassVar[list[str]] = ["transformer"]
+    _encoder_modules: ClassVar[list[str]] = []
+    _vae_modules: ClassVar[list[str]] = ["vae"]
+    _resident_modules: ClassVar[list[str]] = []
+    _PROFILER_TARGETS: ClassVar[list[str]] = ["vae.encode", "vae.decode", "diffuse"]
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__()
+        check_supported(od_config)
+        self.od_config = od_config
+        self.device = get_local_device()
+        self.scheduler: Any = None
+        self.scheduler_kwargs: dict[str, Any] = {}
+        loaded = Checkpoint.of(od_config)
+        self._parallel = joined(od_config, loaded.config.llm, self.device)
+        # The parameters' names begin with this attribute's, the first that holds them.
+        self.bagel = build_model(loaded.config, device=self.device, dtype=od_config.dtype)
+        self.transformer = self.bagel.transformer
+        self.vae = self.bagel.vae
+        self.tokenizer = BagelTokenizer.from_folder(loaded.folder)
+        self._targets = loaded.targets(self.vae)
+        self.weights_sources = loaded.sources()
+        self._core = BagelPipeline(self.bagel, self.tokenizer, self._parallel)
+        self._together: Denoising | None = None
+        self.setup_diffusion_pipeline_profiler(
+            enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fill the model from a stream of checkpoint tensors; the filled parameters' names.
+
+        Raises:
+            CheckpointError: the stream does not hold exactly the model's tensors.
+        """
+        return {f"bagel.{name}" for name in load_stream(self.bagel, weights, self._targets)}
+
+    def setup_compile(self) -> None:
+        """Nothing: the routed layers are compiled kernels already."""
+
+    def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
+        """Answer all requests of a batch, their images denoised together.
+
+        A request that asks for something impossible gets an answer with a client error, and the
+        others theirs; an exception would have failed all of them.
+        """
+        begun: list[Painting | DiffusionOutput] = []
+        for request in req.requests:
+            check_request_cancellation()
+            try:
+                begun.append(self._begin(request.prompt, request.sampling_params))
+            except OmniClientError as error:
+                begun.append(DiffusionOutput.from_exception(error))
+        self.diffuse([each for each in begun if isinstance(each, Painting)])
+        return [
+            self._finish(each, request.sampling_params) if isinstance(each, Painting) else each
+            for each, request in zip(begun, req.requests, strict=True)
+        ]
+
+    def diffuse(self, paintings: Sequence[Painting]) -> None:
+        """Make all steps of all images."""
+
+        def after_step(step: Step) -> None:
+            next(painting for painting in paintings if painting.note(step))
+            check_request_cancellation()
+
+        self._core.denoise([job for each in paintings for job in each.jobs], on_step=after_step)
+
+    def prepare_encode(self, state: Any, **kwargs: Any) -> Any:
+        """Step execution, once a request: read its prompt and make its first noise.
+
+        Raises:
+            OmniClientError: the request asks for something impossible.
+        """
+        painting = self._begin(state.prompt, state.sampling, needs_image=True)
+        job = painting.jobs[0]
+        state.latents = torch.cat(painting.latents).to(self.device)
+        state.timesteps = job.timesteps[:-1].to(self.device)
+        state.step_index = 0
+        state.scheduler = painting.schedulers[0]
+        # vLLM-Omni refuses to batch requests that differ in this; to us guidance is each one's own.
+        state.do_true_cfg = False
+        unit = self.bagel.config.latent_token_pixels
+        state.img_shapes = [(job.grid[0] * unit, job.grid[1] * unit)]
+        state.extra[_STATE] = painting
+        return state
+
+    def denoise_step(
+        self, input_batch: Any, *, states: Sequence[Any] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Velocities (rows of all states' latents, 64) float32, guided; of requests of any size."""
+        paintings = []
+        for state in states or input_batch.states:
+            paintings.append(state.extra[_STATE])
+            paintings[-1].set_latents(state.latents)
+        jobs = [job for each in paintings for job in each.jobs]
+        if self._together is None or self._together.jobs != jobs:
+            self._together = Denoising(self.bagel, self.tokenizer, jobs, self._parallel)
+        return torch.cat([step.velocity for step in self._together.step()])
+
+    def step_scheduler(self, state: Any, noise_pred: torch.Tensor, **kwargs: Any) -> None:
+        """Move one request's latents by its velocities."""
+        state.latents = state.extra[_STATE].move(noise_pred, state.step_index)
+        state.step_index += 1
+
+    def post_decode(self, state: Any, **kwargs: Any) -> DiffusionOutput:
+        """The answer to a request whose steps are made."""
+        painting = state.extra[_STATE]
+        painting.set_latents(state.latents)
+        if self._together is not None and all(job.done for job in self._together.jobs):
+            self._together = None  # its caches are as large as all the requests' together
+        return self._finish(painting, state.sampling)
+
+    def _begin(self, prompt: Any, sampling: Any, *, needs_image: bool = False) -> Painting:
+        handed_over = sampling.past_key_values is not None
+        asked = read_request(prompt, sampling, self.bagel.config, handed_over=handed_over)
+        if needs_image and asked.request is not None and asked.request.output == "text":
+            raise OmniClientError(
+                "modalities asks for text, which has no denoising steps; this deployment runs "
+                "BAGEL with step_execution and paints only"
+            )
+        sources = noise_sources(sampling, asked.num_images)
+        if asked.request is None:
+            prepared = self._from_caches(asked, sampling, sources)
+        else:
+            prepared = self._core.prepare(asked.request, noise=sources[0])
+        if prepared.jobs:
+            self._set_noise(prepared.jobs, sampling, sources)
+        return Painting(
+            prepared,
+            keeps_trajectory=sampling.return_trajectory_latents,
+            scheduler=self.scheduler,
+            scheduler_options=self.scheduler_kwargs,
+        )
+
+    def _from_caches(self, asked: Asked, sampling: Any, sources: Sequence[Noise]) -> Prepared:
+        """A request whose prompt another stage has read."""
+        if self._parallel.config.cfg > 1:
+            raise ValueError(
+                "KV caches were handed over with cfg_parallel_size > 1: vLLM-Omni then gives each "
+                "rank some of them, but ours need all; use sequence parallelism instead"
+            )
+        contexts = contexts_from(self.bagel, self.tokenizer, sampling, asked.negative_prompt)
+        config = self.bagel.config
+        height, width = asked.size or handed_over_size(sampling) or (None, None)
+        with client_errors():
+            height, width = image_size(config, height, width, None)
+        unit = config.latent_token_pixels
+        grid = (height // unit, width // unit)
+        noise = sources[0].normal(grid[0] * grid[1], config.latent_token_dim)
+        jobs = [ImageJob(contexts, noise, grid, asked.settings) for _ in sources]
+        return Prepared(jobs, list(range(len(jobs))), None)
+
+    def _set_noise(self, jobs: Sequence[ImageJob], sampling: Any, sources: Sequence[Noise]) -> None:
+        """The noise that came with the request, or further numbers for all images but the first."""
+        unit = self.bagel.config.latent_token_pixels
+        size = (jobs[0].grid[0] * unit, jobs[0].grid[1] * unit)
+        given = initial_latents(sampling.latents, size, len(jobs), self.bagel.config)
+        for i, (job, source) in enumerate(zip(jobs, sources, strict=True)):
+            if given is not None:
+                job.latents = given[i]
+            elif i:
+                job.latents = source.normal(*job.latents.shape)
+
+    def _finish(self, painting: Painting, sampling: Any) -> DiffusionOutput:
+        decoded = None
+        images = list(self._core.finish(painting.prepared).images)
+        if images and sampling.return_trajectory_latents and sampling.return_trajectory_decoded:
+            decoded = [
+                list(self._core.finish(Prepared(jobs, [0] * len(jobs), None)).images)
+                for jobs in painting.snapshots()
+            ]
+        durations = self.stage_durations if self.enable_diffusion_pipeline_profiler else None
+        if not images:
+            return text_answer(painting.prepared.text or "", durations)
+        return image_answer(painting, images, decoded, durations)
+
+
+def check_supported(od_config: OmniDiffusionConfig) -> None:
+    """Refuse a configuration that would otherwise be ignored or fail later.
+
+    Raises:
+        ValueError: listing every option that is not available and what to set it to.
+    """
+    problems = []
+    parallel = od_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        problems.append(
+            f"parallel_config.pipeline_parallel_size is {parallel.pipeline_parallel_size}, but "
+            "layers are not spread over ranks; use tensor or sequence parallelism"
+        )
+    if parallel.use_hsdp:
+        problems.append("parallel_config.use_hsdp is on, but weights are not sharded; turn it off")
+    if od_config.quantization_config is not None:
+        problems.append("quantization_config is set, but only unquantised weights are available")
+    if od_config.cache_backend not in (None, "none"):
+        problems.append(f"cache_backend is {od_config.cache_backend!r}; expected 'none'")
+    for name in (
+        "enable_cpu_offload",
+        "enable_layerwise_offload",
+        "enable_distributed_layerwise_offload",
+        "diffusion_offload_config",
+        "lora_path",
+    ):
+        if getattr(od_config, name, None):
+            problems.append(f"{name} is set, but it is not available; leave it out")
+    if problems:
+        raise ValueError(
+            f"MoTBagelPipeline cannot run with this configuration: {'; '.join(problems)}"
+        )
+
+
+def joined(od_config: OmniDiffusionConfig, llm: LlmConfig, device: torch.device) -> Parallel:
+    """This worker among vLLM-Omni's others, in our words; their ranks are laid out as ours are.
+
+    Raises:
+        ValueError: the model or the number of workers does not allow these sizes.
+    """
+    sizes = od_config.parallel_config
+    config = ParallelConfig(
+        tensor=sizes.tensor_parallel_size,
+        ulysses=sizes.ulysses_degree,
+        ring=sizes.ring_degree,
+        allgather=sizes.allgather_degree,
+        cfg=sizes.cfg_parallel_size,
+    )
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > config.world_size and config.world_size == config.tensor:
+        # Replicas (data parallel): each answers requests of its own, and knows of no other.
+        init_parallel(config.tensor)
+        return ALONE
+    config.check(llm, world)
+    return start(config, device.type)

@@ -1,0 +1,122 @@
+"""Several ranks give what one gives: golden cases on processes of this machine, over gloo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from golden_data import GOLDEN
+
+from bagel_mot.config import BagelConfig
+from bagel_mot.launch import run_ranks
+from bagel_mot.model.sequence_parallel import chunk
+from bagel_mot.parallel import ParallelConfig
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+
+# (ranks, ways): processes start but once for all ways of a number of ranks and a tensor parallel
+# size. The blocks of a2 and b3 have 30 and 26 rows: 3 and 4 ranks do not divide them.
+RUNS = [
+    (2, ["2//1"]),
+    (2, ["1/ulysses:2/1", "1/ring:2/1", "1/allgather:2/1", "1//2"]),
+    (3, ["1/ring:3/1", "1/allgather:3/1", "1//3"]),
+    (4, ["4//1"]),
+    (4, ["2/ulysses:2/1", "2/ring:2/1", "2/allgather:2/1", "2//2"]),
+    (4, ["1/ulysses:4/1", "1/ring:4/1", "1/ulysses:2,ring:2/1", "1/allgather:2/2"]),
+]
+
+
+@pytest.mark.parametrize(("ranks", "ways"), RUNS, ids=[f"{r}-{w[0]}" for r, w in RUNS])
+def test_ranks_agree_with_recordings(
+    ranks: int, ways: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TP, SP, CFG parallel and products of them, each within the fp32 bound."""
+    code = run_ranks([sys.executable, str(WORKER), "a2,b3", *ways], ranks)
+    printed = capfd.readouterr()
+    agreed = [line.removeprefix("agrees: ") for line in printed.out.splitlines()]
+    assert code == 0 and agreed == ways, printed.out + printed.err
+
+
+def test_run_ranks_ends_all_when_one_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    """A failing rank's error is shown, its code returned, the others ended."""
+    script = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1': sys.exit('rank one is unwell')\n"
+        "time.sleep(600)"
+    )
+    before = time.monotonic()
+    assert run_ranks([sys.executable, "-c", script], 3) == 1
+    assert time.monotonic() - before < 30
+    assert "rank 1 failed" in (error := capfd.readouterr().err) and "rank one is unwell" in error
+
+
+def test_run_ranks_kills_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bagel_mot.launch.GRACE", 0.5)
+    script = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "time.sleep(1)\n"
+        "if os.environ['RANK'] == '0': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(600)"
+    )
+    before = time.monotonic()
+    assert run_ranks([sys.executable, "-c", script], 2) == 128 + 9
+    assert time.monotonic() - before < 30
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tp", "3", "--nproc", "3"), "tensor parallel size 3 does not divide"),
+        (("--sp", "ulysses:3", "--nproc", "3"), "Ulysses size 3"),
+        (("--sp", "rings:2", "--nproc", "2"), "expected KIND:SIZE"),
+        (("--sp", "allgather:2,ring:2", "--nproc", "4"), "all-gather KV is used alone"),
+        (("--tp", "2"), "needs 2 processes, but there are 1"),
+        (("--cfg-parallel", "0"), "cfg parallel size is 0"),
+        (("--nproc", "0"), "expected at least 1"),
+    ],
+)
+def test_mismatched_sizes_are_refused_before_loading(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "bagel_mot", "generate", "a fox", *words]
+    command += ["--model", str(GOLDEN.checkpoint), "--output", str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.replace("\n", " ") and not list(tmp_path.iterdir())
+
+
+def test_command_line_starts_its_ranks(tmp_path: Path) -> None:
+    output = tmp_path / "fox.png"
+    command = [sys.executable, "-m", "bagel_mot", "generate", "a fox", "--nproc", "2"]
+    command += ["--cfg-parallel", "2", "--model", str(GOLDEN.checkpoint), "--output", str(output)]
+    command += ["--height", "64", "--width", "64", "--num-timesteps", "3", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(output)] and output.exists()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 18, 30, 4098])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+def test_chunk(rows: int, parts: int) -> None:
+    """Chunks cover the rows once, in order, and differ in size only at the end."""
+    chunks = [chunk(rows, parts, i) for i in range(parts)]
+    assert [row for part in chunks for row in part] == list(range(rows))
+    assert all(len(part) == len(chunks[0]) for part in chunks[:-1] if part.stop < rows)
+
+
+def test_7b_sizes() -> None:
+    """Heads of the released model: what goes and what does not."""
+    llm = BagelConfig.from_folder(GOLDEN.checkpoint).llm.model_copy(
+        update={"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
+    )
+    for words in ((4, None, 1), (1, "ulysses:4", 1), (2, "ulysses:2,ring:2", 2)):
+        sizes = ParallelConfig.parse(*words)
+        sizes.check(llm, sizes.world_size)
+    for words in ((8, None, 1), (1, "ulysses:8", 1)):
+        sizes = ParallelConfig.parse(*words)
+        with pytest.raises(ValueError, match="28 attention heads"):
+            sizes.check(llm, sizes.world_size)

@@ -1,0 +1,5 @@
+"""`python -m mot_bench` is the command `mot-bench`."""
+
+from mot_bench.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""Which tiles the tuner tries: few enough for minutes, wide enough to hold the best ones.
+
+Two steps. First the tile's shape, warps and stages, with the computed default's `group_m`; then
+other values of `group_m` for the best of them, as it only changes the order of the tiles.
+Legality is `mot_kernels.tuning.config.is_legal`, the rule that loader and default follow too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+
+import torch
+from mot_kernels.plan import TILE_ROWS
+from mot_kernels.tuning.config import TileConfig, is_legal
+from mot_kernels.tuning.lookup import Problem, default_config
+
+# Up to this many rows of the largest expert a problem is bound by reading the weights.
+_SHORT_ROWS = 64
+
+# (block_k, stages): about the same bytes in flight.
+_SHORT_DEPTHS = ((64, 4), (64, 6), (128, 3), (128, 5), (256, 2), (256, 3))
+_LONG_DEPTHS = ((32, 4), (64, 3), (64, 4), (64, 5), (128, 2), (128, 3))
+# fp32 has no tensor cores at full precision and twice the bytes.
+_FP32_DEPTHS = ((16, 2), (16, 3), (32, 2), (32, 3))
+
+_GROUPS = (1, 4, 8, 16, 32)
+
+# Fewer accumulators per thread than this leave a tall tile's warps without work.
+_LEAST_REGISTERS = 32
+
+
+def first_candidates(problem: Problem, shared_memory: int) -> list[TileConfig]:
+    """The configs of the first step, the computed default first.
+
+    Args:
+        problem: shape, dtype, epilogue and rows.
+        shared_memory: bytes a block may have on the device.
+    """
+    default = default_config(problem, shared_memory)
+    candidates = [replace(config, group_m=default.group_m) for config in _shapes(problem)]
+    return _legal([default, *candidates], problem, shared_memory)
+
+
+def regrouped(
+    configs: Iterable[TileConfig], problem: Problem, shared_memory: int
+) -> list[TileConfig]:
+    """The configs of the second step: these with every other `group_m`."""
+    seen = set(configs)
+    varied = [replace(config, group_m=group) for config in configs for group in _GROUPS]
+    fresh = [config for config in varied if config not in seen]
+    return _legal(fresh, problem, shared_memory)
+
+
+def _legal(configs: Iterable[TileConfig], problem: Problem, shared_memory: int) -> list[TileConfig]:
+    silu_mul = problem.epilogue == "silu_mul"
+    return [
+        config
+        for config in dict.fromkeys(configs)
+        if is_legal(config, problem.dtype, silu_mul=silu_mul, shared_memory=shared_memory)
+    ]
+
+
+def _shapes(problem: Problem) -> Iterator[TileConfig]:
+    rows = max(problem.counts)
+    silu_mul = problem.epilogue == "silu_mul"
+    columns = problem.n // 2 if silu_mul else problem.n
+    short = rows <= _SHORT_ROWS
+    # The three tallest tiles that do not overshoot the rows by a factor of two or more.
+    heights = [height for height in TILE_ROWS if height < 2 * max(rows, 9)][-3:]
+    widths = [w for w in ((32, 64, 128) if short else (64, 128, 256)) if w < 2 * max(columns, 17)]
+    depths: Sequence[tuple[int, int]] = _SHORT_DEPTHS if short else _LONG_DEPTHS
+    if problem.dtype is torch.float32:
+        depths, widths = _FP32_DEPTHS, [min(width, 128) for width in widths]
+    depths = [pair for pair in depths if pair[0] < 2 * max(problem.k, 17)] or depths[:1]
+    for height, width, (depth, stages), warps in product(heights, widths or [32], depths, (4, 8)):
+        config = TileConfig(height, width, depth, num_warps=warps, num_stages=stages)
+        registers = config.accumulator_registers(silu_mul=silu_mul)
+        if short or registers >= _LEAST_REGISTERS or warps == 4:
+            yield config

@@ -1,0 +1,105 @@
+"""Arguments: the good ones, and the one line that a bad one gets."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import python_command
+
+import mot_bench as package
+
+TUNE = ("tune", "--output", "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("kernels", "--op", "conv"), "--op is 'conv'; expected one of linear, rms_norm, qk_norm"),
+        (("kernels", "--branches", "1,x"), "--branches is '1,x'; expected whole numbers of at lea"),
+        (("kernels", "--branches", "0"), "--branches is '0'; expected whole numbers of at least 1"),
+        (("kernels", "--image-tokens", ""), "--image-tokens is ''; expected whole numbers"),
+        (("kernels", "--und-share", "1.5"), "--und-share is '1.5'; expected numbers from 0 to 1"),
+        (("kernels", "--und-share", "nan"), "--und-share is 'nan'; expected numbers from 0 to 1"),
+        (("kernels", "--dtype", "int8"), "--dtype is 'int8'; expected one of bfloat16, float16, f"),
+        (("kernels", "--tp", "3"), "--tp is 3: the model's heads 28 does not divide by 3"),
+        (("kernels", "--tp", "2", "--shape", "8,8"), "--tp is 2, but it shards a model; with --sh"),
+        (("kernels", "--shape", "8x8"), "--shape is '8x8'; expected K,N, for example 3584,4608"),
+        (("kernels", "--shape", "8,-8"), "--shape is '8,-8'; expected K,N"),
+        (("kernels", "--model", "nowhere"), "--model is 'nowhere': nowhere holds no llm_config.js"),
+        (("kernels", "--model", "m", "--shape", "8,8"), "--shape and --model both name layers"),
+        (("kernels", "--epilogue", "relu"), "--epilogue is 'relu'; expected one of none, silu_mul"),
+        (
+            ("kernels", "--shape", "8,7", "--epilogue", "silu_mul"),
+            "--epilogue is 'silu_mul', but layer shape has odd N=7",
+        ),
+        (("kernels", "--plot"), "--plot writes a picture; say where with --output DIR"),
+        (("kernels", "--output", __file__), "which is a file; give a folder"),
+        (("kernels", "--rounds", "0"), "'--rounds'"),
+        (("kernels", "--rounds", "many"), "'--rounds'"),
+        (("kernels", "--shapes", "8,8"), "--shapes"),
+        ((*TUNE, "--shape", "8,8", "--rows", "2,b"), "--rows is '2,b'; expected whole numbers"),
+        ((*TUNE, "--shape", "8,8", "--rows", "0,0"), "--rows is '0,0'; expected at least one row"),
+        (("tune", "--shape", "8,8"), "'--output'"),
+        (("report", "x.json"), "'--output'"),
+        (("report", "x.json", "--output", "."), "--output is '.', which is a folder; give a file"),
+        (("measure",), "'measure'"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_arguments_get_one_line(
+    arguments: tuple[str, ...], message: str, mot_bench: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = mot_bench(*arguments)
+    assert answer.code == 2
+    assert len(answer.err.splitlines()) == 1
+    assert answer.err.startswith("mot-bench: ")
+    assert message in answer.err
+    assert answer.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version(mot_bench: Any) -> None:
+    assert mot_bench("--version").out == f"mot-bench {package.__version__}\n"
+
+
+def test_without_a_command_there_is_help(mot_bench: Any) -> None:
+    answer = mot_bench()
+    assert answer.code == 2
+    for command in ("kernels", "tune", "report"):
+        assert command in answer.out
+
+
+@pytest.mark.parametrize("command", ["kernels", "tune", "report"])
+def test_help(command: str, mot_bench: Any) -> None:
+    answer = mot_bench(command, "--help")
+    assert answer.code == 0
+    assert "--output" in answer.out
+
+
+def test_the_command_starts_without_torch() -> None:
+    program = (
+        "import sys; import mot_bench.cli;"
+        "heavy = {'torch', 'triton', 'matplotlib', 'mot_kernels', 'numpy'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run(python_command(program), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m() -> None:
+    command = [*python_command("")[:-2], "-m", "mot_bench", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"mot-bench {package.__version__}\n"
+
+
+def test_missing_kernels_are_named(mot_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "mot_kernels", None)
+    answer = mot_bench("kernels", "--shape", "8,8")
+    assert answer.code == 1
+    assert "pip install 'mot-bench[kernels]'" in answer.err

@@ -1,0 +1,43 @@
+"""The candidates: legal, sensible, few."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mot_kernels.tuning.config import is_legal
+from mot_kernels.tuning.lookup import Problem, default_config
+
+from mot_bench.space import first_candidates, regrouped
+
+PROBLEMS = [
+    Problem(n, k, dtype, epilogue, rows)
+    for n, k, epilogue in ((4608, 3584, "none"), (37888, 3584, "silu_mul"), (16, 16, "none"))
+    for dtype in (torch.bfloat16, torch.float32)
+    for rows in ((6, 12288), (2, 1024), (2, 64), (3, 0))
+]
+
+
+@pytest.mark.parametrize("shared_memory", [64 * 1024, 227 * 1024], ids=["small_gpu", "h200"])
+@pytest.mark.parametrize(
+    "problem", PROBLEMS, ids=lambda p: f"N{p.n}-K{p.k}-{p.dtype_name}-{p.counts[0]}+{p.counts[1]}"
+)
+def test_candidates(problem: Problem, shared_memory: int) -> None:
+    silu_mul = problem.epilogue == "silu_mul"
+    first = first_candidates(problem, shared_memory)
+    assert first[0] == default_config(problem, shared_memory)
+    second = regrouped(first[:4], problem, shared_memory)
+    assert 2 <= len(first) <= 110
+    assert len(set(first + second)) == len(first) + len(second)
+    for config in first + second:
+        assert is_legal(config, problem.dtype, silu_mul=silu_mul, shared_memory=shared_memory)
+    for config in second:
+        assert replace(config, group_m=first[0].group_m) in first
+
+
+def test_tiles_are_not_much_taller_than_the_rows() -> None:
+    for rows, tallest in ((3, 16), (20, 32), (100, 128), (5000, 256)):
+        problem = Problem(4608, 3584, torch.bfloat16, "none", (2, rows))
+        _, *rest = first_candidates(problem, 227 * 1024)
+        assert max(config.block_m for config in rest) == tallest

@@ -1,0 +1,218 @@
+"""Every kernel compiles for the GPUs we name, and fits their shared memory, without having them.
+
+Triton compiles for any target on any machine, but not in a process with TRITON_INTERPRET set: this
+file runs itself once, as a script, in a process of its own, for all targets and kernels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mot_kernels.tuning.lookup import Problem, default_config
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture, the shared memory a block may use there, its matrix instruction."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    kilobytes: int
+    matrix_instruction: str
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+TARGETS = (
+    Target("cuda", 80, 32, 163, "mma.sync"),
+    Target("cuda", 89, 32, 99, "mma.sync"),
+    Target("cuda", 90, 32, 227, "wgmma"),
+    Target("cuda", 100, 32, 227, "tcgen05.mma"),
+    Target("hip", "gfx942", 64, 64, "v_mfma"),
+)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What `triton.compile` is asked for: a kernel as its launcher would specialise it."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, int]
+    pointers: dict[str, str]
+
+    def run(self, target: Target) -> dict[str, Any]:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature, attributes = {}, {}
+        for index, name in enumerate(self.kernel.arg_names):
+            if name in self.constants:
+                signature[name] = "constexpr"
+                continue
+            if name.endswith("_ptr"):
+                signature[name] = f"*{self.pointers.get(name, 'bf16')}"
+            else:
+                signature[name] = "fp32" if name == "eps" else "i32"
+            # As for a model's sizes: without this no load is wide or asynchronous, and the
+            # pipeline's shared memory would not show.
+            if name not in ("eps", "num_tiles", "num_rows"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, self.constants, attributes)
+        gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+        compiled = triton.compile(source, target=gpu, options=self.options)
+        assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+        return {
+            "shared": compiled.metadata.shared,
+            "matrix_instruction": target.matrix_instruction in assembly,
+        }
+
+
+def linear(
+    target: Target, epilogue: str, gen_rows: int, *, columns: int | None = None
+) -> Compilation:
+    """The QKV, output and MLP projections, with the tiles an untuned GPU gets.
+
+    `columns`: N_OUT, if it is small enough to be specialised (Triton makes a constant of 1).
+    """
+    from mot_kernels._triton.linear import _mot_linear_kernel
+
+    problem = Problem(4608, 3584, torch.bfloat16, epilogue, (2, gen_rows))
+    config = default_config(problem, target.kilobytes * 1024)
+    number = ["none", "silu_mul", "add_residual"].index(epilogue)
+    constants = {
+        "HAS_BIAS": epilogue == "none",
+        "EPILOGUE": number,
+        "EVEN_K": True,
+        "PRECISION": None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "stride_out_n": 1,
+        "stride_x_k": 1,
+        "stride_w_k": 1,
+    }
+    if epilogue != "none":
+        constants["bias_ptr"] = None
+    if epilogue == "add_residual":
+        constants["stride_residual_n"] = 1
+    else:
+        constants["residual_ptr"] = None
+    if columns is not None:
+        constants["N_OUT"] = columns
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    pointers = {"row_ids_ptr": "i32", "tiles_ptr": "i32"}
+    return Compilation(_mot_linear_kernel, constants, options, pointers)
+
+
+def rms_norm(target: Target, *, residual: bool) -> Compilation:
+    from mot_kernels._triton.norm import _mot_rms_norm_kernel
+
+    constants: dict[str, Any] = {"HAS_PLAN": residual, "HAS_RESIDUAL": residual, "BLOCK_D": 4096}
+    if not residual:
+        constants |= {"expert_ids_ptr": None, "residual_ptr": None, "residual_out_ptr": None}
+    pointers = {"expert_ids_ptr": "i32"}
+    return Compilation(_mot_rms_norm_kernel, constants, {"num_warps": 8}, pointers)
+
+
+def qk_norm_rope(target: Target) -> Compilation:
+    from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel
+
+    constants = {
+        "HEADS": 28,
+        "KV_HEADS": 4,
+        "D": 128,
+        "HAS_PLAN": True,
+        "HAS_KV_ROWS": True,
+        "BLOCK_H": 16,
+        "BLOCK_HALF": 64,
+    }
+    pointers = {
+        "rope_ptr": "fp32",
+        "positions_ptr": "i64",
+        "kv_rows_ptr": "i64",
+        "expert_ids_ptr": "i32",
+    }
+    return Compilation(_mot_qk_norm_rope_kernel, constants, {"num_warps": 4}, pointers)
+
+
+KERNELS: dict[str, Callable[[Target], Compilation]] = {
+    "linear-gen4096-none": lambda target: linear(target, "none", 4096),
+    "linear-gen4096-silu_mul": lambda target: linear(target, "silu_mul", 4096),
+    "linear-gen4096-add_residual": lambda target: linear(target, "add_residual", 4096),
+    "linear-gen2-silu_mul": lambda target: linear(target, "silu_mul", 2),
+    "linear-gen2-silu_mul-one_column": lambda target: linear(target, "silu_mul", 2, columns=1),
+    "rms_norm": lambda target: rms_norm(target, residual=False),
+    "rms_norm-residual": lambda target: rms_norm(target, residual=True),
+    "qk_norm_rope": qk_norm_rope,
+}
+
+Results = dict[str, dict[str, Any]]
+
+
+def compile_everything() -> Results:
+    """Called in the script's process."""
+
+    def attempt(case: tuple[Target, str]) -> dict[str, Any]:
+        target, name = case
+        try:
+            return KERNELS[name](target).run(target)
+        except Exception as error:  # reported by the test of this very case
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    cases = [(target, name) for target in TARGETS for name in KERNELS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(attempt, cases)
+        return {
+            f"{target}-{name}": result
+            for (target, name), result in zip(cases, results, strict=True)
+        }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """From one process for the whole session, also where test workers share the cases."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    output = folder / "cross_compile.json"
+    with (folder / "cross_compile.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "triton")}
+            environment.pop("TRITON_INTERPRET", None)
+            command = [sys.executable, __file__, str(output)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_cross_compile(target: Target, name: str, results: Results) -> None:
+    result = results[f"{target}-{name}"]
+    assert "error" not in result, result["error"]
+    assert result["shared"] <= target.kilobytes * 1024
+    if "gen4096" in name:
+        assert result["matrix_instruction"], f"no {target.matrix_instruction}: slow on {target}"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(compile_everything(), indent=1))

@@ -1,0 +1,170 @@
+"""Which path runs, and why: `choose_path`, `use_path`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mot_kernels import Choice, Path, choose_path, dispatch, mot_linear, reference, use_path
+from mot_kernels.testing import ROUTES
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+
+
+def test_interpreting_follows_the_environment() -> None:
+    wanted = dispatch.has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
+    assert dispatch.interpreting() == wanted
+
+
+def test_choose_path_here(dtype: torch.dtype, device: torch.device) -> None:
+    """The whole suite relies on this: Triton wherever it can run."""
+    kernels = dispatch.has_triton() and (device.type == "cuda" or dispatch.interpreting())
+    choice = choose_path(device, dtype)
+    assert choice.path is (Path.TRITON if kernels else Path.REFERENCE), choice.why
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_choose_path_gpu(half: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    assert choose_path(CUDA, half) == Choice(Path.TRITON, "the tensors are on a GPU")
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("device_type", ["cpu", "meta"])
+def test_choose_path_no_gpu(device_type: str) -> None:
+    pytest.importorskip("triton")
+    choice = choose_path(torch.device(device_type), torch.float32)
+    assert choice.path is Path.REFERENCE
+    assert choice.why == f"Triton kernels do not run on device type '{device_type}'"
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_choose_path_interpreter() -> None:
+    pytest.importorskip("triton")
+    for dtype in (torch.float32, torch.float16):
+        choice = choose_path(CPU, dtype)
+        assert choice == Choice(Path.TRITON, "TRITON_INTERPRET=1 runs the kernels on the CPU")
+    choice = choose_path(CPU, torch.bfloat16)
+    assert choice == Choice(Path.REFERENCE, "Triton's interpreter multiplies bfloat16 wrongly")
+    assert choose_path(CUDA, torch.bfloat16).path is Path.TRITON
+    assert choose_path(torch.device("meta"), torch.float32).path is Path.REFERENCE
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_choose_path_float64(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    assert choose_path(device, torch.float64) == Choice(
+        Path.REFERENCE, "no kernel computes float64"
+    )
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_choose_path_without_triton() -> None:
+    choice = choose_path(CUDA, torch.float16)
+    assert choice == Choice(Path.REFERENCE, "the package triton is not installed")
+
+
+def test_choose_path_gradients() -> None:
+    choice = choose_path(CUDA, torch.float16, needs_grad=True)
+    assert choice.path is Path.REFERENCE
+    assert choice.why == "an input requires grad and the kernels have no backward"
+
+
+def test_use_path_reference() -> None:
+    with use_path(Path.REFERENCE):
+        choice = choose_path(CUDA, torch.float16)
+    assert choice == Choice(Path.REFERENCE, "use_path(Path.REFERENCE) is in force")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_use_path_triton() -> None:
+    pytest.importorskip("triton")
+    with use_path(Path.TRITON):
+        assert choose_path(CPU, torch.float32).path is Path.TRITON
+
+
+@pytest.mark.usefixtures("compiled")
+def test_use_path_triton_where_it_cannot_run() -> None:
+    pytest.importorskip("triton")
+    with use_path(Path.TRITON):
+        with pytest.raises(ValueError, match=r"^use_path\(Path\.TRITON\) is in force, but Triton "):
+            choose_path(CPU, torch.float32)
+        with pytest.raises(ValueError, match="is in force, but an input requires grad"):
+            choose_path(CUDA, torch.float32, needs_grad=True)
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_use_path_triton_without_triton() -> None:
+    message = "is in force, but the package triton is not installed"
+    with use_path(Path.TRITON), pytest.raises(ValueError, match=message):
+        choose_path(CUDA, torch.float32)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_use_path_nests_and_ends() -> None:
+    pytest.importorskip("triton")
+    free = choose_path(CPU, torch.float32)
+    with use_path(Path.TRITON):
+        with use_path(Path.REFERENCE):
+            assert choose_path(CPU, torch.float32).path is Path.REFERENCE
+        assert choose_path(CPU, torch.float32).path is Path.TRITON
+    with pytest.raises(KeyError), use_path(Path.REFERENCE):
+        raise KeyError
+    assert choose_path(CPU, torch.float32) == free
+
+
+def test_use_path_reaches_the_operations(dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(0)
+    route = ROUTES["scattered"]
+    x = torch.randn(route.num_rows, 72).to(device, dtype)
+    weight = torch.randn(2, 144, 72).to(device, dtype)
+    plan = route.plan(device)
+    with use_path(Path.REFERENCE):
+        y = mot_linear(x, weight, plan)
+    assert torch.equal(y, reference.mot_linear(x, weight, plan))
+
+
+def test_bfloat16_under_the_interpreter_takes_the_reference() -> None:
+    if not dispatch.interpreting():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    torch.manual_seed(0)
+    route = ROUTES["scattered"]
+    x, weight = torch.randn(route.num_rows, 72).bfloat16(), torch.randn(2, 144, 72).bfloat16()
+    plan = route.plan()
+    assert torch.equal(mot_linear(x, weight, plan), reference.mot_linear(x, weight, plan))
+
+
+@pytest.fixture
+def fresh_warnings() -> Iterator[None]:
+    dispatch.warn_once.cache_clear()
+    yield
+    dispatch.warn_once.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_warnings")
+def test_warn_once(caplog: pytest.LogCaptureFixture) -> None:
+    for message in ("first", "first", "second", "first"):
+        dispatch.warn_once(message)
+    expected = [("mot_kernels", logging.WARNING, m) for m in ("first", "second")]
+    assert caplog.record_tuples == expected

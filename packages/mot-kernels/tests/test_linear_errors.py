@@ -1,0 +1,151 @@
+"""What `mot_linear` says when arguments do not fit together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mot_kernels import SILU_MUL, AddResidual, RoutePlan, mot_linear
+
+X = torch.zeros(3, 8)
+WEIGHT = torch.zeros(2, 6, 8)
+PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param(
+            {"x": torch.zeros(1, 3, 8)},
+            ValueError,
+            r"x has shape \(1, 3, 8\) and weight \(2, 6, 8\); expected x \(M, K\) and weight",
+            id="x_three_dimensional",
+        ),
+        pytest.param(
+            {"weight": torch.zeros(6, 8)},
+            ValueError,
+            r"weight \(6, 8\); expected .*weight \(experts, N, K\)",
+            id="weight_two_dimensional",
+        ),
+        pytest.param(
+            {"weight": torch.zeros(2, 8, 6)},
+            ValueError,
+            r"weight has shape \(2, 8, 6\), so K=6, but x has K=8 columns",
+            id="weight_transposed",
+        ),
+        pytest.param(
+            {"x": torch.zeros(3, 8, dtype=torch.int8)},
+            TypeError,
+            "x has dtype torch.int8; supported are bfloat16, float16, float32",
+            id="x_integer",
+        ),
+        pytest.param(
+            {"x": torch.zeros(3, 8, dtype=torch.float64, device="meta")},
+            TypeError,
+            "x has dtype torch.float64; supported are",
+            id="float64_off_the_cpu",
+        ),
+        pytest.param(
+            {"weight": WEIGHT.half()},
+            TypeError,
+            "weight has dtype torch.float16 but x has torch.float32; convert one",
+            id="weight_dtype",
+        ),
+        pytest.param(
+            {"weight": WEIGHT.to("meta")},
+            ValueError,
+            "weight is on meta but x is on cpu; move one",
+            id="weight_device",
+        ),
+        pytest.param(
+            {"bias": torch.zeros(2, 6).half()},
+            TypeError,
+            "bias has dtype torch.float16",
+            id="bias_dtype",
+        ),
+        pytest.param(
+            {"bias": torch.zeros(2, 6, device="meta")},
+            ValueError,
+            "bias is on meta but x is on cpu",
+            id="bias_device",
+        ),
+        pytest.param(
+            {"bias": torch.zeros(6)},
+            ValueError,
+            r"bias has shape \(6,\); expected \(2, 6\), one row per expert \(stack_bias",
+            id="bias_shared",
+        ),
+        pytest.param(
+            {"plan": RoutePlan.from_runs([(0, 4)], num_experts=2)},
+            ValueError,
+            "plan routes 4 rows but x has 3; was the plan built for another layout?",
+            id="plan_rows",
+        ),
+        pytest.param(
+            {"plan": RoutePlan.from_runs([(0, 3)], num_experts=3)},
+            ValueError,
+            "plan has 3 experts but weight has 2",
+            id="plan_experts",
+        ),
+        pytest.param(
+            {"plan": PLAN.to("meta")},
+            ValueError,
+            r"plan is on meta but x is on cpu; build it there or use plan\.to\(device\)",
+            id="plan_device",
+        ),
+        pytest.param(
+            {"weight": torch.zeros(2, 7, 8), "epilogue": SILU_MUL},
+            ValueError,
+            "SILU_MUL needs gate and up halves, but weight has odd N=7",
+            id="silu_mul_odd",
+        ),
+        pytest.param(
+            {"epilogue": AddResidual(torch.zeros(3, 7))},
+            ValueError,
+            r"epilogue\.residual has shape \(3, 7\); expected \(3, 6\)",
+            id="residual_shape",
+        ),
+        pytest.param(
+            {"epilogue": AddResidual(torch.zeros(3, 6).half())},
+            TypeError,
+            r"epilogue\.residual has dtype torch.float16",
+            id="residual_dtype",
+        ),
+        pytest.param(
+            {"epilogue": AddResidual(torch.zeros(3, 6, device="meta"))},
+            ValueError,
+            r"epilogue\.residual is on meta",
+            id="residual_device",
+        ),
+        pytest.param(
+            {"epilogue": "silu"},
+            TypeError,
+            r"epilogue is 'silu'; expected None, SILU_MUL or AddResidual\(residual\)",
+            id="epilogue_unknown",
+        ),
+        pytest.param(
+            {"out": torch.zeros(3, 7)},
+            ValueError,
+            r"out has shape \(3, 7\); expected \(3, 6\)",
+            id="out_shape",
+        ),
+        pytest.param(
+            {"out": torch.zeros(3, 6), "epilogue": SILU_MUL},
+            ValueError,
+            r"out has shape \(3, 6\); expected \(3, 3\)",
+            id="out_shape_silu_mul",
+        ),
+        pytest.param(
+            {"out": torch.zeros(3, 6).half()}, TypeError, "out has dtype torch.fl", id="out_dtype"
+        ),
+        pytest.param(
+            {"out": torch.zeros(3, 6, device="meta")}, ValueError, "out is on meta", id="out_device"
+        ),
+    ],
+)
+def test_mot_linear_errors(
+    changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    arguments = {"x": X, "weight": WEIGHT, "plan": PLAN} | changes
+    with pytest.raises(error, match=message):
+        mot_linear(**arguments)

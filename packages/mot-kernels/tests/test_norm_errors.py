@@ -1,0 +1,272 @@
+"""What the norms say when arguments do not fit together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mot_kernels import RoutePlan, mot_qk_norm_rope, mot_rms_norm
+
+PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param(
+            {"x": torch.zeros(8)},
+            ValueError,
+            r"x has shape \(8,\) and weight \(2, 8\); expected x \(M, D\) and weight \(experts, D",
+            id="x_one_dimensional",
+        ),
+        pytest.param(
+            {"weight": torch.zeros(8)}, ValueError, r"weight \(8,\); expected", id="weight_shared"
+        ),
+        pytest.param(
+            {"weight": torch.zeros(2, 9)}, ValueError, r"weight \(2, 9\); exp", id="weight_width"
+        ),
+        pytest.param(
+            {"x": torch.zeros(3, 8, dtype=torch.int32)},
+            TypeError,
+            "x has dtype torch.int32; supported are bfloat16, float16, float32",
+            id="x_integer",
+        ),
+        pytest.param(
+            {"weight": torch.zeros(2, 8).half()},
+            TypeError,
+            "weight has dtype torch.float16 but x has torch.float32; convert one",
+            id="weight_dtype",
+        ),
+        pytest.param(
+            {"weight": torch.zeros(2, 8, device="meta")},
+            ValueError,
+            "weight is on meta but x is on cpu; move one",
+            id="weight_device",
+        ),
+        pytest.param(
+            {"x": torch.zeros(4, 8)}, ValueError, "plan routes 3 rows but x has 4", id="plan_rows"
+        ),
+        pytest.param(
+            {"weight": torch.zeros(3, 8)},
+            ValueError,
+            "plan has 2 experts but weight has 3",
+            id="plan_experts",
+        ),
+        pytest.param(
+            {"plan": PLAN.to("meta")}, ValueError, "plan is on meta but x is on", id="plan_device"
+        ),
+        pytest.param(
+            {"x": torch.zeros(8, 3).T},
+            ValueError,
+            r"x has strides \(1, 3\); its last dimension must be contiguous \(stride 1\)",
+            id="x_transposed",
+        ),
+        pytest.param(
+            {"weight": torch.zeros(8, 2).T},
+            ValueError,
+            "weight has strides",
+            id="weight_transposed",
+        ),
+        pytest.param(
+            {"residual": torch.zeros(8, 3).T}, ValueError, "residual has str", id="residual_transp"
+        ),
+        pytest.param(
+            {"out": torch.zeros(8, 3).T}, ValueError, "out has strides", id="out_transposed"
+        ),
+        pytest.param(
+            {"residual": torch.zeros(3, 9)},
+            ValueError,
+            r"residual has shape \(3, 9\); expected \(3, 8\)",
+            id="residual_shape",
+        ),
+        pytest.param(
+            {"residual": torch.zeros(3, 8).half()},
+            TypeError,
+            "residual has dtype torch.float16",
+            id="residual_dtype",
+        ),
+        pytest.param(
+            {"residual": torch.zeros(3, 8, device="meta")},
+            ValueError,
+            "residual is on meta",
+            id="residual_device",
+        ),
+        pytest.param(
+            {"out": torch.zeros(2, 8)},
+            ValueError,
+            r"out has shape \(2, 8\); expected \(3, 8\)",
+            id="out_shape",
+        ),
+        pytest.param(
+            {"out": torch.zeros(3, 8).half()}, TypeError, "out has dtype torch.fl", id="out_dtype"
+        ),
+    ],
+)
+def test_mot_rms_norm_errors(
+    changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(2, 8), "plan": PLAN} | changes
+    with pytest.raises(error, match=message):
+        mot_rms_norm(**arguments)
+
+
+def heads(rows: int, count: int, **options: object) -> torch.Tensor:
+    return torch.zeros(rows, count, 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param(
+            {"q_weight": torch.zeros(4)},
+            ValueError,
+            r"q_weight has shape \(4,\) and k_weight \(2, 4\); expected the same \(experts, head",
+            id="q_weight_shared",
+        ),
+        pytest.param(
+            {"k_weight": torch.zeros(2, 6)}, ValueError, r"k_weight \(2, 6\)", id="k_weight_shape"
+        ),
+        pytest.param(
+            {"qkv": torch.zeros(3, 31)},
+            ValueError,
+            r"qkv has shape \(3, 31\); with 4 query heads, 2 key/value heads and \(even\) head "
+            r"size 4 it should be \(M, 32\)",
+            id="qkv_columns",
+        ),
+        pytest.param(
+            {
+                "qkv": torch.zeros(3, 24),
+                "q_weight": torch.zeros(2, 3),
+                "k_weight": torch.zeros(2, 3),
+            },
+            ValueError,
+            r"\(even\) head size 3",
+            id="head_size_odd",
+        ),
+        pytest.param(
+            {"rope": torch.zeros(9, 4).half()},
+            ValueError,
+            r"rope is torch.float16 of shape \(9, 4\); expected float32 \(positions, 4\): cos",
+            id="rope_dtype",
+        ),
+        pytest.param(
+            {"rope": torch.zeros(9, 2)}, ValueError, r"shape \(9, 2\); expected", id="rope_width"
+        ),
+        pytest.param(
+            {"positions": torch.zeros(2, dtype=torch.int64)},
+            ValueError,
+            r"positions is torch.int64 of shape \(2,\); expected an integer tensor of shape \(3,\)",
+            id="positions_shape",
+        ),
+        pytest.param(
+            {"positions": torch.zeros(3)},
+            ValueError,
+            "positions is torch.float32",
+            id="positions_f",
+        ),
+        pytest.param(
+            {"qkv": torch.zeros(3, 32).half()},
+            TypeError,
+            "q_weight has dtype torch.float32 but x has torch.float16",
+            id="weight_dtype",
+        ),
+        pytest.param(
+            {"k_weight": torch.zeros(2, 4, device="meta")},
+            ValueError,
+            "k_weight is on meta but x is on cpu",
+            id="k_weight_device",
+        ),
+        pytest.param(
+            {"qkv": torch.zeros(32, 3).T}, ValueError, "qkv has strides", id="qkv_transposed"
+        ),
+        pytest.param(
+            {"rope": torch.zeros(9, 8)[:, :4]},
+            ValueError,
+            "rope, q_weight and k_weight must be contiguous; call",
+            id="rope_strided",
+        ),
+        pytest.param(
+            {"plan": RoutePlan.from_runs([(0, 4)], num_experts=2)},
+            ValueError,
+            "plan routes 4 rows but x has 3",
+            id="plan_rows",
+        ),
+        pytest.param(
+            {"plan": RoutePlan.from_runs([(0, 3)], num_experts=1)},
+            ValueError,
+            "plan has 1 experts but weight has 2",
+            id="plan_experts",
+        ),
+        pytest.param({"plan": PLAN.to("meta")}, ValueError, "plan is on meta", id="plan_device"),
+        pytest.param(
+            {"k_out": heads(3, 2)},
+            ValueError,
+            "k_out and v_out belong together; give both or neither",
+            id="k_out_alone",
+        ),
+        pytest.param(
+            {"kv_rows": torch.arange(3)},
+            ValueError,
+            r"kv_rows has shape \(3,\); expected \(3,\), along with k_out and v_out to write to",
+            id="kv_rows_without_out",
+        ),
+        pytest.param(
+            {"kv_rows": torch.arange(2), "k_out": heads(9, 2), "v_out": heads(9, 2)},
+            ValueError,
+            r"kv_rows has shape \(2,\); expected \(3,\)",
+            id="kv_rows_shape",
+        ),
+        pytest.param(
+            {"q_out": heads(3, 2)},
+            ValueError,
+            r"q_out has shape \(3, 2, 4\); expected \(3, 4, 4\)",
+            id="q_out_shape",
+        ),
+        pytest.param(
+            {"q_out": heads(3, 4, dtype=torch.float16)}, TypeError, "q_out has dt", id="q_out_dtype"
+        ),
+        pytest.param(
+            {"q_out": torch.zeros(3, 4, 8)[..., ::2]},
+            ValueError,
+            "q_out has strides",
+            id="q_out_strided",
+        ),
+        pytest.param(
+            {"k_out": heads(9, 2), "v_out": heads(9, 2)},
+            ValueError,
+            r"k_out has shape \(9, 2, 4\); expected \(3, 2, 4\)",
+            id="k_out_rows",
+        ),
+        pytest.param(
+            {"k_out": heads(3, 2), "v_out": heads(3, 1)},
+            ValueError,
+            r"v_out has shape \(3, 1, 4\); expected \(3, 2, 4\)",
+            id="v_out_heads",
+        ),
+        pytest.param(
+            {"k_out": heads(3, 2), "v_out": torch.zeros(3, 2, 8)[..., ::2]},
+            ValueError,
+            "v_out has strides",
+            id="v_out_strided",
+        ),
+        pytest.param(
+            {"k_out": heads(3, 2), "v_out": heads(3, 2, device="meta")},
+            ValueError,
+            "v_out is on meta",
+            id="v_out_device",
+        ),
+    ],
+)
+def test_mot_qk_norm_rope_errors(
+    changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    arguments = {
+        "qkv": torch.zeros(3, 32),
+        "q_weight": torch.zeros(2, 4),
+        "k_weight": torch.zeros(2, 4),
+        "rope": torch.zeros(9, 4),
+        "positions": torch.arange(3),
+        "plan": PLAN,
+    } | changes
+    with pytest.raises(error, match=message):
+        mot_qk_norm_rope(**arguments, num_heads=4, num_kv_heads=2)
