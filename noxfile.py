@@ -33,7 +33,7 @@ LINTERS = ("ruff==0.17.6", "mypy==2.4.1")
 TYPED = ("pillow", "pydantic", "rich", "typer")  # libraries whose types mypy reads
 
 PACKAGE_DATA = {  # what each wheel must hold
-    "mot-kernels": ("mot_kernels/py.typed", "mot_kernels/tuning/configs/**/*.json"),
+    "mot-kernels": ("mot_kernels/py.typed", "mot_kernels/tuning/configs/README.md"),
     "mot-layers": ("mot_layers/py.typed",),
     "bagel-mot": ("bagel_mot/py.typed",),
     "mot-bench": ("mot_bench/py.typed",),
@@ -189,6 +189,7 @@ def _vllm(session: nox.Session) -> Path:
 def _install_torch(session: nox.Session, python: str) -> None:
     """Install torch's CPU build: from what pip has at hand, else from $MOT_TORCH_INDEX_URL."""
     index = os.environ.get("MOT_TORCH_INDEX_URL")
+    ask_version = "import importlib.metadata as m; print('torch==' + m.version('torch'))"
     attempts: list[tuple[str, ...]] = [()]
     if index:
         attempts.append(("--extra-index-url", index, "--timeout", "15", "--retries", "1"))
@@ -200,11 +201,7 @@ def _install_torch(session: nox.Session, python: str) -> None:
             success_codes=range(256),
         )
         installed = session.run(
-            *(
-                python,
-                "-c",
-                "import importlib.metadata as m; print('torch==' + m.version('torch'))",
-            ),
+            *(python, "-c", ask_version),
             silent=True,
             external=True,
             log=False,

@@ -97,19 +97,17 @@ def test_groups_of_others_are_kept() -> None:
         assert is_set_up() == ALL
 
 
-def test_what_was_set_up_in_two_steps_is_undone_in_one() -> None:
-    init_parallel()
-    engine, runtime._active = runtime._active, None
-    assert engine is not None
-    with set_current_vllm_config(None):  # groups of others, but no configuration
-        init_parallel()
-        assert is_set_up() == ALL
-        engine.close()
-        assert is_set_up()[1:] == (False, False)
-        init_parallel()
-        assert is_set_up() == ALL
-        shutdown_parallel()
-        assert is_set_up()[1:] == (False, False)
+def test_what_was_set_up_in_two_steps_is_undone_in_one(tmp_path: os.PathLike[str]) -> None:
+    with set_current_vllm_config(runtime._default_config(tp_size=1)):
+        parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
+        parallel_state.initialize_model_parallel()
+    init_parallel()  # adds the configuration
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+    init_parallel()  # adds groups
+    assert is_set_up() == ALL
+    shutdown_parallel()
+    assert is_set_up() == NONE
 
 
 def test_a_process_group_of_others_is_kept(tmp_path: os.PathLike[str]) -> None:

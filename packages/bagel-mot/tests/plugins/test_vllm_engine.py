@@ -82,8 +82,6 @@ def test_recorded_answer(answers: dict[str, list[Answer]], name: str) -> None:
     got = torch.tensor(answer.logprobs, dtype=torch.float64)
     want = case.tensors["text0.logits"].double().log_softmax(-1)
     assert (got - want).abs().max() < 1e-4
-    if case.json["texts"][0]["stopped_by_end_token"]:
-        assert answer.text.removesuffix("<|im_end|>") == case.json["text_output"]
 
 
 def test_answer_of_pipeline(
