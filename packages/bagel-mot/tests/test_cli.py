@@ -202,6 +202,8 @@ def test_inspect() -> None:
     ):
         assert [cell.strip() for cell in rows[part].split("│")[2:4]] == [str(tensors), elements]
     assert "1024 x 1024" in result.stdout
+    # Keys and values, 3 layers, 2 heads of 16 numbers of 2 bytes.
+    assert rows["KV cache, a token"].split("│")[2].strip() == "384 bytes"
     assert result.stderr == ""
 
 
@@ -241,6 +243,16 @@ def test_inspect_names() -> None:
         "vae.decoder.conv_in.bias",
         "",
     ]
+
+
+def test_inspect_names_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are folded there, not cut."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    output = succeed("inspect", "--model", CHECKPOINT, "--names").stdout
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    assert "…" not in plain
+    assert max(len(line) for line in plain.splitlines()) == 80
 
 
 def test_inspect_problems(checkpoint_copy: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from golden_data import GOLDEN
+from typer.testing import CliRunner
 
+from bagel_mot.cli import app
 from bagel_mot.config import BagelConfig
 from bagel_mot.launch import run_ranks
 from bagel_mot.model.sequence_parallel import chunk
@@ -80,12 +82,13 @@ def test_run_ranks_kills_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_mismatched_sizes_are_refused_before_loading(
-    words: tuple[str, ...], message: str, tmp_path: Path
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-m", "bagel_mot", "generate", "a fox", *words]
+    monkeypatch.setattr("bagel_mot.checkpoint.load_checkpoint", lambda *_: pytest.fail("loaded"))
+    command = ["generate", "a fox", *words]
     command += ["--model", str(GOLDEN.checkpoint), "--output", str(tmp_path / "x.png")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
     assert message in done.stderr.replace("\n", " ") and not list(tmp_path.iterdir())
 
 

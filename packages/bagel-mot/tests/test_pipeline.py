@@ -519,6 +519,16 @@ def test_on_text(cpu: BagelPipeline, question: str, limit: int) -> None:
     assert len(texts) <= limit
 
 
+def test_text_ends_at_the_end_token(cpu: BagelPipeline) -> None:
+    """Nothing is computed behind it: 14 tokens are fed of 40 allowed, as recorded."""
+    case = GOLDEN.case("d2")
+    (question,) = request_parts(case)
+    with forwards(cpu.model) as calls:
+        assert cpu.ask(None, question, max_text_tokens=40) == case.json["text_output"]
+    assert calls[1:] == [1] * case.json["texts"][0]["steps"]
+    assert len(calls) < 40
+
+
 def test_on_text_streams_the_thought(cpu: BagelPipeline) -> None:
     texts: list[str] = []
     result = cpu.generate(

@@ -12,6 +12,7 @@ from layer_cases import BIASES, HIDDEN, KINDS, Layer, exact, load, make_plan, pl
 from layer_cases import assert_near as assert_near_truth
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import layerwise
 
 from mot_layers import MoTRMSNorm, stacking
 from mot_layers.linear import StackedLinearMethod
@@ -175,6 +176,24 @@ def test_state_dict_round_trip() -> None:
     other.load_state_dict(layer.state_dict())
     assert_shared(other)
     assert_right(other, spec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reload_weights(kind: str) -> None:
+    """vLLM's `reload_weights` loads beside the weights in use and copies over them."""
+    spec = Layer(kind, "bias")
+    layer = spec.build()
+    model = torch.nn.Sequential(layer)
+    layerwise.record_metadata_for_reloading(model)
+    und, gen = spec.weights()
+    load(layer, spec, [gen, und])
+    before = layer.stacked_weight
+    layerwise.initialize_layerwise_reload(model)
+    load(layer, spec, [und, gen])
+    layerwise.finalize_layerwise_reload(model, None)
+    assert layer._is_stacked()
+    assert layer.stacked_weight is before
+    assert_right(layer, spec)
 
 
 class TestReplacedParameters:

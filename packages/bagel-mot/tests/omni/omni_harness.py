@@ -189,7 +189,6 @@ def single_process_world(world_size: int = 1, rank: int = 0, **sizes: int) -> It
     from vllm.config import set_current_vllm_config
     from vllm_omni.diffusion.distributed import parallel_state
     from vllm_omni.diffusion.forward_context import set_forward_context
-    from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
     from vllm_omni.platforms import current_omni_platform
 
     torch.set_num_threads(1)  # of a tiny model; more would only wait for each other
@@ -200,6 +199,7 @@ def single_process_world(world_size: int = 1, rank: int = 0, **sizes: int) -> It
     answers = {
         "get_device_count": lambda: world_size,
         "set_device": lambda device: None,
+        "synchronize": lambda: None,
         "is_available": lambda: False,
         "reset_peak_memory_stats": lambda: None,
         "max_memory_reserved": lambda: 0,
@@ -213,7 +213,7 @@ def single_process_world(world_size: int = 1, rank: int = 0, **sizes: int) -> It
             )
         world = World(device)
         config = world.config()
-        vllm_config = create_diffusion_vllm_config(device, config)
+        vllm_config = _vllm_config(device, config)
         with (
             set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config),
             set_current_vllm_config(vllm_config),
@@ -226,13 +226,28 @@ def single_process_world(world_size: int = 1, rank: int = 0, **sizes: int) -> It
         yield world
 
 
+def _vllm_config(device: torch.device, config: Any) -> Any:
+    """vLLM's configuration as vLLM-Omni's worker makes it."""
+    try:
+        from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
+    except ImportError:  # 0.26
+        from vllm.config import CompilationConfig, DeviceConfig, VllmConfig
+
+        vllm_config = VllmConfig(
+            compilation_config=CompilationConfig(), device_config=DeviceConfig(device=device)
+        )
+        sizes = config.parallel_config
+        vllm_config.parallel_config.tensor_parallel_size = sizes.tensor_parallel_size
+        return vllm_config
+    return create_diffusion_vllm_config(device, config)
+
+
 def _load(config: Any, device: torch.device) -> Any:
     from vllm.config import set_current_vllm_config
     from vllm_omni.diffusion.forward_context import set_forward_context
-    from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
     from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
 
-    vllm_config = create_diffusion_vllm_config(device, config)
+    vllm_config = _vllm_config(device, config)
     runner = DiffusionModelRunner(vllm_config, config, device)
     with (
         set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config),

@@ -66,7 +66,7 @@ def test_trajectory(engine: Engine) -> None:
 
 
 def test_text(engine: Engine) -> None:
-    """In both modes: text requests leave step execution."""
+    """In both modes, although text has no steps."""
     case = GOLDEN.case("d1")
     (answer,) = engine.answer([golden_request(case)])
     assert answer.final_output_type == "text"
@@ -82,8 +82,9 @@ def test_think_text(engine: Engine) -> None:
 
 def test_number_of_steps_left_out(engine: Engine) -> None:
     """Then 50, which the step scheduler must know before the pipeline does."""
-    (answer,) = engine.answer([request("a red fox", height=16, width=16, seed=1)])
-    assert answer.metrics["num_inference_steps"] == 50
+    asked = request("a red fox", height=16, width=16, seed=1, return_trajectory_latents=True)
+    (answer,) = engine.answer([asked])
+    assert len(answer.trajectory_latents) == 50
     assert answer.images[0].size == (16, 16)
 
 

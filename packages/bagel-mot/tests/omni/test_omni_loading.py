@@ -58,7 +58,11 @@ def test_tensor_twice(pipeline: Any) -> None:
         pipeline.load_weights(weights)
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(63), torch.zeros(64, dtype=torch.int8)], ids=str)
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(63), torch.zeros(64, dtype=torch.int8)],
+    ids=["too short", "integers"],
+)
 def test_wrong_tensor(pipeline: Any, tensor: torch.Tensor) -> None:
     weights = [pair for pair in stream() if pair[0] != "llm2vae.bias"]
     with pytest.raises(ValueError, match=r"llm2vae\.bias is .*; expected \[64\]"):

@@ -263,3 +263,70 @@ def test_own_scheduler(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (still,) = pipeline.forward(batch(golden_request(case, return_trajectory_latents=True)))
     latents = still.output["payload"]["trajectory"]["latents"]
     assert torch.equal(latents[-1], latents[0])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_dummy_run(pipeline: Any, steps: int) -> None:
+    """The request vLLM-Omni starts up with: of 0.30, and of one step before that."""
+    asked = request(
+        {"prompt": "dummy run"},
+        "dummy_req_id",
+        height=512,
+        width=512,
+        num_inference_steps=steps,
+        guidance_scale=0.0,
+        cfg_text_scale=1.0,
+        cfg_img_scale=1.0,
+    )
+    (output,) = pipeline.forward(batch(asked))
+    assert image_of(output).size == (512, 512)
+
+
+def test_cancellation(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that its client has left stops after the step that is being made."""
+    pytest.importorskip("vllm_omni.diffusion.cancellation", reason="vLLM-Omni before 0.30")
+    from vllm_omni.diffusion.cancellation import (
+        RequestCancellationRegistry,
+        request_cancellation_scope,
+    )
+    from vllm_omni.diffusion.data import DiffusionRequestAbortedError
+
+    from bagel_mot.denoising import Denoising
+
+    registry = RequestCancellationRegistry()
+    signal = registry.create("gone")
+    made: list[Any] = []
+    make_step = Denoising.step
+
+    def step_and_leave(self: Denoising) -> Any:
+        made.append(make_step(self))
+        registry.cancel(["gone"])
+        return made[-1]
+
+    monkeypatch.setattr(Denoising, "step", step_and_leave)
+    try:
+        with request_cancellation_scope([signal]), pytest.raises(DiffusionRequestAbortedError):
+            only(pipeline, FOX, seed=1, **SMALL)
+    finally:
+        registry.close()
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("pictures", [0, 1], ids=["text to image", "edit"])
+def test_negative_context(pipeline: Any, pictures: int) -> None:
+    """Guidance is away from the context that has the negative text in place of the prompt."""
+    from bagel_mot.request import Noise, Request
+
+    def branches(text: str, negative: str | None = None) -> list[Any]:
+        parts = [Image.new("RGB", (64, 64), "green")] * pictures + [text]
+        asked = Request(parts, "image", height=64, width=64, negative_prompt=negative)
+        (job,) = pipeline._core.prepare(asked, noise=Noise(1)).jobs
+        return job.branches
+
+    main, negative, *_ = branches("a red fox", "snow")
+    snow, *_ = branches("snow")
+    fox, *_ = branches("a red fox")
+    for got, want in ((negative, snow), (main, fox)):
+        assert (got.length, got.position) == (want.length, want.position)
+        got_rows, want_rows = got.cache.kv[:, : got.length], want.cache.kv[:, : want.length]
+        torch.testing.assert_close(got_rows, want_rows)

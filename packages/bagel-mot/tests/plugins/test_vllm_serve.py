@@ -126,5 +126,6 @@ def test_other_content_is_refused(server: str) -> None:
     audio = [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]
     with pytest.raises(urllib.error.HTTPError) as error:
         chat(server, audio, 4)
-    assert 400 <= error.value.code < 500
+    with error.value as response:
+        assert 400 <= response.code < 500
     assert chat(server, "Still there?", 2)["choices"]

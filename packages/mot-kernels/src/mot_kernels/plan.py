@@ -12,7 +12,7 @@ two markers)::
     plan.row_ids     # [0, 7 | 1, 2, 3, 4, 5, 6]        grouped by expert
     plan.expert_ids  # [0, 1, 1, 1, 1, 1, 1, 0]         one label per row
     plan.runs        # [[0, 0, 1], [1, 1, 6], [0, 7, 1]]  (expert, first row, length)
-    plan.tiles_for(16)   # [[0, 0, 2, -1], [1, 2, 6, 1]]  (expert, offset into row_ids, rows, first row)
+    plan.tiles_for(16)   # [[0, 0, 2, -1], [1, 2, 6, 1]]  (expert, offset, rows, first row)
 
 The second tile's rows are consecutive, so a kernel may address it as `first row + i` (and by
 TMA); the first tile's are not (-1) and are gathered through `row_ids`.

@@ -62,14 +62,11 @@ def get_bagel_pre_process_func(
         if not found:  # not before a request comes: the engine is built before the download
             found.append(Checkpoint.of(od_config))
         sampling = request.sampling_params
+        _settle_dummy_run(request.request_id, sampling)
         asked = read_request(request.prompt, sampling, found[0].config, handed_over=handed_over)
         set_size_apart(sampling)
         # The step scheduler counts steps before the pipeline sees the request.
         sampling.num_inference_steps = asked.settings.num_timesteps
-        if asked.request is not None and asked.request.output == "text":
-            # Text is not denoised. vLLM-Omni 0.26 does not look at this: a text request fails
-            # there while step execution is on.
-            request.use_step_execution = False
         return request
 
     return pre_process
@@ -155,13 +152,9 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
         A request that asks for something impossible gets an answer with a client error, and the
         others theirs; an exception would have failed all of them.
         """
-        begun: list[Painting | DiffusionOutput] = []
-        for request in req.requests:
-            check_request_cancellation()
-            try:
-                begun.append(self._begin(request.prompt, request.sampling_params))
-            except OmniClientError as error:
-                begun.append(DiffusionOutput.from_exception(error))
+        begun = [
+            self._begin(each.request_id, each.prompt, each.sampling_params) for each in req.requests
+        ]
         self.diffuse([each for each in begun if isinstance(each, Painting)])
         return [
             self._finish(each, request.sampling_params) if isinstance(each, Painting) else each
@@ -180,63 +173,84 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
     def prepare_encode(self, state: Any, **kwargs: Any) -> Any:
         """Step execution, once a request: read its prompt and make its first noise.
 
-        Raises:
-            OmniClientError: the request asks for something impossible.
+        A request that is answered by then (a text, or a client error) makes one step of nothing.
         """
-        painting = self._begin(state.prompt, state.sampling, needs_image=True)
-        job = painting.jobs[0]
-        state.latents = torch.cat(painting.latents).to(self.device)
-        state.timesteps = job.timesteps[:-1].to(self.device)
+        begun = self._begin(state.request_id, state.prompt, state.sampling)
+        state.extra[_STATE] = begun
         state.step_index = 0
-        state.scheduler = painting.schedulers[0]
         # vLLM-Omni refuses to batch requests that differ in this; to us guidance is each one's own.
         state.do_true_cfg = False
-        unit = self.bagel.config.latent_token_pixels
-        state.img_shapes = [(job.grid[0] * unit, job.grid[1] * unit)]
-        state.extra[_STATE] = painting
+        if isinstance(begun, Painting):
+            job = begun.jobs[0]
+            state.latents = torch.cat([latents.to(self.device) for latents in begun.latents])
+            state.timesteps = job.timesteps[:-1].to(self.device)
+            state.scheduler = begun.schedulers[0]
+            unit = self.bagel.config.latent_token_pixels
+            state.img_shapes = [(job.grid[0] * unit, job.grid[1] * unit)]
+        else:
+            state.latents = torch.zeros(1, self.bagel.config.latent_token_dim, device=self.device)
+            state.timesteps = torch.zeros(1, device=self.device)
+            state.img_shapes = [(0, 0)]
         return state
 
     def denoise_step(
         self, input_batch: Any, *, states: Sequence[Any] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Velocities (rows of all states' latents, 64) float32, guided; of requests of any size."""
-        paintings = []
-        for state in states or input_batch.states:
-            paintings.append(state.extra[_STATE])
-            paintings[-1].set_latents(state.latents)
-        jobs = [job for each in paintings for job in each.jobs]
-        if self._together is None or self._together.jobs != jobs:
+        states = states or input_batch.states
+        jobs: list[ImageJob] = []
+        for state in states:
+            painting = state.extra[_STATE]
+            if isinstance(painting, Painting):
+                painting.set_latents(state.latents)
+                jobs += painting.jobs
+        if jobs and (self._together is None or self._together.jobs != jobs):
             self._together = Denoising(self.bagel, self.tokenizer, jobs, self._parallel)
-        return torch.cat([step.velocity for step in self._together.step()])
+        made = iter(self._together.step() if jobs and self._together else ())
+        velocities: list[torch.Tensor] = []
+        for state in states:
+            painting = state.extra[_STATE]
+            if isinstance(painting, Painting):
+                velocities += [next(made).velocity for _ in painting.jobs]
+            else:
+                velocities.append(torch.zeros_like(state.latents))
+        return torch.cat(velocities)
 
     def step_scheduler(self, state: Any, noise_pred: torch.Tensor, **kwargs: Any) -> None:
         """Move one request's latents by its velocities."""
-        state.latents = state.extra[_STATE].move(noise_pred, state.step_index)
+        painting = state.extra[_STATE]
+        if isinstance(painting, Painting):
+            state.latents = painting.move(noise_pred, state.step_index)
         state.step_index += 1
 
     def post_decode(self, state: Any, **kwargs: Any) -> DiffusionOutput:
         """The answer to a request whose steps are made."""
         painting = state.extra[_STATE]
+        if not isinstance(painting, Painting):
+            answer: DiffusionOutput = painting
+            return answer
         painting.set_latents(state.latents)
         if self._together is not None and all(job.done for job in self._together.jobs):
             self._together = None  # its caches are as large as all the requests' together
         return self._finish(painting, state.sampling)
 
-    def _begin(self, prompt: Any, sampling: Any, *, needs_image: bool = False) -> Painting:
-        handed_over = sampling.past_key_values is not None
-        asked = read_request(prompt, sampling, self.bagel.config, handed_over=handed_over)
-        if needs_image and asked.request is not None and asked.request.output == "text":
-            raise OmniClientError(
-                "modalities asks for text, which has no denoising steps; this deployment runs "
-                "BAGEL with step_execution and paints only"
-            )
-        sources = noise_sources(sampling, asked.num_images)
-        if asked.request is None:
-            prepared = self._from_caches(asked, sampling, sources)
-        else:
-            prepared = self._core.prepare(asked.request, noise=sources[0])
-        if prepared.jobs:
+    def _begin(self, request_id: str, prompt: Any, sampling: Any) -> Painting | DiffusionOutput:
+        """A request with its prompt read: images to paint, or its answer if there are none."""
+        check_request_cancellation()
+        _settle_dummy_run(request_id, sampling)
+        try:
+            handed_over = sampling.past_key_values is not None
+            asked = read_request(prompt, sampling, self.bagel.config, handed_over=handed_over)
+            sources = noise_sources(sampling, asked.num_images)
+            if asked.request is None:
+                prepared = self._from_caches(asked, sampling, sources)
+            else:
+                prepared = self._core.prepare(asked.request, noise=sources[0])
+            if not prepared.jobs:
+                return text_answer(prepared.text or "", self._durations())
             self._set_noise(prepared.jobs, sampling, sources)
+        except OmniClientError as error:
+            return DiffusionOutput.from_exception(error)
         return Painting(
             prepared,
             keeps_trajectory=sampling.return_trajectory_latents,
@@ -275,16 +289,22 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
 
     def _finish(self, painting: Painting, sampling: Any) -> DiffusionOutput:
         decoded = None
-        images = list(self._core.finish(painting.prepared).images)
-        if images and sampling.return_trajectory_latents and sampling.return_trajectory_decoded:
+        if sampling.return_trajectory_latents and sampling.return_trajectory_decoded:
             decoded = [
                 list(self._core.finish(Prepared(jobs, [0] * len(jobs), None)).images)
                 for jobs in painting.snapshots()
             ]
-        durations = self.stage_durations if self.enable_diffusion_pipeline_profiler else None
-        if not images:
-            return text_answer(painting.prepared.text or "", durations)
-        return image_answer(painting, images, decoded, durations)
+        images = list(self._core.finish(painting.prepared).images)
+        return image_answer(painting, images, decoded, self._durations())
+
+    def _durations(self) -> dict[str, float] | None:
+        return self.stage_durations if self.enable_diffusion_pipeline_profiler else None
+
+
+def _settle_dummy_run(request_id: str, sampling: Any) -> None:
+    """Before 0.30 vLLM-Omni starts up with a request for one step: in BAGEL's counting, none."""
+    if OmniDiffusionRequest.is_dummy_run_request_id(request_id):
+        sampling.num_inference_steps = max(sampling.num_inference_steps or 2, 2)
 
 
 def check_supported(od_config: OmniDiffusionConfig) -> None:
