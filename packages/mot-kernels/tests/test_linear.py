@@ -195,6 +195,34 @@ def test_mot_linear_config_covers_all_tile_rows() -> None:
     assert {config.block_m for config in configs} == set(TILE_ROWS)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("step", ["bias", "silu_mul", "add_residual"])
+def test_mot_linear_rounds_once(step: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Bias and epilogue work on the fp32 accumulator: 2049 is no float16, 257 no bfloat16."""
+    if dtype is torch.float32:
+        pytest.skip("float32 is the accumulator's own dtype: nothing is rounded")
+    unit = 1 / torch.finfo(dtype).eps  # the distance between numbers is 2 from 2 * unit on
+    plan = ROUTES["first_and_last_row"].plan(device)
+    options = {"dtype": dtype, "device": device}
+    x = torch.zeros(plan.num_rows, 32, **options)
+    x[:, 0], x[:, 1] = 2 * unit, 1.0
+    weight = torch.zeros(2, 32, 32, **options)
+    weight[:, :, :2] = 1.0  # every product is 2 * unit + 1
+    if step == "bias":
+        bias = torch.full((2, 32), -2 * unit, **options)
+        y, wanted = mot_linear(x, weight, plan, bias=bias), 1.0
+    elif step == "add_residual":
+        residual = torch.full((plan.num_rows, 32), -2 * unit, **options)
+        y, wanted = mot_linear(x, weight, plan, epilogue=AddResidual(residual)), 1.0
+    else:
+        weight[:, 16:] = 0.0
+        weight[:, 16:, 1] = 3.0  # gate 2 * unit + 1, up 3; the sigmoid of such a gate is 1
+        y, wanted = mot_linear(x, weight, plan, epilogue=SILU_MUL), 3 * (2 * unit + 1)
+    assert torch.equal(y, torch.full_like(y, wanted))
+    # What rounding before the step gives instead.
+    assert torch.tensor(2 * unit + 1, dtype=dtype) == 2 * unit
+
+
 # --- strides and aliasing: on integers, bit for bit
 
 
@@ -213,6 +241,9 @@ def dirty(t: torch.Tensor, layout: str) -> torch.Tensor:
     assert view.stride() != t.stride()
     return view
 
+
+# Several steps over K in every dtype, so that pointers advance; the computed default may take one.
+MANY_STEPS = TileConfig(16, 32, 16, group_m=2, num_warps=1, num_stages=2)
 
 layouts = pytest.mark.parametrize("layout", ["row_stride", "column_stride", "transposed"])
 strided_routes = pytest.mark.parametrize("name", ["scattered", "one_branch", "no_gen_rows"])
@@ -236,7 +267,23 @@ def test_mot_linear_strided_input(
     wanted = exact(tensors["x"], tensors["weight"], route) + tensors["residual"]
     tensors[argument] = dirty(tensors[argument], layout)
     epilogue = AddResidual(tensors["residual"])
-    y = mot_linear(tensors["x"], tensors["weight"], route.plan(device), epilogue=epilogue)
+    plan = route.plan(device)
+    y = mot_linear(tensors["x"], tensors["weight"], plan, epilogue=epilogue, config=MANY_STEPS)
+    assert torch.equal(y, wanted)
+
+
+@pytest.mark.usefixtures("best_path")
+@layouts
+def test_mot_linear_strided_weight_silu_mul(
+    layout: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The up half advances by the same strides as the gate half."""
+    torch.manual_seed(0)
+    plan = ROUTES["scattered"].plan(device)
+    x = integers(plan.num_rows, INTEGER_K, dtype=dtype, device=device)
+    weight = integers(2, 50, INTEGER_K, dtype=dtype, device=device)
+    wanted = mot_linear(x, weight, plan, epilogue=SILU_MUL, config=MANY_STEPS)
+    y = mot_linear(x, dirty(weight, layout), plan, epilogue=SILU_MUL, config=MANY_STEPS)
     assert torch.equal(y, wanted)
 
 
@@ -379,6 +426,28 @@ def test_mot_linear_gradcheck(name: str, epilogue: str) -> None:
         return mot_linear(leaves[0], leaves[1], plan, bias=leaves[2], epilogue=chosen)
 
     assert torch.autograd.gradcheck(run, (x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("leaf", ["x", "weight", "bias", "residual"])
+def test_mot_linear_gradient_of_one_argument(leaf: str, device: torch.device) -> None:
+    """Whichever argument asks, the differentiable path is taken."""
+    torch.manual_seed(0)
+    route = ROUTES["scattered"]
+    options = {"dtype": torch.float32, "device": device}
+    tensors = {
+        "x": integers(route.num_rows, INTEGER_K, **options),
+        "weight": integers(2, 50, INTEGER_K, **options),
+        "bias": integers(2, 50, **options),
+        "residual": integers(route.num_rows, 50, **options),
+    }
+    tensors[leaf].requires_grad_()
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    epilogue = AddResidual(tensors["residual"])
+    y = mot_linear(x, weight, route.plan(device), bias=bias, epilogue=epilogue)
+    looped = looped_linear(x, weight, labels_of(route, device), bias=bias, epilogue=epilogue)
+    (ours,) = torch.autograd.grad(y.sum(), tensors[leaf])
+    (theirs,) = torch.autograd.grad(looped.sum(), tensors[leaf])
+    assert torch.equal(ours, theirs)
 
 
 def test_mot_linear_gradient_into_out(device: torch.device) -> None:

@@ -207,6 +207,22 @@ def test_mot_rms_norm_gradcheck(name: str, residual: bool) -> None:
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("leaf", ["x", "weight", "residual"])
+def test_mot_rms_norm_gradient_of_one_argument(leaf: str, device: torch.device) -> None:
+    """Whichever argument asks, the differentiable path is taken: all three give one result."""
+    torch.manual_seed(0)
+    plan = ALTERNATING.plan(device)
+    shapes = {"x": (40, 80), "weight": (2, 80), "residual": (40, 80)}
+    tensors = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    all_leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    y, _ = mot_rms_norm(**all_leaves, plan=plan)
+    (wanted,) = torch.autograd.grad(y.sum(), all_leaves[leaf])
+    tensors[leaf].requires_grad_()
+    y, _ = mot_rms_norm(**tensors, plan=plan)
+    (ours,) = torch.autograd.grad(y.sum(), tensors[leaf])
+    assert torch.equal(ours, wanted)
+
+
 # --- mot_qk_norm_rope
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -364,6 +380,18 @@ def test_mot_qk_norm_rope_bad_row_stays_alone(dtype: torch.dtype, device: torch.
         assert ours[70].isnan().all()
         ours[70] = theirs[70]
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("leaf", ["qkv", "q_weight", "k_weight"])
+def test_mot_qk_norm_rope_gradient_of_one_argument(leaf: str, device: torch.device) -> None:
+    gradients = []
+    for leaves in (["qkv", "q_weight", "k_weight"], [leaf]):
+        heads = Heads(ALTERNATING, 16, torch.float32, device, exact=False)
+        for name in leaves:
+            setattr(heads, name, getattr(heads, name).clone().requires_grad_())
+        q, k, _ = heads.run()
+        gradients += torch.autograd.grad(q.sum() + k.sum(), getattr(heads, leaf))
+    assert torch.equal(*gradients)
 
 
 def test_mot_qk_norm_rope_gradcheck() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_checkpoint_without_a_tensor(world: World, folder: Path) -> None:
 def test_checkpoint_without_vae(world: World, folder: Path) -> None:
     (folder / "ae.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"ae\.safetensors not found"):
+        world.runner(model=str(folder))
+
+
+def test_tokenizer_of_another_model(world: World, folder: Path) -> None:
+    """More tokens than the embedding has rows would fail in the middle of a request."""
+    content = json.loads((folder / "llm_config.json").read_text())
+    content["vocab_size"] = 500
+    (folder / "llm_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the tokenizer has .* but the embedding only 500 rows"):
         world.runner(model=str(folder))
 
 

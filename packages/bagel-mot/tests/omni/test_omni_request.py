@@ -255,7 +255,7 @@ def test_truncated_picture(config: Any, tmp_path: Path) -> None:
     from vllm_omni.errors import OmniClientError
 
     file = tmp_path / "picture.png"
-    Image.effect_noise((64, 64), 50).save(file)
+    Image.effect_noise((64, 64), 50).convert("RGB").save(file)
     file.write_bytes(file.read_bytes()[:1000])
     with Image.open(file) as picture, pytest.raises(OmniClientError, match="cannot be read"):
         read(config, {"prompt": "a", "multi_modal_data": {"image": picture}})

@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from golden_data import GOLDEN
-from omni_harness import assert_recorded_image, golden_request, image_of, request, require_omni
+from golden_data import GOLDEN, assert_recorded
+from omni_harness import (
+    assert_recorded_image,
+    golden_request,
+    image_of,
+    levels_apart,
+    request,
+    require_omni,
+)
 
 require_omni()
 
@@ -128,3 +135,28 @@ def test_text_and_bad_request_in_a_batch(runner: Any) -> None:
     assert "cfg_interval" in answers["bad"].error
     for name in ("text", "alone"):
         assert answers[name].output["payload"]["text"] == question.json["text_output"]
+
+
+def test_latents_of_the_state(pipeline: Any) -> None:
+    """They are what counts, at the first step and at the end, whoever has written them."""
+    from vllm_omni.diffusion.worker.input_batch import InputBatch
+    from vllm_omni.diffusion.worker.utils import StepRequestState
+
+    case = GOLDEN.case("a1")
+    asked = golden_request(case, seed=99)  # other noise than the recorded
+    state = StepRequestState(
+        request_id="state", sampling=asked.sampling_params, prompt=asked.prompt
+    )
+    pipeline.prepare_encode(state)
+    state.latents = case.tensors["gen.init_noise"].clone()
+    while not state.denoise_completed:
+        made = InputBatch.make_batch([state])
+        pipeline.step_scheduler(state, pipeline.denoise_step(made))
+        recorded = f"step{state.step_index}.x_t"
+        if recorded in case.tensors:
+            assert_recorded(recorded, state.latents, case.tensors[recorded])
+    assert_recorded_image(case, image_of(pipeline.post_decode(state)))
+    state.latents = -state.latents
+    other = image_of(pipeline.post_decode(state))
+    state.latents = -state.latents
+    assert levels_apart(other, image_of(pipeline.post_decode(state))) > 1

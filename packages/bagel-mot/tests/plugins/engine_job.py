@@ -54,7 +54,7 @@ def run_engine(
     batches: Mapping[str, Sequence[Ask]],
     folder: Path,
 ) -> dict[str, list[Answer]]:
-    """Start an engine on the golden checkpoint and have it answer one batch after the other.
+    """Start an engine, by default of the golden checkpoint; it answers one batch after the other.
 
     Raises:
         AssertionError: with its output, if the process fails.
@@ -82,6 +82,7 @@ def _main(job_file: str, result_file: str) -> None:
 
     job = json.loads(Path(job_file).read_text())
     options = {
+        "model": str(GOLDEN.checkpoint),
         "hf_overrides": {"architectures": [ARCHITECTURE]},
         "dtype": "float32",
         "max_model_len": 512,
@@ -89,7 +90,7 @@ def _main(job_file: str, result_file: str) -> None:
         "disable_log_stats": True,
         **job["engine"],
     }
-    llm = LLM(model=str(GOLDEN.checkpoint), **options)
+    llm = LLM(**options)
     results = {}
     for name, asks in job["batches"].items():
         prompts = [build_prompt([_part(part) for part in ask["parts"]]) for ask in asks]

@@ -134,7 +134,12 @@ def test_chat_template(tokenizer: Any) -> None:
     assert render(tokenizer, [user]) == PICTURE + segment + PICTURE + start
     plain = {"role": "user", "content": " What?\n"}
     assert render(tokenizer, [plain]) == segment + start
-    turns = [{"role": "system", "content": "a"}, plain, {"role": "assistant", "content": "b"}, plain]
+    turns = [
+        {"role": "system", "content": "a"},
+        plain,
+        {"role": "assistant", "content": "b"},
+        plain,
+    ]
     first, second = "<|im_start|>a<|im_end|>", "<|im_start|>b<|im_end|>"
     assert render(tokenizer, turns) == first + segment + second + segment + start
     assert render(tokenizer, [plain], add_generation_prompt=False) == segment

@@ -24,9 +24,7 @@ STARTUP_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
-def server(
-    plugin_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def server(plugin_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server that was started as a user would, but for the size of things."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

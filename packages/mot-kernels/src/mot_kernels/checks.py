@@ -29,9 +29,7 @@ def check_same_dtype(x: torch.Tensor, **others: torch.Tensor | None) -> None:
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}; move one")
 
 
-def check_plan(
-    plan: RoutePlan | None, rows: int, experts: int, device: torch.device
-) -> None:
+def check_plan(plan: RoutePlan | None, rows: int, experts: int, device: torch.device) -> None:
     """The plan routes exactly these rows to exactly these experts, on this device."""
     if plan is None:
         return

@@ -171,9 +171,7 @@ def mot_qk_norm_rope(
     k = qkv.new_empty(rows, num_kv_heads, head_dim) if k_out is None else k_out
     v = qkv.new_empty(rows, num_kv_heads, head_dim) if v_out is None else v_out
     expert_ids = None if plan is None else plan.expert_ids
-    ops.qk_norm_rope_(
-        q, k, v, qkv, q_weight, k_weight, rope, positions, kv_rows, expert_ids, eps
-    )
+    ops.qk_norm_rope_(q, k, v, qkv, q_weight, k_weight, rope, positions, kv_rows, expert_ids, eps)
     return q, k, v
 
 

@@ -30,9 +30,7 @@ _SCHEMAS = (
 
 _LIBRARY = torch.library.Library("mot", "DEF")
 for _schema in _SCHEMAS:
-    _LIBRARY.define(
-        _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-    )
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
 
 class _Routing(NamedTuple):

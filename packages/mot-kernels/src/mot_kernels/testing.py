@@ -128,8 +128,10 @@ def assert_close(
 
     Separately, because two wrong rows in 4,098 hide in whole-tensor measures. For every expert
     with rows, the relative L2 error of its rows against `truth` must be at most 1.5 times that of
-    `baseline`, or half a rounding step of the dtype if that is more (nothing can be judged finer),
-    their cosine must exceed 0.9999, and NaN and infinities must sit where truth, rounded to the
+    `baseline`, or if that is more a floor below which it is chance whose error is the larger: a
+    quarter of a rounding step of the dtype, what rounding the result alone costs on average. With
+    fewer than 16 rows it is a step / sqrt(rows), because all elements of a row may share one
+    rounded factor, a norm's scale for instance. Their cosine must exceed 0.9999, and NaN and infinities must sit where truth, rounded to the
     dtype, has them.
 
     Args:
@@ -187,7 +189,8 @@ def _judge(
     cosine = _cosine(kept, wanted)
     sound = finite & baseline.isfinite()
     allowed = relative_error(torch.where(sound, baseline, 0), torch.where(sound, truth, 0))
-    bound = max(1.5 * allowed, torch.finfo(actual.dtype).eps / 2)
+    floor = torch.finfo(actual.dtype).eps * max(0.25, len(rows) ** -0.5)
+    bound = max(1.5 * allowed, floor)
     if error <= bound and cosine > 0.9999:
         return None
     measured = f"relative error {error:.3g}, bound {bound:.3g} (baseline {allowed:.3g})"

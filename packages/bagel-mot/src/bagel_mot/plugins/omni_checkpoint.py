@@ -16,6 +16,7 @@ from vllm_omni.model_executor.model_loader.weight_utils import download_weights_
 from bagel_mot import checkpoint
 from bagel_mot.checkpoint import CheckpointError, StoredTensor, Target
 from bagel_mot.config import BagelConfig
+from bagel_mot.tokenizer import BagelTokenizer
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,21 @@ class Checkpoint:
         stored = checkpoint.read_headers(folder)
         config = checkpoint.config_with_grids(BagelConfig.from_folder(folder), stored)
         return cls(folder, config, stored)
+
+    def tokenizer(self) -> BagelTokenizer:
+        """The folder's tokenizer.
+
+        Raises:
+            ValueError: it has tokens without a row in the embedding.
+        """
+        tokenizer = BagelTokenizer.from_folder(self.folder)
+        rows = self.config.llm.vocab_size
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"{self.folder}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
+                f"{rows} rows; the files belong to different models"
+            )
+        return tokenizer
 
     def targets(self, vae: nn.Module) -> dict[str, Target]:
         """Where each tensor goes, after a check that the files hold exactly these.

@@ -39,7 +39,6 @@ from bagel_mot.plugins.omni_request import (
 )
 from bagel_mot.request import Noise, image_size
 from bagel_mot.sampling import ImageJob, Step
-from bagel_mot.tokenizer import BagelTokenizer
 
 _STATE = "bagel_mot"
 
@@ -122,11 +121,11 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
         self.scheduler_kwargs: dict[str, Any] = {}
         loaded = Checkpoint.of(od_config)
         self._parallel = joined(od_config, loaded.config.llm, self.device)
+        self.tokenizer = loaded.tokenizer()
         # The parameters' names begin with this attribute's, the first that holds them.
         self.bagel = build_model(loaded.config, device=self.device, dtype=od_config.dtype)
         self.transformer = self.bagel.transformer
         self.vae = self.bagel.vae
-        self.tokenizer = BagelTokenizer.from_folder(loaded.folder)
         self._targets = loaded.targets(self.vae)
         self.weights_sources = loaded.sources()
         self._core = BagelPipeline(self.bagel, self.tokenizer, self._parallel)

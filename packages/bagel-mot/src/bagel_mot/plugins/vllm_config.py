@@ -9,6 +9,7 @@ import functools
 import os
 from typing import Any
 
+from vllm import __version_tuple__
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from bagel_mot.config import BagelConfig, LlmConfig, VitConfig
@@ -30,8 +31,9 @@ class UnderstandingConfig(VerifyAndUpdateConfig):
             "rope_type": "default",
             "mrope_section": sections,
         }
-        if model_config.multimodal_config is not None:
-            # Pictures arrive as they are; transparency is composited as officially.
+        if model_config.multimodal_config is not None and __version_tuple__[:2] != (0, 26):
+            # Pictures are to arrive as they are; transparency is composited as officially. (0.26
+            # makes them RGB itself, which differs for gray pictures with transparency alone.)
             options = model_config.multimodal_config.media_io_kwargs
             options.setdefault("image", {}).setdefault("image_mode", None)
         _offer_chat_template()
@@ -74,7 +76,8 @@ def bagel_config(model_config: Any) -> BagelConfig:
             llm=LlmConfig.model_validate(hf.llm_config.to_dict()),
             vit=VitConfig.model_validate(hf.vit_config.to_dict()),
         )
-    return config.model_copy(update={"vit_grid": hf.vit_max_num_patch_per_side})
+    grid = getattr(hf, "vit_max_num_patch_per_side", config.vit_grid)
+    return config.model_copy(update={"vit_grid": grid})
 
 
 @functools.cache

@@ -87,7 +87,9 @@ class _PictureCPUBuilder(CPUAttentionMetadataBuilder):
     # What the kernel takes as causal flags: int32 from vLLM 0.32 on, bool before.
     _flags = torch.int32
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any) -> Any:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any
+    ) -> Any:
         pieces = _pieces(common_attn_metadata)
         if all(piece.causal for piece in pieces):
             return super().build(common_prefix_len, common_attn_metadata, *args, **kw)

@@ -143,9 +143,7 @@ class UndLayer(nn.Module):
             residual, x = x, self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(
-            self.self_attn(x, positions, rope), residual
-        )
+        x, residual = self.post_attention_layernorm(self.self_attn(x, positions, rope), residual)
         return self.mlp(x), residual
 
 
@@ -266,9 +264,8 @@ class MoTBagelForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMR
         self.config = bagel_config(vllm_config.model_config)
         self.weights = UndWeights(self.config)
         self.quantized = vllm_config.quant_config is not None
-        with self._mark_language_model(vllm_config):
-            name = f"{prefix}.language_model" if prefix else "language_model"
-            self.language_model = UndLanguageModel(vllm_config, name)
+        name = f"{prefix}.language_model" if prefix else "language_model"
+        self.language_model = UndLanguageModel(vllm_config, name)
         with self._mark_tower_model(vllm_config, "image"):
             self.vision = Vision(self.config)
         self.requires_grad_(False)

@@ -7,6 +7,7 @@ what vLLM gives full attention and keeps in one step is exactly what it takes fr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataParser
 from vllm.multimodal.processing import (
@@ -30,7 +30,7 @@ from bagel_mot.plugins.vllm import CHAT_TEMPLATE, PICTURE, build_prompt
 from bagel_mot.plugins.vllm_config import bagel_config
 from bagel_mot.tokenizer import EOS_TOKEN, VISION_END_TOKEN, VISION_START_TOKEN
 
-logger = init_logger(__name__)
+logger = logging.getLogger("bagel_mot")
 
 _MARKERS = 2
 
@@ -96,7 +96,7 @@ class BagelProcessingInfo(BaseProcessingInfo):
 
     def get_hf_processor(self, **kwargs: object) -> BagelPictureProcessor:
         tokenizer = self.get_tokenizer()
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         return BagelPictureProcessor(self.config, tokenizer)
 
     def get_data_parser(self) -> MultiModalDataParser:
@@ -202,21 +202,22 @@ def _id_of(tokenizer: Any, token: str) -> int:
 
 
 @cache
-def _check_tokenizer(tokenizer: Any) -> None:
-    """Warn of a tokenizer whose defaults differ from the official use of the model."""
-    if tokenizer.eos_token_id != _id_of(tokenizer, EOS_TOKEN):
+def check_tokenizer(tokenizer: Any) -> None:
+    """Warn, once, of defaults of a tokenizer that are not the official use of the model."""
+    end = _id_of(tokenizer, EOS_TOKEN)
+    if tokenizer.eos_token_id != end:
         logger.warning(
             "The tokenizer's end token is %r, but answers end with %r: give requests "
             "stop_token_ids=[%d].",
             tokenizer.eos_token,
             EOS_TOKEN,
-            _id_of(tokenizer, EOS_TOKEN),
+            end,
         )
     if tokenizer.chat_template is None:
         return
     probe = [{"role": "user", "content": "x"}]
-    rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-    if rendered != build_prompt(["x"])["prompt"]:
+    layout = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    if layout != build_prompt(["x"])["prompt"]:
         logger.warning(
             "The checkpoint's own chat template is not the layout that BAGEL was trained with; "
             "pass --chat-template %s for that one.",

@@ -45,7 +45,7 @@ class _WholePictures(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        spans = [(f.mm_position.offset, f.mm_position.length) for f in request.mm_features]
+        spans = ((f.mm_position.offset, f.mm_position.length) for f in request.mm_features)
         tokens = tokens_without_split(spans, num_computed_tokens, num_new_tokens)
         return super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, tokens, *args, **kwargs
@@ -62,19 +62,26 @@ def build_scheduler(*, vllm_config: Any, **kwargs: Any) -> Scheduler:
     Raises:
         ValueError: a limit is so low that a picture could never be scheduled.
     """
-    scheduler = vllm_config.scheduler_config
-    kind = _AsyncWholePictures if scheduler.async_scheduling else _WholePictures
-    built = kind(vllm_config=vllm_config, **kwargs)
-    model = vllm_config.model_config
-    needed = most_picture_tokens(bagel_config(model), model.max_model_len)
-    limits = {
-        "max_num_scheduled_tokens": built.max_num_scheduled_tokens,
-        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
-    }
+    config, model = vllm_config.scheduler_config, vllm_config.model_config
+    kind = _AsyncWholePictures if config.async_scheduling else _WholePictures
+    scheduler = kind(vllm_config=vllm_config, **kwargs)
+    check_limits(
+        most_picture_tokens(bagel_config(model), model.max_model_len),
+        max_num_scheduled_tokens=scheduler.max_num_scheduled_tokens,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+    )
+    return scheduler
+
+
+def check_limits(needed: int, **limits: int) -> None:
+    """Every limit on a step's tokens (0 for none) leaves room for a picture of `needed` tokens.
+
+    Raises:
+        ValueError: naming the first that does not.
+    """
     for name, limit in limits.items():
         if 0 < limit < needed:
             raise ValueError(
                 f"{name} is {limit}, but a picture takes up to {needed} tokens, which have to be "
                 "computed in one step; raise it"
             )
-    return built

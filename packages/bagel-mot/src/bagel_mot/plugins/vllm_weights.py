@@ -80,7 +80,7 @@ class UndWeights:
                 continue
             seen |= {name, _module(name)}
             parameter, shard = self._find(name, parameters)
-            if parameter is not None and _part(parameter) not in parts:
+            if name in self._places and _part(parameter) not in parts:
                 continue
             if parameter not in parameters:
                 # GPTQ writes biases of zeros where the model has none.
@@ -106,9 +106,7 @@ class UndWeights:
             )
         return loaded
 
-    def _find(
-        self, name: str, parameters: dict[str, nn.Parameter]
-    ) -> tuple[str | None, str | int | None]:
+    def _find(self, name: str, parameters: dict[str, nn.Parameter]) -> tuple[str, str | int | None]:
         """Parameter (perhaps one that does not exist) and shard of a tensor."""
         if name in self._places:
             return self._places[name].parameter, self._places[name].shard
@@ -117,7 +115,7 @@ class UndWeights:
             parameter = f"{module}.{name.rpartition('.')[2]}"
             if parameter in parameters:
                 return parameter, shard
-        return maybe_remap_kv_scale_name(name, parameters), None
+        return maybe_remap_kv_scale_name(name, parameters) or name, None
 
 
 def _places(config: BagelConfig) -> dict[str, _Place]:

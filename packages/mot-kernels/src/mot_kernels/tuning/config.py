@@ -83,9 +83,7 @@ class TileConfig:
         return elements // (32 * self.num_warps)
 
 
-def is_legal(
-    config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_memory: int
-) -> bool:
+def is_legal(config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_memory: int) -> bool:
     """Whether a config fits a GPU with `shared_memory` bytes a block.
 
     One rule for the tuner, the loader and the default. The accumulators get at most 192 of a

@@ -1,0 +1,84 @@
+"""What the plugin makes of vLLM's configuration and of a checkpoint's tokenizer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from golden_data import GOLDEN
+from transformers import AutoTokenizer
+from vllm.config import CUDAGraphMode
+from vllm.transformers_utils.configs.bagel import BagelConfig as HfBagelConfig
+
+from bagel_mot.config import BagelConfig
+from bagel_mot.plugins.vllm_config import SCHEDULER, UnderstandingConfig, bagel_config
+from bagel_mot.plugins.vllm_pictures import check_tokenizer
+from bagel_mot.plugins.vllm_scheduler import check_limits
+
+
+def vllm_config(**scheduler: Any) -> Any:
+    options = {"scheduler_cls": None, "disable_chunked_mm_input": False} | scheduler
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(**options),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+    )
+
+
+def test_scheduler() -> None:
+    """Ours, whether asked for or not; asking twice changes nothing."""
+    config = vllm_config()
+    for _ in range(2):
+        UnderstandingConfig.verify_and_update_config(config)
+        assert config.scheduler_config.scheduler_cls == SCHEDULER
+        assert config.scheduler_config.disable_chunked_mm_input
+    with pytest.raises(ValueError, match=r"scheduler_cls is 'my\.Scheduler'; BAGEL needs its own"):
+        UnderstandingConfig.verify_and_update_config(vllm_config(scheduler_cls="my.Scheduler"))
+
+
+@pytest.mark.parametrize("mode", list(CUDAGraphMode))
+def test_cuda_graphs_of_prefills(mode: CUDAGraphMode) -> None:
+    """No graph may hold a prefill step."""
+    config = vllm_config()
+    config.compilation_config.cudagraph_mode = mode
+    if mode.mixed_mode() == CUDAGraphMode.FULL:
+        with pytest.raises(ValueError, match="cudagraph_mode is FULL"):
+            UnderstandingConfig.verify_and_update_config(config)
+    else:
+        UnderstandingConfig.verify_and_update_config(config)
+
+
+def test_check_limits() -> None:
+    check_limits(51, max_num_scheduled_tokens=51, long_prefill_token_threshold=0)
+    with pytest.raises(ValueError, match="long_prefill_token_threshold is 20, but a picture takes"):
+        check_limits(51, max_num_scheduled_tokens=64, long_prefill_token_threshold=20)
+
+
+def test_config_of_a_hub() -> None:
+    """Without a folder to read, the sizes are those of config.json; the limits the official."""
+    entries = {
+        key: value
+        for key, value in GOLDEN.json("checkpoint/config.json").items()
+        if key not in ("architectures", "model_type")
+    }
+    hub = SimpleNamespace(model="someone/BAGEL", hf_config=HfBagelConfig(**entries))
+    folder = SimpleNamespace(model=str(GOLDEN.checkpoint), hf_config=hub.hf_config)
+    ours, theirs = bagel_config(folder), bagel_config(hub)
+    assert ours == BagelConfig.from_folder(GOLDEN.checkpoint)
+    assert (theirs.llm, theirs.vit, theirs.vit_grid) == (ours.llm, ours.vit, ours.vit_grid)
+    assert theirs.vit_transform.max_side == 980
+
+
+def test_check_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
+    """Silent about the official defaults; each deviation has its remedy."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN.checkpoint)
+    check_tokenizer(tokenizer)
+    assert not caplog.records
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN.checkpoint)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
+    end, template = caplog.messages
+    assert "give requests stop_token_ids=[514]" in end
+    assert "pass --chat-template /" in template and "bagel_chat.jinja" in template
