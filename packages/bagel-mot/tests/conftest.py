@@ -16,6 +16,12 @@ PLACES = [
 ]
 
 
+def pytest_configure() -> None:
+    # The golden model is tiny: more threads gain nothing, and where other programs run their
+    # spinning makes the tests five times slower.
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

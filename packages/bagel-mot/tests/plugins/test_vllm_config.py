@@ -72,13 +72,17 @@ def test_config_of_a_hub() -> None:
 def test_check_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
     """Silent about the official defaults; each deviation has its remedy."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN.checkpoint)
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "bagel_mot"]
+
     check_tokenizer(tokenizer)
-    assert not caplog.records
+    assert not said()
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN.checkpoint)
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
     check_tokenizer(tokenizer)
     check_tokenizer(tokenizer)
-    end, template = caplog.messages
+    end, template = said()
     assert "give requests stop_token_ids=[514]" in end
     assert "pass --chat-template /" in template and "bagel_chat.jinja" in template

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from engine_job import TEXT_CASES, Ask, run_engine
 from golden_data import GOLDEN
 
 
 @pytest.mark.engine
-def test_two_ranks(plugin_env: dict[str, str], tmp_path: object) -> None:
+def test_two_ranks(plugin_env: dict[str, str], tmp_path: Path) -> None:
     """Tensor parallel, without compilation: the official model's tokens, alone and at once."""
     cases = [GOLDEN.case(name) for name in TEXT_CASES]
     asks = [Ask.of_case(case) for case in cases]

@@ -131,8 +131,8 @@ def assert_close(
     `baseline`, or if that is more a floor below which it is chance whose error is the larger: a
     quarter of a rounding step of the dtype, what rounding the result alone costs on average. With
     fewer than 16 rows it is a step / sqrt(rows), because all elements of a row may share one
-    rounded factor, a norm's scale for instance. Their cosine must exceed 0.9999, and NaN and infinities must sit where truth, rounded to the
-    dtype, has them.
+    rounded factor, a norm's scale for instance. Their cosine must exceed 0.9999, and NaN and
+    infinities must sit where truth, rounded to the dtype, has them.
 
     Args:
         name: what is compared, for the message.
