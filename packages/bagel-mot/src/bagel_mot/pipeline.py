@@ -340,9 +340,10 @@ class BagelPipeline:
         latent = None
         if with_vae:
             pixels = to_tensor(resize(picture, self.config.vae_transform))
-            pixels = pixels.to(self.model.device, self.model.dtype)
+            pixels = pixels.to(self.model.device)
             z, down = self.config.vae.z_channels, self.config.vae.downsample
             shape = (1, z, pixels.shape[1] // down, pixels.shape[2] // down)
+            # Pixels, noise and latents stay float32 outside the VAE's convolutions.
             latent = self.model.vae.encode(pixels[None], noise.normal(*shape).to(pixels))[0]
         contexts.add_picture(latent, to_tensor(resize(picture, self.config.vit_transform)))
 
@@ -383,7 +384,7 @@ class BagelPipeline:
     def _decode(self, job: ImageJob) -> Image.Image:
         patch = self.config.latent_patch_size
         latent = unpatchify(job.latents, *job.grid, patch)[None]
-        return to_image(self.model.vae.decode(latent.to(self.model.dtype))[0])
+        return to_image(self.model.vae.decode(latent)[0])
 
 
 def build_model(
