@@ -170,7 +170,7 @@ def test_mot_linear_exact_on_integers(
     "config",
     [
         TileConfig(16, 16, 16, group_m=1, num_warps=1, num_stages=1),
-        TileConfig(16, 128, 256, group_m=1, num_warps=4, num_stages=1),
+        TileConfig(16, 128, 128, group_m=1, num_warps=4, num_stages=1),
         TileConfig(32, 32, 64, group_m=3, num_warps=2, num_stages=2),
         TileConfig(64, 128, 32, group_m=64, num_warps=8, num_stages=4),
         TileConfig(128, 32, 32, group_m=8, num_warps=4, num_stages=3),

@@ -60,6 +60,7 @@ def test_mot_linear_bagel(
     assert_close("mot_linear", y, truth, plan, baseline)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_mot_linear_does_not_wait_for_the_device(device: torch.device) -> None:
     plan = one_branch(1024, device)
     x = torch.randn(plan.num_rows, 256, device=device, dtype=torch.bfloat16)

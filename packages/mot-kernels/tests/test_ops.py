@@ -27,7 +27,10 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
 @dataclass
 class Tensors:
-    """Arguments for every operation."""
+    """Arguments for every operation, small integers where results are compared bit for bit.
+
+    Then a compiler may also choose another matrix product than eager mode without a difference.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -46,7 +49,7 @@ class Tensors:
         self.kv_rows = torch.randperm(ROWS + 9)[:ROWS].to(self.device)
 
     def random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape).to(self.device, self.dtype)
+        return torch.randint(-2, 3, shape).to(self.device, self.dtype)
 
 
 @pytest.fixture
@@ -237,6 +240,8 @@ def assert_same(ours: Outputs, theirs: Outputs) -> None:
         assert torch.equal(a, b)
 
 
+# Inductor recommends TF32 on GPUs that have it.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.usefixtures("path")
 @all_steps
 def test_compile(step: Step, device: torch.device) -> None:

@@ -211,6 +211,7 @@ def test_to_gpu_and_back(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_from_runs_does_not_wait_for_the_device(device: torch.device) -> None:
     route = ROUTES["three_branches"]
     route.plan(device)  # the first CUDA call of a process may wait
