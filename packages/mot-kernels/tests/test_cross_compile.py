@@ -46,6 +46,9 @@ TARGETS = (
 )
 
 
+HOPPER = TARGETS[2]
+
+
 @dataclass(frozen=True)
 class Compilation:
     """What `triton.compile` is asked for: a kernel as its launcher would specialise it."""
@@ -140,7 +143,8 @@ def qk_norm_rope(target: Target) -> Compilation:
         "D": 128,
         "HAS_PLAN": True,
         "HAS_KV_ROWS": True,
-        "BLOCK_H": 16,
+        "BLOCK_HEADS": 32,
+        "BLOCK_KV_HEADS": 4,
         "BLOCK_HALF": 64,
     }
     pointers = {
@@ -163,6 +167,67 @@ KERNELS: dict[str, Callable[[Target], Compilation]] = {
     "qk_norm_rope": qk_norm_rope,
 }
 
+# (epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90.
+HOPPER_KERNELS = {
+    "hopper-none": (0, False, False),
+    "hopper-none-bias-gathered": (0, True, True),
+    "hopper-silu_mul-bias-gathered": (1, True, True),
+    "hopper-add_residual-gathered": (2, False, True),
+}
+
+
+def compile_hopper(name: str) -> dict[str, Any]:
+    """As `Compilation.run`; Gluon has another kind of source."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from mot_kernels._triton.hopper import _mot_linear_hopper_kernel as kernel
+
+    epilogue, has_bias, has_gathered = HOPPER_KERNELS[name]
+    problem = Problem(4608, 3584, torch.bfloat16, "none", (2, 4096))
+    config = default_config(problem, 227 * 1024, hopper=True)
+    constants: dict[str, Any] = {
+        "HAS_BIAS": has_bias,
+        "EPILOGUE": epilogue,
+        "HAS_GATHERED": has_gathered,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "STAGES": config.num_stages,
+        "LOADING_WARPS": 4,
+    }
+    if not has_bias:
+        constants["bias_ptr"] = None
+    if epilogue != 2:
+        constants["residual_ptr"] = None
+    layout = NVMMASharedLayout(2 * config.block_k, 16, 2)
+    w_rows = config.block_n // 2 if epilogue == 1 else config.block_n
+    heights = {"x_desc": config.block_m, "w_desc": w_rows}
+    pointers = {"partials_ptr": "fp32", "flags_ptr": "i32", "row_ids_ptr": "i32"}
+    signature, attributes = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in heights:
+            block = f"{heights[argument]},{config.block_k}"
+            signature[argument] = f"tensordesc<bf16[{block}],{layout!r}>"
+        else:
+            is_pointer = argument.endswith("_ptr")
+            kind = {"tiles_ptr": "i32"} | pointers
+            signature[argument] = f"*{kind.get(argument, 'bf16')}" if is_pointer else "i32"
+            if not argument.startswith("num_"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": config.num_warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return {
+        "shared": compiled.metadata.shared,
+        "matrix_instruction": "wgmma.mma_async" in compiled.asm["ptx"],
+    }
+
+
 Results = dict[str, dict[str, Any]]
 
 
@@ -172,11 +237,14 @@ def compile_everything() -> Results:
     def attempt(case: tuple[Target, str]) -> dict[str, Any]:
         target, name = case
         try:
+            if name in HOPPER_KERNELS:
+                return compile_hopper(name)
             return KERNELS[name](target).run(target)
         except Exception as error:  # reported by the test of this very case
             return {"error": f"{type(error).__name__}: {error}"}
 
     cases = [(target, name) for target in TARGETS for name in KERNELS]
+    cases += [(HOPPER, name) for name in HOPPER_KERNELS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(attempt, cases)
         return {
@@ -212,6 +280,14 @@ def test_cross_compile(target: Target, name: str, results: Results) -> None:
     assert result["shared"] <= target.kilobytes * 1024
     if "gen4096" in name:
         assert result["matrix_instruction"], f"no {target.matrix_instruction}: slow on {target}"
+
+
+@pytest.mark.parametrize("name", HOPPER_KERNELS)
+def test_cross_compile_hopper(name: str, results: Results) -> None:
+    result = results[f"{HOPPER}-{name}"]
+    assert "error" not in result, result["error"]
+    assert result["shared"] <= HOPPER.kilobytes * 1024
+    assert result["matrix_instruction"]
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_mot_linear_looks_up_the_config(name: str, epilogue: str, linear_kernel:
     _, arguments = linear_kernel.only_call
     config = find_config(Problem(24, 40, torch.float16, epilogue, plan.counts), CPU)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
-    assert [arguments[key] for key in names] == config.as_ints()
+    assert [arguments[key] for key in names] == config.as_ints()[:-1]
 
 
 @pytest.mark.parametrize("case", ["no_rows", "no_plan", "reference", "needs_grad"])
@@ -286,16 +286,16 @@ def test_mot_qk_norm_rope_launch(head_dim: int, qk_norm_rope_kernel: Recorder) -
         kv_rows=kv_rows,
     )
     grid, arguments = qk_norm_rope_kernel.only_call
-    block_half = {16: 8, 96: 64, 128: 64}[head_dim]
-    assert (arguments["BLOCK_HALF"], arguments["BLOCK_H"]) == (block_half, 1024 // block_half)
-    assert grid == (-(-rows * 11 // arguments["BLOCK_H"]),)
+    assert grid == (rows,)
     tensors = {"q": q, "k": k, "v": v, "qkv": qkv, "positions": positions, "kv_rows": kv_rows}
     for key, tensor in tensors.items():
         assert same_memory(arguments[f"{key}_ptr"], tensor), key
     assert same_memory(k, cache[:, 0])
     assert same_memory(v, cache[:, 1])
     expected = {
-        "num_rows": rows,
+        "BLOCK_HALF": {16: 8, 96: 64, 128: 64}[head_dim],
+        "BLOCK_HEADS": 8,
+        "BLOCK_KV_HEADS": 2,
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "D": head_dim,

@@ -84,10 +84,11 @@ def linear_arguments(
         t.residual if residual else None,
         t.plan.row_ids,
         t.plan.tiles,
+        t.plan.flags,
         list(t.plan.counts),
         [offset for table in t.plan.tile_offsets for offset in table],
         silu_mul,
-        [16, 16, 16, 1, 1, 1] if bias else [],
+        [16, 16, 16, 1, 1, 1, 0] if bias else [],
     )
 
 

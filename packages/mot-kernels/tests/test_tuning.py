@@ -36,7 +36,7 @@ FIELDS = {
 
 def test_tile_config_round_trips() -> None:
     config = TileConfig(64, 128, 32, 4, 8, 2)
-    assert config.as_ints() == [64, 128, 32, 4, 8, 2]
+    assert config.as_ints() == [64, 128, 32, 4, 8, 2, 0]
     assert TileConfig.from_ints(config.as_ints()) == config
     assert TileConfig.from_dict(FIELDS) == config
     few = {name: FIELDS[name] for name in ("block_m", "block_n", "block_k")}

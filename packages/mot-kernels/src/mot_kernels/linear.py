@@ -64,6 +64,7 @@ def mot_linear(
         residual,
         plan.row_ids,
         plan.tiles,
+        plan.flags,
         plan.counts,
         [offset for table in plan.tile_offsets for offset in table],
         isinstance(epilogue, SiluMul),

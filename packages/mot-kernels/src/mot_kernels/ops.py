@@ -19,7 +19,7 @@ from mot_kernels.tuning.config import TileConfig
 
 _SCHEMAS = (
     "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
-    "Tensor row_ids, Tensor tiles, int[] counts, int[] tile_offsets, bool silu_mul, "
+    "Tensor row_ids, Tensor tiles, Tensor flags, int[] counts, int[] tile_offsets, bool silu_mul, "
     "int[] config) -> ()",
     "rms_norm_(Tensor(a!) out, Tensor(b!)? residual_out, Tensor x, Tensor? residual, "
     "Tensor weight, Tensor? expert_ids, float eps) -> ()",
@@ -49,12 +49,15 @@ def _linear(
     residual: torch.Tensor | None,
     row_ids: torch.Tensor,
     tiles: torch.Tensor,
+    flags: torch.Tensor,
     counts: Sequence[int],
     tile_offsets: Sequence[int],
     silu_mul: bool,
     config: Sequence[int],
 ) -> None:
     if dispatch.choose_path(x.device, x.dtype).path is dispatch.Path.TRITON:
+        if not config and not silu_mul and _dense_linear(out, x, weight, bias, residual, counts):
+            return
         from mot_kernels._triton.launch import launch_linear
 
         launch_linear(
@@ -65,6 +68,7 @@ def _linear(
             residual,
             row_ids,
             tiles,
+            flags,
             tuple(counts),
             tile_offsets,
             silu_mul,
@@ -76,6 +80,34 @@ def _linear(
         epilogue = AddResidual(residual)
     routing = _Routing(tuple(counts), row_ids, row_ids)
     out.copy_(reference.mot_linear(x, weight, routing, bias=bias, epilogue=epilogue))
+
+
+def _dense_linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    counts: Sequence[int],
+) -> bool:
+    """If one expert has all rows, whatever their order, do what the GPU's own library does best.
+
+    Returns False, having done nothing, where there is something to route or to fuse. float32 is
+    left to the kernels: the library may be set to multiply it in TF32.
+    """
+    experts = [expert for expert, count in enumerate(counts) if count]
+    if len(experts) != 1 or not x.is_cuda or x.dtype is torch.float32:
+        return False
+    w = weight[experts[0]].T
+    if bias is not None and residual is not None:
+        return False
+    if bias is not None:
+        torch.addmm(bias[experts[0]], x, w, out=out)
+    elif residual is not None:
+        torch.addmm(residual, x, w, out=out)
+    else:
+        torch.mm(x, w, out=out)
+    return True
 
 
 def _rms_norm(

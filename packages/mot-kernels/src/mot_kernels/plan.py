@@ -12,10 +12,10 @@ two markers)::
     plan.row_ids     # [0, 7 | 1, 2, 3, 4, 5, 6]        grouped by expert
     plan.expert_ids  # [0, 1, 1, 1, 1, 1, 1, 0]         one label per row
     plan.runs        # [[0, 0, 1], [1, 1, 6], [0, 7, 1]]  (expert, first row, length)
-    plan.tiles_for(16)   # [[0, 0, 2, -1], [1, 2, 6, 1]]  (expert, offset, rows, first row)
+    plan.tiles_for(16)   # [[1, 2, 6, 1], [0, 0, 2, -1]]  (expert, offset, rows, first row)
 
-The second tile's rows are consecutive, so a kernel may address it as `first row + i` (and by
-TMA); the first tile's are not (-1) and are gathered through `row_ids`.
+The first tile's rows are consecutive, so a kernel may address it as `first row + i` (and by
+TMA); the second tile's are not (-1) and are gathered through `row_ids`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ import torch
 # Row counts a tile may have. Tables for all of them are built with the plan (some tens of KB)
 # so that its tensors never change afterwards and a CUDA graph can replay over them.
 TILE_ROWS = (16, 32, 64, 128, 256)
+
+# Programs of one launch that may wait for each other: more than any GPU has multiprocessors.
+MOST_PROGRAMS = 256
 
 # A run at least this long gets tiles of its own, which are then contiguous. Shorter runs share
 # gathered tiles: a tile of its own for each would run the matrix units mostly empty.
@@ -48,8 +51,12 @@ class RoutePlan:
         expert_ids: (M,) int32 on the device, the expert of each row.
         tiles: (T, 4) int32 on the device, the tile tables for all `TILE_ROWS`, one after the
             other: expert, offset into `row_ids`, live rows, first row or -1 if not consecutive.
-        tile_offsets: on the host, for each entry of `TILE_ROWS`, E + 1 offsets into `tiles`:
-            expert e's tiles are `tiles[o[e]:o[e + 1]]`.
+            In a table the tiles of consecutive rows come first.
+        tile_offsets: on the host, for each entry of `TILE_ROWS`, where in `tiles` its table
+            starts, where in it the tiles without consecutive rows start, and where it ends.
+        flags: (2 * MOST_PROGRAMS,) int32 on the device, zeros: with these the programs of one
+            launch tell each other that a part is done, and leave zeros behind. So launches that
+            use one plan must not run at the same time: use a plan on one stream.
     """
 
     counts: tuple[int, ...]
@@ -57,7 +64,8 @@ class RoutePlan:
     row_ids: torch.Tensor
     expert_ids: torch.Tensor
     tiles: torch.Tensor
-    tile_offsets: tuple[tuple[int, ...], ...]
+    tile_offsets: tuple[tuple[int, int, int], ...]
+    flags: torch.Tensor
 
     @property
     def num_rows(self) -> int:
@@ -83,8 +91,8 @@ class RoutePlan:
         """The tile table for tiles of `tile_rows` rows, (T, 4) int32: a view of `tiles`."""
         if tile_rows not in TILE_ROWS:
             raise ValueError(f"tile_rows is {tile_rows}; a plan has tables for {TILE_ROWS}")
-        offsets = self.tile_offsets[TILE_ROWS.index(tile_rows)]
-        return self.tiles[offsets[0] : offsets[-1]]
+        start, _, end = self.tile_offsets[TILE_ROWS.index(tile_rows)]
+        return self.tiles[start:end]
 
     @classmethod
     def from_indices(cls, *indices: torch.Tensor, num_rows: int | None = None) -> RoutePlan:
@@ -204,6 +212,7 @@ class RoutePlan:
             self.expert_ids.to(device),
             self.tiles.to(device),
             self.tile_offsets,
+            self.flags.to(device),
         )
 
     @classmethod
@@ -212,18 +221,18 @@ class RoutePlan:
     ) -> RoutePlan:
         runs = _find_runs(labels)
         row_ids, segments = _group_rows(runs, num_experts)
-        tables, tile_offsets = _cut_tiles(row_ids, segments, num_experts)
+        tables, tile_offsets = _cut_tiles(row_ids, segments)
         counts = tuple(int(c) for c in np.bincount(labels, minlength=num_experts))
         # One transfer for everything. The tables come first so that each 16-byte entry is aligned.
-        packed = torch.from_numpy(
-            np.concatenate([tables.ravel(), row_ids, labels]).astype(np.int32, copy=False)
-        )
+        flags = np.zeros(2 * MOST_PROGRAMS, dtype=np.int32)
+        parts = [tables.ravel(), row_ids, labels, flags]
+        packed = torch.from_numpy(np.concatenate(parts).astype(np.int32, copy=False))
         if device.type == "cuda":
             packed = packed.pin_memory().to(device, non_blocking=True)
         elif device.type != "cpu":
             packed = packed.to(device)
-        tiles, rows, experts = packed.split([tables.size, len(row_ids), len(labels)])
-        return cls(counts, runs, rows, experts, tiles.view(-1, 4), tile_offsets)
+        tiles, rows, experts, zeros = packed.split([part.size for part in parts])
+        return cls(counts, runs, rows, experts, tiles.view(-1, 4), tile_offsets, zeros)
 
 
 def _check_integer_vector(name: str, value: object) -> None:
@@ -283,14 +292,14 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _cut_tiles(
-    row_ids: np.ndarray, segments: list[np.ndarray], num_experts: int
-) -> tuple[np.ndarray, tuple[tuple[int, ...], ...]]:
+    row_ids: np.ndarray, segments: list[np.ndarray]
+) -> tuple[np.ndarray, tuple[tuple[int, int, int], ...]]:
     """Cut every segment into tiles, for each size in `TILE_ROWS`; see `RoutePlan.tiles`."""
     lengths = np.concatenate(segments).astype(np.int64)
-    experts = np.repeat(np.arange(num_experts), [len(s) for s in segments])
+    experts = np.repeat(np.arange(len(segments)), [len(s) for s in segments])
     starts = np.cumsum(lengths) - lengths
     tables: list[np.ndarray] = []
-    all_offsets: list[tuple[int, ...]] = []
+    all_offsets: list[tuple[int, int, int]] = []
     base = 0
     for size in TILE_ROWS:
         per_segment = -(-lengths // size)
@@ -300,8 +309,9 @@ def _cut_tiles(
         expert = np.repeat(experts, per_segment)
         first, last = row_ids[offset], row_ids[offset + live - 1]
         first = np.where(last - first == live - 1, first, -1)  # ascending within a segment
-        tables.append(np.stack([expert, offset, live, first], axis=1))
-        per_expert = np.bincount(expert, minlength=num_experts)
-        all_offsets.append(tuple(base + int(c) for c in np.r_[0, np.cumsum(per_expert)]))
-        base += len(offset)
+        table = np.stack([expert, offset, live, first], axis=1)
+        tables.append(table[np.argsort(first < 0, kind="stable")])
+        consecutive = int(np.count_nonzero(first >= 0))
+        all_offsets.append((base, base + consecutive, base + len(table)))
+        base += len(table)
     return np.concatenate(tables).astype(np.int32), tuple(all_offsets)

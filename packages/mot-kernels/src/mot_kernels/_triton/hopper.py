@@ -1,16 +1,17 @@
-"""Routed GEMM for Hopper: persistent, warp-specialised, TMA in and out; see `linear.py` for the sum.
+"""Routed GEMM for Hopper: persistent, warp-specialised, loaded by TMA; see `linear.py` for the sum.
 
-One launch, one program per SM. Two kinds of warps: four *loading* warps keep a ring of STAGES
-(x tile, weight tile) pairs filled, eight *computing* warps multiply (wgmma, fp32 accumulators in
-registers), apply bias and epilogue, round once and store. They meet at two mbarriers per stage.
+One launch, one program per SM. Three kinds of warps: *loading* warps keep a ring of STAGES (x tile,
+weight tile) pairs filled; two *computing* groups of four warps multiply (wgmma, fp32 accumulators
+in registers), each its half of the tile's rows, apply bias and epilogue, round once and store.
+They meet at two mbarriers per stage and nowhere else.
 
-Work is a list of units, BLOCK_M rows x BLOCK_N weight rows each, dealt to the programs in turn. The
-first `num_whole` are done whole; the others are cut in two halves of BLOCK_N / 2, which fill the last
-wave of programs better. Row tiles come from the plan, `tiles` (T, 4) int32: (expert, offset into
-row_ids, live rows, first row or -1). Where the rows follow each other, x is loaded and the result
-stored by TMA; otherwise x is gathered row by row (cp.async) into the very same ring, and the result
-scattered: the computing warps hardly notice. The plan lists scattered tiles last: the few und rows
-of a denoising step are halves in the last wave, on programs that would otherwise idle.
+Work is a list of units, 128 rows x BLOCK_N weight rows each, dealt to the programs in turn. The
+first `num_whole` fill whole waves of programs; the rest of the list is cut along K instead, so
+that all programs end together ("stream-K", Osama et al., arXiv:2301.03598): whoever has a unit's
+first part adds what the others computed, in a fixed order. Row tiles come from the plan, `tiles`
+(T, 4) int32: (expert, offset into row_ids, live rows, first row or -1). Where the rows follow each
+other, x is loaded by TMA (rows past the tile's are loaded too, and not stored); otherwise it is
+gathered row by row (cp.async) into the very same ring.
 
 For SiLU*mul a unit's weight tile is half gate rows, half up rows of the same output columns.
 Needs K % BLOCK_K == 0, 16-byte aligned rows, contiguous last dimensions, fp16 or bf16.
@@ -31,114 +32,129 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # Triton 3.7 renamed these.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_copy_to_shared = (
-    getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_sync_warps = getattr(gl, "barrier", None) or gl.thread_barrier
+
+_SILU_MUL = gl.constexpr(1)
+_ADD_RESIDUAL = gl.constexpr(2)
+_ROWS = gl.constexpr(64)  # of a computing group: one wgmma is 64 rows high
+_CHUNK = gl.constexpr(64)  # output columns stored at a time
+# A thread's share of a chunk: 8 consecutive columns (16 bytes) of two rows, twice.
+_STORED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 64],
+    )
 )
-
-LOADING_WARPS = 4
-COMPUTING_WARPS = 8
-
-_LOADERS = gl.constexpr(LOADING_WARPS * 32)
-_LOADING_WARPS = gl.constexpr(LOADING_WARPS)
-_COMPUTING_WARPS = gl.constexpr(COMPUTING_WARPS)
-_EPILOGUE_NONE = gl.constexpr(0)
-_EPILOGUE_SILU_MUL = gl.constexpr(1)
-_EPILOGUE_ADD_RESIDUAL = gl.constexpr(2)
-_CHUNK = gl.constexpr(64)  # output columns stored at a time: 128 bytes, a swizzled row
 
 
 @gluon.jit
-def _place(unit, num_tiles, num_n, GROUP_M: gl.constexpr):
+def _share(program, num_parts, num_rest, steps):
+    """First k step, counted through all units that are cut along K, of a program's part."""
+    return min(program, num_parts) * (num_rest * steps) // num_parts
+
+
+@gluon.jit
+def _next_unit(unit, position, end, num_whole, steps):
+    """A program's next unit and its range of k steps: first whole ones, then its part of the rest.
+
+    Returns the moved `unit` and `position`, then the unit's index and its first and last step.
+    """
+    if unit < num_whole:
+        index = unit
+        first_step = 0
+        last_step = steps
+        unit += gl.num_programs(0)
+    else:
+        index = num_whole + position // steps
+        first_step = position % steps
+        last_step = min(steps, first_step + end - position)
+        position += last_step - first_step
+    return unit, position, index, first_step, last_step
+
+
+@gluon.jit
+def _place(index, num_tiles, num_n, GROUP_M: gl.constexpr):
     """Unit -> (row tile, column block): GROUP_M row tiles walk the columns together."""
-    group = unit // (GROUP_M * num_n)
+    group = index // (GROUP_M * num_n)
     first = group * GROUP_M
     rows = min(num_tiles - first, GROUP_M)
-    within = unit % (GROUP_M * num_n)
+    within = index % (GROUP_M * num_n)
     return first + within % rows, within // rows
 
 
 @gluon.jit
-def _load_unit(
-    ring, x_desc, w_desc, x_ptr, stride_x_m, row_ids_ptr, tiles_ptr, tile, column, w_rows, K,
-    step, WIDTH: gl.constexpr, EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr,
-):  # fmt: skip
-    x_ring, w_ring, full, empty = ring
-    STAGES: gl.constexpr = x_ring.shape[0]
-    BLOCK_M: gl.constexpr = x_ring.shape[1]
-    BLOCK_K: gl.constexpr = x_ring.shape[2]
-    BOX: gl.constexpr = w_desc.block_shape[0]
-    BOXES: gl.constexpr = WIDTH // BOX
-    W_BYTES: gl.constexpr = WIDTH * BLOCK_K * 2
-    X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * 2
-
-    expert = gl.load(tiles_ptr + tile * 4)
-    first = gl.load(tiles_ptr + tile * 4 + 3)
-    w_row = expert * w_rows + column
-    if first >= 0:
-        for k in range(0, K, BLOCK_K):
-            stage = step % STAGES
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, X_BYTES + W_BYTES)
-            if HAS_GATHERED:
-                mbarrier.arrive(bar, count=_LOADERS)
-            _tma_load(x_desc, [first, k], bar, x_ring.index(stage))
-            for box in gl.static_range(BOXES):
-                at = w_row + box * BOX
-                if EPILOGUE == _EPILOGUE_SILU_MUL and box >= BOXES // 2:
-                    at += w_rows // 2 - WIDTH // 2
-                _tma_load(w_desc, [at, k], bar, w_ring.index(stage).slice(box * BOX, BOX))
-            step += 1
-    elif HAS_GATHERED:
-        offset = gl.load(tiles_ptr + tile * 4 + 1)
-        live = gl.load(tiles_ptr + tile * 4 + 2)
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_LOADING_WARPS, 1], [1, 0])
-        m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-        rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
-        offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-        x_ptrs = x_ptr + rows[:, None] * stride_x_m + offs_k[None, :]
-        mask = (m < live)[:, None] & (offs_k >= 0)[None, :]
-        for k in range(0, K, BLOCK_K):
-            stage = step % STAGES
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, W_BYTES)
-            for box in gl.static_range(BOXES):
-                at = w_row + box * BOX
-                if EPILOGUE == _EPILOGUE_SILU_MUL and box >= BOXES // 2:
-                    at += w_rows // 2 - WIDTH // 2
-                _tma_load(w_desc, [at, k], bar, w_ring.index(stage).slice(box * BOX, BOX))
-            # Dead rows are filled with zeros; nobody stores what becomes of them.
-            _copy_to_shared(x_ring.index(stage), x_ptrs + k, mask=mask)
-            async_copy.mbarrier_arrive(bar, increment_count=False)
-            step += 1
-    return step
+def _load_weights(w_desc, w_stage, bar, w_row, k, w_rows, EPILOGUE: gl.constexpr):
+    if EPILOGUE == _SILU_MUL:
+        HALF: gl.constexpr = w_stage.shape[0] // 2
+        _tma_load(w_desc, [w_row, k], bar, w_stage.slice(0, HALF))
+        _tma_load(w_desc, [w_row + w_rows // 2, k], bar, w_stage.slice(HALF, HALF))
+    else:
+        _tma_load(w_desc, [w_row, k], bar, w_stage)
 
 
 @gluon.jit
 def _loading_warps(
-    ring, x_desc, w_desc, x_ptr, stride_x_m, row_ids_ptr, tiles_ptr, num_tiles, num_n, num_whole,
-    w_rows, K, BLOCK_N: gl.constexpr, EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    ring, x, w_desc, row_ids_ptr, tiles_ptr, work, w_rows,
+    EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr, GROUP_M: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The loading warps' part: fill the ring, unit after unit."""
-    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
+    """Fill the ring, unit after unit."""
+    x_ring, w_ring, full, empty = ring
+    x_desc, x_ptr, stride_x_m = x
+    num_tiles, num_n, num_whole, num_parts, steps = work
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _SILU_MUL else BLOCK_N
+    X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * 2
+    W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
+    num_rest = num_tiles * num_n - num_whole
+    unit = gl.program_id(0)
+    position = _share(unit, num_parts, num_rest, steps)
+    end = _share(unit + 1, num_parts, num_rest, steps)
     step = 0
-    for unit in range(gl.program_id(0), num_whole, gl.num_programs(0)):
-        tile, block_n = _place(unit, num_tiles, num_n, GROUP_M)
-        step = _load_unit(
-            ring, x_desc, w_desc, x_ptr, stride_x_m, row_ids_ptr, tiles_ptr, tile, block_n * OUT,
-            w_rows, K, step, BLOCK_N, EPILOGUE, HAS_GATHERED,
-        )  # fmt: skip
-    halves = 2 * (num_tiles * num_n - num_whole)
-    for half in range(gl.program_id(0), halves, gl.num_programs(0)):
-        tile, block_n = _place(num_whole + half // 2, num_tiles, num_n, GROUP_M)
-        column = block_n * OUT + half % 2 * (OUT // 2)
-        step = _load_unit(
-            ring, x_desc, w_desc, x_ptr, stride_x_m, row_ids_ptr, tiles_ptr, tile, column,
-            w_rows, K, step, BLOCK_N // 2, EPILOGUE, HAS_GATHERED,
-        )  # fmt: skip
+    while (unit < num_whole) | (position < end):
+        unit, position, index, first_step, last_step = _next_unit(
+            unit, position, end, num_whole, steps
+        )
+        tile, block_n = _place(index, num_tiles, num_n, GROUP_M)
+        tile_ptr = tiles_ptr + tile * 4
+        first = gl.load(tile_ptr + 3)
+        w_row = gl.load(tile_ptr) * w_rows + block_n * OUT
+        if first >= 0:
+            for k in range(first_step * BLOCK_K, last_step * BLOCK_K, BLOCK_K):
+                stage = step % STAGES
+                bar = full.index(stage)
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(bar, X_BYTES + W_BYTES)
+                if HAS_GATHERED:
+                    mbarrier.arrive(bar, count=32 * WARPS)
+                _tma_load(x_desc, [first, k], bar, x_ring.index(stage))
+                _load_weights(w_desc, w_ring.index(stage), bar, w_row, k, w_rows, EPILOGUE)
+                step += 1
+        elif HAS_GATHERED:
+            offset = gl.load(tile_ptr + 1)
+            live = gl.load(tile_ptr + 2)
+            layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+            m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+            rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
+            offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+            x_ptrs = x_ptr + rows[:, None] * stride_x_m + offs_k[None, :]
+            mask = (m < live)[:, None] & (offs_k >= 0)[None, :]
+            for k in range(first_step * BLOCK_K, last_step * BLOCK_K, BLOCK_K):
+                stage = step % STAGES
+                bar = full.index(stage)
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(bar, W_BYTES)
+                _load_weights(w_desc, w_ring.index(stage), bar, w_row, k, w_rows, EPILOGUE)
+                # Dead rows are filled with zeros; nobody stores what becomes of them.
+                _copy_to_shared(x_ring.index(stage), x_ptrs + k, mask=mask)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+                step += 1
 
 
 @gluon.jit
@@ -159,159 +175,133 @@ def _chunks(x):
 
 
 @gluon.jit
-def _compute_unit(
-    ring, epi, out_desc, out_ptr, stride_out_m, bias_ptr, stride_bias_e, residual_desc,
-    residual_ptr, stride_residual_m, row_ids_ptr, tiles_ptr, tile, column, N_OUT, K, step, stored,
-    used, WIDTH: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_GATHERED: gl.constexpr,
-):  # fmt: skip
-    x_ring, w_ring, full, empty = ring
-    staging, bias_row, residual_bar = epi
-    STAGES: gl.constexpr = x_ring.shape[0]
-    BLOCK_M: gl.constexpr = x_ring.shape[1]
-    BLOCK_K: gl.constexpr = x_ring.shape[2]
-    BUFFERS: gl.constexpr = staging.shape[0]
-    SILU: gl.constexpr = EPILOGUE == _EPILOGUE_SILU_MUL
-    RESIDUAL: gl.constexpr = EPILOGUE == _EPILOGUE_ADD_RESIDUAL
-    WIDTH_OUT: gl.constexpr = WIDTH // 2 if SILU else WIDTH
-    CHUNKS: gl.constexpr = WIDTH_OUT // _CHUNK
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_COMPUTING_WARPS, 1], [16, WIDTH, 16])
-    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_COMPUTING_WARPS, 1], [16, _CHUNK, 16])
-    by_row: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_COMPUTING_WARPS, 1], [1, 0])
-
-    expert = gl.load(tiles_ptr + tile * 4)
-    offset = gl.load(tiles_ptr + tile * 4 + 1)
-    live = gl.load(tiles_ptr + tile * 4 + 2)
-    first = gl.load(tiles_ptr + tile * 4 + 3)
-    whole = (first >= 0) & (live == BLOCK_M)
-
-    if HAS_BIAS:
-        flat: gl.constexpr = gl.BlockedLayout([1], [32], [_COMPUTING_WARPS], [0])
-        n = gl.arange(0, WIDTH, flat)
-        n_out = column + n % WIDTH_OUT
-        if SILU:
-            bias_at = gl.where(n < WIDTH_OUT, n_out, n_out + N_OUT)
-        else:
-            bias_at = n_out
-        bias = gl.load(bias_ptr + expert * stride_bias_e + bias_at, mask=n_out < N_OUT, other=0.0)
-
-    acc = gl.zeros((BLOCK_M, WIDTH), gl.float32, mma)
-    for k in range(0, K, BLOCK_K):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        if HAS_GATHERED:
-            if first < 0:  # cp.async writes as threads do, wgmma reads as TMA does
-                fence_async_shared()
-        w_tile = w_ring.index(stage).slice(0, WIDTH)
-        acc = warpgroup_mma(x_ring.index(stage), w_tile.permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
-        if k > 0:
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-        elif RESIDUAL:
-            if whole:  # while the first products run
-                tma.store_wait(pendings=0)
-                mbarrier.expect(residual_bar, BLOCK_M * WIDTH_OUT * 2)
-                for c in gl.static_range(CHUNKS):
-                    _tma_load(
-                        residual_desc, [first, column + c * _CHUNK], residual_bar, staging.index(c)
-                    )
-        step += 1
-    acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-
-    if HAS_BIAS:
-        bias_row.slice(0, WIDTH).store(bias.to(gl.float32))
-    if SILU:
-        gate, up = _halves(acc)
-        if HAS_BIAS:
-            half: gl.constexpr = gl.NVMMADistributedLayout(
-                [3, 0], [_COMPUTING_WARPS, 1], [16, WIDTH_OUT, 16]
-            )
-            gate = gl.convert_layout(gate, half)
-            up = gl.convert_layout(up, half)
-            cols: gl.constexpr = gl.SliceLayout(0, half)
-            gate += bias_row.slice(0, WIDTH_OUT).load(cols)[None, :]
-            up += bias_row.slice(WIDTH_OUT, WIDTH_OUT).load(cols)[None, :]
-        acc = gate * up / (1.0 + gl.exp(-gate))
-    if RESIDUAL:
-        if whole:
-            mbarrier.wait(residual_bar, used & 1)
-            used += 1
-    if not whole:
-        tma.store_wait(pendings=0)
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_row))
-    rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
-    c_n = gl.arange(0, _CHUNK, gl.SliceLayout(0, by_row))
-    parts = _chunks(acc)
-    for c in gl.static_range(CHUNKS):
-        y = gl.convert_layout(parts[c], part)
-        if HAS_BIAS and not SILU:
-            y += bias_row.slice(c * _CHUNK, _CHUNK).load(gl.SliceLayout(0, part))[None, :]
-        n = column + c * _CHUNK + c_n
-        mask = (m < live)[:, None] & (n < N_OUT)[None, :]
-        if RESIDUAL:
-            buffer = staging.index(c)
-            if not whole:
-                r_ptrs = residual_ptr + rows[:, None] * stride_residual_m + n[None, :]
-                buffer.store(gl.load(r_ptrs, mask=mask, other=0.0))
-            y += buffer.load(part).to(gl.float32)
-        else:
-            buffer = staging.index(stored % BUFFERS)
-            tma.store_wait(pendings=BUFFERS - 1)
-        buffer.store(y.to(staging.dtype))
-        if whole:
-            fence_async_shared()
-            _tma_store(out_desc, [first, column + c * _CHUNK], buffer)
-        else:
-            out_ptrs = out_ptr + rows[:, None] * stride_out_m + n[None, :]
-            gl.store(out_ptrs, buffer.load(by_row), mask=mask)
-        stored += 1
-    return step, stored, used
+def _partial_ptrs(partials_ptr, program, GROUP: gl.constexpr, mma: gl.constexpr, N: gl.constexpr):
+    m = gl.arange(0, _ROWS, gl.SliceLayout(1, mma))
+    n = gl.arange(0, N, gl.SliceLayout(0, mma))
+    base = partials_ptr + (program * 2 + GROUP).to(gl.int64) * (_ROWS * N)
+    return base + m[:, None] * N + n[None, :]
 
 
 @gluon.jit
-def _computing_warps(
-    ring, epi, out_desc, out_ptr, stride_out_m, bias_ptr, stride_bias_e, residual_desc,
-    residual_ptr, stride_residual_m, row_ids_ptr, tiles_ptr, num_tiles, num_n, num_whole, N_OUT, K,
-    BLOCK_N: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
+def _multiply(ring, acc, step, GROUP: gl.constexpr, is_gathered):
+    """One k step; returns when the products of the step before are done."""
+    x_ring, w_ring, full, _ = ring
+    STAGES: gl.constexpr = x_ring.shape[0]
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    if is_gathered:  # cp.async writes as threads do, wgmma reads as TMA does
+        fence_async_shared()
+    x_tile = x_ring.index(stage).slice(GROUP * _ROWS, _ROWS)
+    acc = warpgroup_mma(x_tile, w_ring.index(stage).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma_wait(num_outstanding=1, deps=[acc]), step + 1
+
+
+@gluon.jit
+def _computing_group(
+    ring, bias_row, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
+    GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_GATHERED: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """The computing warps' part: the same units in the same order."""
-    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    step, stored, used = 0, 0, 0
-    for unit in range(gl.program_id(0), num_whole, gl.num_programs(0)):
-        tile, block_n = _place(unit, num_tiles, num_n, GROUP_M)
-        step, stored, used = _compute_unit(
-            ring, epi, out_desc, out_ptr, stride_out_m, bias_ptr, stride_bias_e, residual_desc,
-            residual_ptr, stride_residual_m, row_ids_ptr, tiles_ptr, tile, block_n * OUT, N_OUT, K,
-            step, stored, used, BLOCK_N, EPILOGUE, HAS_BIAS, HAS_GATHERED,
-        )  # fmt: skip
-    halves = 2 * (num_tiles * num_n - num_whole)
-    for half in range(gl.program_id(0), halves, gl.num_programs(0)):
-        tile, block_n = _place(num_whole + half // 2, num_tiles, num_n, GROUP_M)
-        column = block_n * OUT + half % 2 * (OUT // 2)
-        step, stored, used = _compute_unit(
-            ring, epi, out_desc, out_ptr, stride_out_m, bias_ptr, stride_bias_e, residual_desc,
-            residual_ptr, stride_residual_m, row_ids_ptr, tiles_ptr, tile, column, N_OUT, K,
-            step, stored, used, BLOCK_N // 2, EPILOGUE, HAS_BIAS, HAS_GATHERED,
-        )  # fmt: skip
-    tma.store_wait(pendings=0)
+    """Half the rows of the same units in the same order."""
+    x_ring, w_ring, _, empty = ring
+    out_ptr, stride_out_m = out
+    bias_ptr, stride_bias_e = bias
+    residual_ptr, stride_residual_m = residual
+    partials_ptr, flags_ptr = partial
+    num_tiles, num_n, num_whole, num_parts, steps = work
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    SILU: gl.constexpr = EPILOGUE == _SILU_MUL
+    OUT: gl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    program = gl.program_id(0)
+    num_rest = num_tiles * num_n - num_whole
+    unit = program
+    position = _share(program, num_parts, num_rest, steps)
+    end = _share(program + 1, num_parts, num_rest, steps)
+    step = 0
+    while (unit < num_whole) | (position < end):
+        unit, position, index, first_step, last_step = _next_unit(
+            unit, position, end, num_whole, steps
+        )
+        acc = gl.zeros((_ROWS, BLOCK_N), gl.float32, mma)
+        acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED)
+        # Divisions and loads that wait for each other: while the first products run.
+        tile, block_n = _place(index, num_tiles, num_n, GROUP_M)
+        column = block_n * OUT
+        tile_ptr = tiles_ptr + tile * 4
+        expert = gl.load(tile_ptr)
+        offset = gl.load(tile_ptr + 1)
+        live = gl.load(tile_ptr + 2)
+        first = gl.load(tile_ptr + 3)
+        m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED)) + GROUP * _ROWS
+        rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
+        if HAS_BIAS:
+            w_n = gl.arange(0, BLOCK_N, flat)
+            at = column + w_n % OUT
+            up = gl.where(w_n < OUT, 0, N_OUT)
+            bias_ptrs = bias_ptr + expert * stride_bias_e + at + up
+            bias_values = gl.load(bias_ptrs, mask=at < N_OUT, other=0.0)
+        for _k in range(first_step + 1, last_step):
+            acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED & (first < 0))
+            mbarrier.arrive(empty.index((step + STAGES - 2) % STAGES))
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+
+        if first_step > 0:
+            gl.store(_partial_ptrs(partials_ptr, program, GROUP, mma, BLOCK_N), acc)
+            _sync_warps()
+            gl.atomic_xchg(flags_ptr + program * 2 + GROUP, 1, sem="release")
+        else:
+            done = last_step
+            helper = program + 1
+            while done < steps:
+                flag_ptr = flags_ptr + helper * 2 + GROUP
+                while gl.atomic_cas(flag_ptr, 1, 0, sem="acquire") == 0:
+                    pass
+                _sync_warps()
+                acc += gl.load(_partial_ptrs(partials_ptr, helper, GROUP, mma, BLOCK_N))
+                helper += 1
+                helped_to = _share(helper, num_parts, num_rest, steps)
+                done = helped_to - (index - num_whole) * steps
+
+            if HAS_BIAS:
+                bias_row.store(bias_values.to(gl.float32))
+                acc += bias_row.load(gl.SliceLayout(0, mma))[None, :]
+            if SILU:
+                gate, up_half = _halves(acc)
+                parts = _chunks(gate * up_half / (1.0 + gl.exp(-gate)))
+            else:
+                parts = _chunks(acc)
+            for c in gl.static_range(OUT // _CHUNK):
+                n = column + c * _CHUNK + gl.arange(0, _CHUNK, gl.SliceLayout(0, _STORED))
+                mask = (m < live)[:, None] & (n < N_OUT)[None, :]
+                y = gl.convert_layout(parts[c], part)
+                if EPILOGUE == _ADD_RESIDUAL:
+                    ptrs = residual_ptr + rows[:, None] * stride_residual_m + n[None, :]
+                    added = gl.load(ptrs, mask=mask, other=0.0)
+                    y += gl.convert_layout(added, part).to(gl.float32)
+                y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), _STORED)
+                gl.store(out_ptr + rows[:, None] * stride_out_m + n[None, :], y, mask=mask)
 
 
 @gluon.jit
 def _mot_linear_hopper_kernel(
-    out_desc,  # (M, N_OUT) output
-    out_ptr,  # the same
+    out_ptr,  # (M, N_OUT) output
     x_desc,  # (M, K)
     x_ptr,
     w_desc,  # (E * N, K)
     bias_ptr,  # (E, N) or unused
-    residual_desc,  # (M, N_OUT) or unused
-    residual_ptr,
+    residual_ptr,  # (M, N_OUT) or unused
+    partials_ptr,  # (programs, 2, 64, BLOCK_N) fp32, scratch
+    flags_ptr,  # (programs, 2) int32, zero before and after
     row_ids_ptr,  # (M,) int32
     tiles_ptr,  # (T, 4) int32
     num_tiles,
     num_whole,
+    num_parts,  # programs that share the units cut along K
     w_rows,  # N
     N_OUT,
     K,
@@ -322,52 +312,59 @@ def _mot_linear_hopper_kernel(
     HAS_BIAS: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
-    BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
+    LOADING_WARPS: gl.constexpr,
 ):
     """Grid: (number of SMs,); every unit whose number is the program's modulo the grid."""
     dtype: gl.constexpr = x_desc.dtype
-    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], shared)
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], shared)
-    staging = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_M, _CHUNK], shared)
+    shared: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_K, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    bias_row = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * _ROWS, BLOCK_K], shared)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], shared)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    # The loader that announces the bytes; with gathered rows also each loader for its own.
+    ARRIVALS: gl.constexpr = 1 + 32 * LOADING_WARPS if HAS_GATHERED else 1
     for stage in gl.static_range(STAGES):
-        # The loader that announces the bytes; with gathered rows also each loader for its own.
-        mbarrier.init(full.index(stage), count=1 + _LOADERS if HAS_GATHERED else 1)
-        mbarrier.init(empty.index(stage), count=1)
-    mbarrier.init(residual_bar, count=1)
-    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    num_n = gl.cdiv(N_OUT, OUT)
+        mbarrier.init(full.index(stage), count=ARRIVALS)
+        mbarrier.init(empty.index(stage), count=2)
+    bias_row_0 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
+    bias_row_1 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
+    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _SILU_MUL else BLOCK_N
+    work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, num_parts, K // BLOCK_K)
     ring = (x_ring, w_ring, full, empty)
-    epi = (staging, bias_row, residual_bar)
+    x = (x_desc, x_ptr, stride_x_m)
+    out = (out_ptr, stride_out_m)
+    bias = (bias_ptr, stride_bias_e)
+    residual = (residual_ptr, stride_residual_m)
+    partial = (partials_ptr, flags_ptr)
     gl.warp_specialize(
         [
             (
-                _computing_warps,
+                _computing_group,
                 (
-                    ring, epi, out_desc, out_ptr, stride_out_m, bias_ptr, stride_bias_e,
-                    residual_desc, residual_ptr, stride_residual_m, row_ids_ptr, tiles_ptr,
-                    num_tiles, num_n, num_whole, N_OUT, K, BLOCK_N, EPILOGUE, HAS_BIAS,
-                    HAS_GATHERED, GROUP_M,
+                    ring, bias_row_0, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work,
+                    N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_GATHERED, GROUP_M,
+                ),
+            ),
+            (
+                _computing_group,
+                (
+                    ring, bias_row_1, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work,
+                    N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_GATHERED, GROUP_M,
                 ),
             ),
             (
                 _loading_warps,
                 (
-                    ring, x_desc, w_desc, x_ptr, stride_x_m, row_ids_ptr, tiles_ptr, num_tiles,
-                    num_n, num_whole, w_rows, K, BLOCK_N, EPILOGUE, HAS_GATHERED, GROUP_M,
+                    ring, x, w_desc, row_ids_ptr, tiles_ptr, work, w_rows, EPILOGUE, HAS_GATHERED,
+                    GROUP_M, LOADING_WARPS,
                 ),
             ),
         ],
-        [_LOADING_WARPS],
-        [40],
+        [4, LOADING_WARPS],
+        [184, 136],
     )  # fmt: skip

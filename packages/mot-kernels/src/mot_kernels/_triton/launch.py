@@ -1,4 +1,4 @@
-"""Launch the kernels: grids, constexprs, tile choice. No arithmetic here."""
+"""Launch the portable kernels, and choose between them: grids, constexprs, tiles. No arithmetic."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from mot_kernels._triton.launch_hopper import launch_linear_hopper, why_not
 from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels.plan import TILE_ROWS
@@ -24,6 +25,7 @@ def launch_linear(
     residual: torch.Tensor | None,
     row_ids: torch.Tensor,
     tiles: torch.Tensor,
+    flags: torch.Tensor,
     counts: tuple[int, ...],
     tile_offsets: Sequence[int],
     silu_mul: bool,
@@ -35,11 +37,30 @@ def launch_linear(
         return
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
+    no_hopper = why_not(out, x, weight, bias, residual)
     if config is None:
-        config = find_config(Problem(n, k, x.dtype, epilogue, counts), x.device)
-    # tile_offsets is RoutePlan.tile_offsets, flattened: E + 1 numbers for each tile size.
-    table = TILE_ROWS.index(config.block_m) * (len(counts) + 1)
-    first, last = tile_offsets[table], tile_offsets[table + len(counts)]
+        problem = Problem(n, k, x.dtype, epilogue, counts)
+        config = find_config(problem, x.device, hopper=no_hopper is None)
+    if config.schedule == "hopper":
+        if no_hopper is not None:
+            raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
+        with _on(x.device):
+            launch_linear_hopper(
+                out,
+                x,
+                weight,
+                bias,
+                residual,
+                row_ids,
+                tiles,
+                flags,
+                tile_offsets,
+                _EPILOGUES[epilogue],
+                config,
+            )
+        return
+    # tile_offsets is RoutePlan.tile_offsets, flattened: 3 numbers for each tile size.
+    first, _, last = tile_offsets[3 * TILE_ROWS.index(config.block_m) :][:3]
     num_tiles = last - first
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
     with _on(x.device):
@@ -130,16 +151,14 @@ def launch_qk_norm_rope(
     expert_ids: torch.Tensor | None,
     eps: float,
 ) -> None:
-    """A block of heads per program; see `mot_kernels.mot_qk_norm_rope` for shapes."""
+    """One row per program; see `mot_kernels.mot_qk_norm_rope` for shapes."""
     rows, heads, head_dim = q.shape
     if rows == 0:
         return
-    kv_heads = k.shape[1]
+    block_heads = triton.next_power_of_2(heads)
     block_half = triton.next_power_of_2(head_dim // 2)
-    block_h = max(2048 // (2 * block_half), 1)
-    grid = (triton.cdiv(rows * (heads + 2 * kv_heads), block_h),)
     with _on(qkv.device):
-        _mot_qk_norm_rope_kernel[grid](
+        _mot_qk_norm_rope_kernel[(rows,)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -150,7 +169,6 @@ def launch_qk_norm_rope(
             positions_ptr=positions,
             kv_rows_ptr=kv_rows,
             expert_ids_ptr=expert_ids,
-            num_rows=rows,
             stride_q_m=q.stride(0),
             stride_q_h=q.stride(1),
             stride_k_s=k.stride(0),
@@ -160,13 +178,15 @@ def launch_qk_norm_rope(
             stride_qkv_m=qkv.stride(0),
             eps=eps,
             HEADS=heads,
-            KV_HEADS=kv_heads,
+            KV_HEADS=k.shape[1],
             D=head_dim,
             HAS_PLAN=expert_ids is not None,
             HAS_KV_ROWS=kv_rows is not None,
-            BLOCK_H=block_h,
+            BLOCK_HEADS=block_heads,
+            BLOCK_KV_HEADS=triton.next_power_of_2(k.shape[1]),
             BLOCK_HALF=block_half,
-            num_warps=4,
+            # 32 elements of q a thread
+            num_warps=min(max(block_heads * block_half // 512, 1), 8),
         )
 
 

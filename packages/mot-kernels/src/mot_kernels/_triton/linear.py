@@ -117,7 +117,10 @@ def _mot_linear_kernel(
         if EPILOGUE == _EPILOGUE_SILU_MUL:
             acc_up += tl.load(bias_ptrs + N_OUT).to(tl.float32)[None, :]
     if EPILOGUE == _EPILOGUE_SILU_MUL:
-        acc = acc * tl.sigmoid(acc) * acc_up
+        if PRECISION is None:
+            acc = acc * tl.sigmoid(acc) * acc_up
+        else:  # Triton's own division is off by up to two units in the last place
+            acc = tl.div_rn(acc, 1.0 + tl.exp(-acc)) * acc_up
 
     mask = mask_m[:, None] & mask_n[None, :]
     if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:

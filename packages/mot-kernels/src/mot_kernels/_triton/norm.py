@@ -64,7 +64,6 @@ def _mot_qk_norm_rope_kernel(
     positions_ptr,  # (M,) integer
     kv_rows_ptr,  # (M,) integer destination rows, or unused
     expert_ids_ptr,  # (M,) int32, or unused
-    num_rows,
     stride_q_m,
     stride_q_h,
     stride_k_s,
@@ -78,71 +77,54 @@ def _mot_qk_norm_rope_kernel(
     D: tl.constexpr,
     HAS_PLAN: tl.constexpr,
     HAS_KV_ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KV_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """Grid: (cdiv(M * (HEADS + 2 * KV_HEADS), BLOCK_H),); BLOCK_H heads each, over row ends."""
-    ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS
+    """Grid: (M,); one row each: its rotation and its weights are read once for all heads."""
     HALF: tl.constexpr = D // 2
-    unit = tl.program_id(0).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = unit // ALL_HEADS
-    head = unit % ALL_HEADS
-    live = row < num_rows
-    row = tl.where(live, row, 0)
-    is_q = live & (head < HEADS)
-    is_k = live & (head >= HEADS) & (head < HEADS + KV_HEADS)
-    is_v = live & (head >= HEADS + KV_HEADS)
-
-    offs = tl.arange(0, BLOCK_HALF)
-    in_half = (offs < HALF)[None, :]
-    src = qkv_ptr + (row * stride_qkv_m + head * D)[:, None] + offs[None, :]
-    mask = live[:, None] & in_half
-    raw_a = tl.load(src, mask=mask, other=0.0)
-    raw_b = tl.load(src + HALF, mask=mask, other=0.0)
-    a = raw_a.to(tl.float32)
-    b = raw_b.to(tl.float32)
-
-    scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.cast(0, tl.int64)
     if HAS_PLAN:
         expert = tl.load(expert_ids_ptr + row).to(tl.int64)
-    else:
-        expert = tl.zeros_like(row)
-    gamma = (expert * D)[:, None] + offs[None, :]
-    mask_q = is_q[:, None] & in_half
-    mask_k = is_k[:, None] & in_half
-    gamma_a = tl.where(
-        is_q[:, None],
-        tl.load(q_weight_ptr + gamma, mask=mask_q, other=0.0).to(tl.float32),
-        tl.load(k_weight_ptr + gamma, mask=mask_k, other=0.0).to(tl.float32),
-    )
-    gamma_b = tl.where(
-        is_q[:, None],
-        tl.load(q_weight_ptr + gamma + HALF, mask=mask_q, other=0.0).to(tl.float32),
-        tl.load(k_weight_ptr + gamma + HALF, mask=mask_k, other=0.0).to(tl.float32),
-    )
-    a = a * scale[:, None] * gamma_a
-    b = b * scale[:, None] * gamma_b
-
-    table = rope_ptr + (tl.load(positions_ptr + row).to(tl.int64) * D)[:, None] + offs[None, :]
-    mask_qk = (is_q | is_k)[:, None] & in_half
-    cos = tl.load(table, mask=mask_qk, other=0.0)
-    sin = tl.load(table + HALF, mask=mask_qk, other=0.0)
-    rotated_a = (a * cos - b * sin).to(q_ptr.dtype.element_ty)
-    rotated_b = (b * cos + a * sin).to(q_ptr.dtype.element_ty)
-
-    q_dst = q_ptr + (row * stride_q_m + head * stride_q_h)[:, None] + offs[None, :]
-    tl.store(q_dst, rotated_a, mask=mask_q)
-    tl.store(q_dst + HALF, rotated_b, mask=mask_q)
+    kv_row = row
     if HAS_KV_ROWS:
         kv_row = tl.load(kv_rows_ptr + row).to(tl.int64)
-    else:
-        kv_row = row
-    k_head = head - HEADS
-    k_dst = k_ptr + (kv_row * stride_k_s + k_head * stride_k_h)[:, None] + offs[None, :]
-    tl.store(k_dst, rotated_a, mask=mask_k)
-    tl.store(k_dst + HALF, rotated_b, mask=mask_k)
-    v_head = head - HEADS - KV_HEADS
-    mask_v = is_v[:, None] & in_half
-    v_dst = v_ptr + (kv_row * stride_v_s + v_head * stride_v_h)[:, None] + offs[None, :]
-    tl.store(v_dst, raw_a, mask=mask_v)
-    tl.store(v_dst + HALF, raw_b, mask=mask_v)
+    offs = tl.arange(0, BLOCK_HALF)
+    in_half = offs < HALF
+    rope_ptrs = rope_ptr + tl.load(positions_ptr + row).to(tl.int64) * D + offs
+    cos = tl.load(rope_ptrs, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(rope_ptrs + HALF, mask=in_half, other=0.0)[None, :]
+    src_ptr = qkv_ptr + row * stride_qkv_m
+
+    heads = tl.arange(0, BLOCK_HEADS)
+    mask = (heads < HEADS)[:, None] & in_half[None, :]
+    src = src_ptr + (heads * D)[:, None] + offs[None, :]
+    dst = q_ptr + row * stride_q_m + (heads * stride_q_h)[:, None] + offs[None, :]
+    weight = q_weight_ptr + expert * D + offs
+    _norm_and_rotate(dst, src, weight, cos, sin, eps, mask, in_half, D)
+
+    kv_heads = tl.arange(0, BLOCK_KV_HEADS)
+    mask = (kv_heads < KV_HEADS)[:, None] & in_half[None, :]
+    src = src_ptr + ((HEADS + kv_heads) * D)[:, None] + offs[None, :]
+    dst = k_ptr + kv_row * stride_k_s + (kv_heads * stride_k_h)[:, None] + offs[None, :]
+    weight = k_weight_ptr + expert * D + offs
+    _norm_and_rotate(dst, src, weight, cos, sin, eps, mask, in_half, D)
+
+    src += KV_HEADS * D
+    dst = v_ptr + kv_row * stride_v_s + (kv_heads * stride_v_h)[:, None] + offs[None, :]
+    tl.store(dst, tl.load(src, mask=mask), mask=mask)
+    tl.store(dst + HALF, tl.load(src + HALF, mask=mask), mask=mask)
+
+
+@triton.jit
+def _norm_and_rotate(dst, src, weight, cos, sin, eps, mask, in_half, D: tl.constexpr):
+    """RMSNorm and rotate-half RoPE of (heads, D): pointers are to the first half of each head."""
+    HALF: tl.constexpr = D // 2
+    a = tl.load(src, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(src + HALF, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+    a *= scale * tl.load(weight, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    b *= scale * tl.load(weight + HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    tl.store(dst, (a * cos - b * sin).to(dst.dtype.element_ty), mask=mask)
+    tl.store(dst + HALF, (b * cos + a * sin).to(dst.dtype.element_ty), mask=mask)

@@ -9,10 +9,14 @@ import torch
 
 from mot_kernels.plan import TILE_ROWS
 
+SCHEDULES = ("portable", "hopper")
+
+_HOPPER_VALUES = {"block_m": (128,), "block_n": (128, 256), "block_k": (64,), "num_warps": (4,)}
+
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes of the routed GEMM.
+    """Tile sizes and schedule of the routed GEMM.
 
     Attributes:
         block_m: rows a tile, one of `TILE_ROWS`.
@@ -21,6 +25,9 @@ class TileConfig:
         group_m: row tiles that walk the columns together, for reuse of weights in L2.
         num_warps: warps a program, a power of two.
         num_stages: software-pipelining depth.
+        schedule: "portable" (any GPU) or "hopper" (persistent, TMA, warp-specialised). The latter
+            has tiles of 128 rows in steps of 64 and two groups of 4 warps that compute; its
+            block_n counts weight rows, gate and up together for SiLU*mul.
 
     Raises:
         ValueError: a field is outside its range; the message names it.
@@ -32,9 +39,12 @@ class TileConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    schedule: str = "portable"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
+        for field in fields(self)[:-1]:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{field.name} is {value!r}; expected an integer")
@@ -51,15 +61,23 @@ class TileConfig:
         for name, most in (("group_m", 64), ("num_stages", 8)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1..{most}")
+        if self.schedule == "hopper":
+            for name, possible in _HOPPER_VALUES.items():
+                if getattr(self, name) not in possible:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}; schedule 'hopper' has {possible}"
+                    )
 
     def as_ints(self) -> list[int]:
         """The fields in order, for an operator's `int[]` argument."""
-        return list(astuple(self))
+        *numbers, schedule = astuple(self)
+        return [*numbers, SCHEDULES.index(schedule)]
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> TileConfig:
         """The inverse of `as_ints`."""
-        return cls(*values)
+        *numbers, schedule = values
+        return cls(*numbers, schedule=SCHEDULES[schedule])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> TileConfig:
@@ -73,14 +91,16 @@ class TileConfig:
 
     def shared_memory_bytes(self, dtype: torch.dtype, *, silu_mul: bool) -> int:
         """Shared memory the pipelined x and weight tiles take, in bytes."""
-        weight_tiles = 2 if silu_mul else 1
+        weight_tiles = 2 if silu_mul and self.schedule == "portable" else 1
         per_stage = (self.block_m + weight_tiles * self.block_n) * self.block_k * dtype.itemsize
         return per_stage * self.num_stages
 
     def accumulator_registers(self, *, silu_mul: bool) -> int:
         """32-bit registers a thread needs for the fp32 accumulators."""
-        elements = self.block_m * self.block_n * (2 if silu_mul else 1)
-        return elements // (32 * self.num_warps)
+        elements = self.block_m * self.block_n
+        if self.schedule == "hopper":
+            return elements // (2 * 32 * self.num_warps)
+        return elements * (2 if silu_mul else 1) // (32 * self.num_warps)
 
 
 def is_legal(config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_memory: int) -> bool:

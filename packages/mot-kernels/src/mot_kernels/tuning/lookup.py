@@ -60,8 +60,11 @@ class Problem:
 
 
 @functools.lru_cache(maxsize=4096)
-def find_config(problem: Problem, device: torch.device) -> TileConfig:
+def find_config(problem: Problem, device: torch.device, hopper: bool = False) -> TileConfig:
     """The config for a problem on a device, following the order in the module docstring.
+
+    Args:
+        hopper: the schedule "hopper" is possible: for this GPU and for these tensors.
 
     Raises:
         ValueError: a tuned file is broken; the message names the file and the key.
@@ -70,7 +73,7 @@ def find_config(problem: Problem, device: torch.device) -> TileConfig:
         return default_config(problem, _LEAST_SHARED_MEMORY)
     name = torch.cuda.get_device_name(device)
     for path in config_files(name):
-        best = _nearest(load_entries(path), problem)
+        best = _nearest(load_entries(path), problem, hopper)
         if best is not None:
             return best
     folder_hint = f"export {_FOLDER_VARIABLES[0]}=DIR"
@@ -81,7 +84,7 @@ def find_config(problem: Problem, device: torch.device) -> TileConfig:
         f"--epilogue {problem.epilogue} --output DIR   and then {folder_hint}"
     )
     properties = torch.cuda.get_device_properties(device)
-    return default_config(problem, properties.shared_memory_per_block_optin)
+    return default_config(problem, properties.shared_memory_per_block_optin, hopper)
 
 
 def config_files(device_name: str) -> list[Path]:
@@ -151,7 +154,7 @@ def _parse_entry(entry: Any) -> tuple[Problem, TileConfig]:
 
 
 def _nearest(
-    entries: tuple[tuple[Problem, TileConfig], ...], problem: Problem
+    entries: tuple[tuple[Problem, TileConfig], ...], problem: Problem, hopper: bool
 ) -> TileConfig | None:
     def same_shape(other: Problem) -> bool:
         return (other.n, other.k, other.dtype, other.epilogue, len(other.counts)) == (
@@ -166,18 +169,26 @@ def _nearest(
         pairs = zip(other.counts, problem.counts, strict=True)
         return sum(abs(math.log((a + 1) / (b + 1))) for a, b in pairs)
 
-    candidates = [(distance(other), config) for other, config in entries if same_shape(other)]
+    candidates = [
+        (distance(other), config)
+        for other, config in entries
+        if same_shape(other) and (hopper or config.schedule != "hopper")
+    ]
     return min(candidates, key=lambda pair: pair[0])[1] if candidates else None
 
 
-def default_config(problem: Problem, shared_memory: int) -> TileConfig:
+def default_config(problem: Problem, shared_memory: int, hopper: bool = False) -> TileConfig:
     """A config computed from the shape, for GPUs with `shared_memory` bytes a block.
+
+    With `hopper` it may have that schedule: where the largest expert fills a tile of it.
 
     Rows of the largest expert decide the tile's height; wide tiles where there are rows to fill
     them, deep steps where there are not (a short tile is bound by reading the weights).
     """
     rows = max(problem.counts)
     silu_mul = problem.epilogue == "silu_mul"
+    if hopper and rows >= 128:
+        return TileConfig(128, 256, 64, 8, 4, 4, schedule="hopper")
     if problem.dtype is torch.float32:  # no tensor cores in full precision: small tiles
         candidates = [
             TileConfig(64 if rows > 32 else 16, 64, 32, 8, 4, stages) for stages in (3, 2, 1)

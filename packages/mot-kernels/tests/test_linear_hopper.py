@@ -1,0 +1,228 @@
+"""`mot_linear` with schedule "hopper": how work is dealt, when it may run, what it computes.
+
+The kernel needs a Hopper GPU; dealing and refusing are the host's and are tested everywhere.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, mot_linear
+from mot_kernels._triton.launch_hopper import deal, why_not
+from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
+
+CONFIGS = [
+    TileConfig(128, 256, 64, 8, 4, 4, "hopper"),
+    TileConfig(128, 128, 64, 4, 4, 3, "hopper"),
+]
+CONFIG = CONFIGS[0]
+
+
+# --- dealing
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 56, 296])
+@pytest.mark.parametrize("programs", [1, 8, 132])
+def test_deal(programs: int, steps: int) -> None:
+    """Whole waves stay whole; what is cut gets at least a program a unit and 8 steps a program."""
+    for units in range(1, 3 * programs + 2):
+        whole, parts = deal(units, steps, programs)
+        rest = units - whole
+        assert whole == units or whole % programs == 0
+        assert 0 <= rest < programs
+        assert 1 <= parts <= programs
+        if rest:
+            assert parts >= rest
+            shares = [part * rest * steps // parts for part in range(parts + 1)]
+            assert min(b - a for a, b in pairwise(shares)) >= 1
+            assert parts == rest or rest * steps // parts >= 8
+
+
+def test_deal_cuts_a_wave_that_is_half_empty() -> None:
+    assert deal(132 + 48, 56, 132) == (132, 132)
+    assert deal(132 + 131, 56, 132) == (263, 1)
+    assert deal(2 * 132, 56, 132) == (264, 1)
+    assert deal(4, 16, 132) == (0, 8)
+
+
+# --- when it may run
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let CPU tensors pass for those of a Hopper GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+class OnGpu(SimpleNamespace):
+    """What `why_not` asks of a tensor, answered by a CPU tensor that says it is on a GPU."""
+
+    def __init__(self, t: torch.Tensor) -> None:
+        super().__init__(device=SimpleNamespace(type="cuda"), dtype=t.dtype, shape=t.shape)
+        self.stride, self.data_ptr, self.element_size = t.stride, t.data_ptr, t.element_size
+
+
+def question(**changes: torch.Tensor) -> dict[str, OnGpu | None]:
+    half = {"dtype": torch.float16}
+    tensors = {
+        "out": torch.zeros(8, 32, **half),
+        "x": torch.zeros(8, 128, **half),
+        "weight": torch.zeros(2, 32, 128, **half),
+        "bias": torch.zeros(2, 32, **half),
+        "residual": torch.zeros(8, 32, **half),
+    } | changes
+    return {name: OnGpu(t) for name, t in tensors.items()}
+
+
+REFUSED = {
+    "float32": ({"x": torch.zeros(8, 128)}, "multiplies bfloat16 and float16, not torch.float32"),
+    "k": ({"x": torch.zeros(8, 96, dtype=torch.float16)}, "K=96 is not a multiple of 64"),
+    "experts_apart": (
+        {"weight": torch.zeros(4, 32, 128, dtype=torch.float16)[::2]},
+        "experts' weights do not follow each other",
+    ),
+    "x_transposed": (
+        {"x": torch.zeros(128, 8, dtype=torch.float16).T},
+        "rows of x are not contiguous and 16-byte aligned",
+    ),
+    "x_unaligned": (
+        {"x": torch.zeros(8, 132, dtype=torch.float16)[:, 4:]},
+        "rows of x are not contiguous and 16-byte aligned",
+    ),
+    "weight_unaligned": (
+        {"weight": torch.zeros(2, 32, 132, dtype=torch.float16)[..., :128]},
+        "rows of weight are not contiguous and 16-byte aligned",
+    ),
+    "out": (
+        {"out": torch.zeros(8, 64, dtype=torch.float16)[:, ::2]},
+        "rows of out are not contiguous",
+    ),
+    "bias": (
+        {"bias": torch.zeros(2, 64, dtype=torch.float16)[:, ::2]},
+        "rows of bias are not contiguous",
+    ),
+}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", REFUSED)
+def test_why_not(name: str) -> None:
+    changes, wanted = REFUSED[name]
+    assert wanted in str(why_not(**question(**changes)))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_why_not_accepts() -> None:
+    assert why_not(**question()) is None  # type: ignore[arg-type]
+    rows_apart = torch.zeros(8, 136, dtype=torch.float16)[:, 8:]
+    assert why_not(**question(x=rows_apart)) is None  # type: ignore[arg-type]
+
+
+def test_why_not_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert why_not(**question()) == "the GPU has compute capability 8.9, not 9.0"  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_mot_linear_refuses_the_schedule(device: torch.device) -> None:
+    plan = ROUTES["scattered"].plan(device)
+    x = torch.zeros(plan.num_rows, 96, device=device, dtype=torch.float16)
+    weight = torch.zeros(2, 32, 96, device=device, dtype=torch.float16)
+    with pytest.raises(ValueError, match="config has schedule 'hopper', but "):
+        mot_linear(x, weight, plan, config=CONFIG)
+
+
+# --- what it computes
+
+
+def need_hopper(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+
+def epilogue_for(name: str, residual: torch.Tensor) -> Epilogue | None:
+    return {"none": None, "silu_mul": SILU_MUL, "add_residual": AddResidual(residual)}[name]
+
+
+# Many units a program, several steps; one unit cut into many parts; columns that end in a tile.
+SIZES = {"wide": (128, 9216), "deep": (4096, 256), "ragged": (192, 1168)}
+
+LONG_ROUTES = [
+    *ROUTES.values(),
+    Route("long_tails", 2, ((1, 300), (0, 5), (1, 129), (0, 140), (1, 1))),
+    Route("image_1024", 2, ((0, 1), (1, 4096), (0, 1))),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul", "add_residual"])
+@pytest.mark.parametrize("route", [r for r in LONG_ROUTES if r.num_rows], ids=str)
+def test_mot_linear_hopper(route: Route, epilogue: str, size: str, device: torch.device) -> None:
+    need_hopper(device)
+    torch.manual_seed(0)
+    k, n = SIZES[size]
+    dtype = torch.float16 if size == "ragged" else torch.bfloat16
+    options = {"dtype": dtype, "device": device}
+    x = torch.randn(route.num_rows, k, **options)
+    weight = torch.randn(route.num_experts, n, k, **options) * k**-0.5
+    bias = torch.randn(route.num_experts, n, **options) if size != "deep" else None
+    columns = n // 2 if epilogue == "silu_mul" else n
+    chosen = epilogue_for(epilogue, torch.randn(route.num_rows, columns, **options))
+    plan = route.plan(device)
+    wide = {"bias": None if bias is None else bias.double(), "epilogue": chosen}
+    truth = looped_linear(x.double(), weight.double(), plan.expert_ids, **wide)
+    baseline = looped_linear(
+        x, weight, plan.expert_ids, bias=bias, epilogue=chosen, linear=F.linear
+    )
+    for config in CONFIGS:
+        out = poisoned((route.num_rows, columns), dtype, device)
+        mot_linear(x, weight, plan, bias=bias, epilogue=chosen, out=out, config=config)
+        assert_close(str(config), out, truth, plan, baseline)
+        assert not plan.flags.any()
+
+
+@pytest.mark.gpu
+def test_mot_linear_hopper_in_place_and_strided(device: torch.device) -> None:
+    need_hopper(device)
+    torch.manual_seed(0)
+    plan = ROUTES["three_branches"].plan(device)
+    whole = torch.randint(-2, 3, (plan.num_rows, 264), device=device).bfloat16()
+    x, kept = whole[:, 8:], whole[:, :8].clone()
+    weight = torch.randint(-1, 2, (2, 320, 256), device=device).bfloat16()
+    weight *= torch.arange(256, device=device) % 4 == 0  # 64 terms: sums stay exact
+    stream = torch.randint(-2, 3, (plan.num_rows, 400), device=device).bfloat16()
+    residual, around = stream[:, 40:360], stream.clone()
+    wanted = looped_linear(x, weight, plan.expert_ids, epilogue=AddResidual(residual.clone()))
+    mot_linear(x, weight, plan, epilogue=AddResidual(residual), out=residual, config=CONFIG)
+    assert torch.equal(residual, wanted)
+    assert torch.equal(stream[:, :40], around[:, :40])
+    assert torch.equal(stream[:, 360:], around[:, 360:])
+    assert torch.equal(whole[:, :8], kept)
+
+
+@pytest.mark.gpu
+def test_mot_linear_hopper_is_deterministic_in_a_graph(device: torch.device) -> None:
+    """Replays give the bits of the first run, also where programs add up each other's parts."""
+    need_hopper(device)
+    torch.manual_seed(0)
+    plan = ROUTES["three_branches"].plan(device)
+    x = torch.randn(plan.num_rows, 4096, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(2, 512, 4096, device=device, dtype=torch.bfloat16)
+    wanted = mot_linear(x, weight, plan, config=CONFIG)
+    out = poisoned(tuple(wanted.shape), torch.bfloat16, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mot_linear(x, weight, plan, out=out, config=CONFIG)
+    for _ in range(20):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, wanted)
+    assert not plan.flags.any()
