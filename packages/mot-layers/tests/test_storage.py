@@ -12,7 +12,6 @@ from layer_cases import BIASES, HIDDEN, KINDS, Layer, exact, load, make_plan, pl
 from layer_cases import assert_near as assert_near_truth
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.model_loader.reload import layerwise
 
 from mot_layers import MoTRMSNorm, stacking
 from mot_layers.linear import StackedLinearMethod
@@ -181,6 +180,9 @@ def test_state_dict_round_trip() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_reload_weights(kind: str) -> None:
     """vLLM's `reload_weights` loads beside the weights in use and copies over them."""
+    # Imported here: it pulls in what builds of vLLM without compiled operators do not have.
+    from vllm.model_executor.model_loader.reload import layerwise
+
     spec = Layer(kind, "bias")
     layer = spec.build()
     model = torch.nn.Sequential(layer)

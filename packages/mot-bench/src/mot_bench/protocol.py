@@ -13,6 +13,7 @@ import contextlib
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -195,13 +196,16 @@ def _why_it_waits(run: Callable[[], None]) -> str:
     Asked before the capture, because torch 2.11 does not recover well from a failed one.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    except RuntimeError as error:
-        return first_line(error)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    with warnings.catch_warnings():
+        # It says each time that it is a prototype, also where warnings are errors.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            return first_line(error)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     return ""
 
 
