@@ -38,7 +38,7 @@ CPU_BUILD = sys.platform == "linux" and platform.machine() in {"x86_64", "aarch6
 TORCH = "torch==2.13.0+cpu" if CPU_BUILD else "torch==2.13.0"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 LINTERS = ("ruff==0.17.6", "mypy==2.4.1")
-TYPED = ("pillow", "pydantic", "rich", "typer")  # libraries whose types mypy reads
+TYPED = ("httpx", "pillow", "pydantic", "rich", "typer")  # libraries whose types mypy reads
 
 PACKAGE_DATA = {  # what each wheel must hold
     "mot-kernels": ("mot_kernels/py.typed", "mot_kernels/tuning/configs/README.md"),
