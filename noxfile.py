@@ -50,7 +50,7 @@ FIRST_LINE = {  # what a program that uses the package begins with
     "mot-kernels": "import mot_kernels",
     "mot-layers": "import mot_layers",
     "bagel-mot": "from bagel_mot import BagelPipeline",
-    "mot-bench": "import mot_bench",
+    "mot-bench": "import mot_bench.serve.run",
 }
 NEEDS_VLLM = {"mot-layers", "bagel-mot"}  # that line fails without it, and says what to install
 HOW_TO_INSTALL = r"pip install '(mot-layers|bagel-mot)\[(cuda|cpu)\]'"

@@ -263,9 +263,10 @@ def _show(results: ServeResults, earlier: ServeResults | None) -> None:
 
     console = screen()
     console.print(tables.heading(results), highlight=False, markup=False)
-    console.print(tables.summary_table(results))
     lines = tables.remarks(results)
-    if earlier is not None:
+    if earlier is None:
+        console.print(tables.summary_table(results))
+    else:
         console.print(tables.compare_table(earlier, results))
         if remark := tables.differing_images(earlier, results):
             lines.append(remark)

@@ -198,7 +198,7 @@ def _picture(b64: object, url: object) -> Picture:
         if isinstance(url, str):
             return from_url(url)
     except ValueError as error:
-        raise Failure("image", str(error)) from error
+        raise Failure("broken image", str(error)) from error
     raise Failure("answer", "an image has neither b64_json nor url")
 
 

@@ -9,7 +9,7 @@ class Failure(Exception):
     Attributes:
         kind: what the summary counts it under: "http 500" (any status but 2xx), "connection"
             (refused, dropped, cut short), "timeout", "answer" (not what the endpoint answers),
-            "stream" (an error in it, or no end) or "image" (broken).
+            "stream" (an error in it, or no end) or "broken image".
     """
 
     def __init__(self, kind: str, message: str) -> None:

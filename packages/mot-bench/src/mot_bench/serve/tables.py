@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from rich.table import Table
+from rich.text import Text
 
 from mot_bench.serve.results import ServeResults, Spread
 from mot_bench.serve.settings import ENDPOINTS
@@ -28,6 +29,8 @@ def heading(results: ServeResults) -> str:
         + ("all at once" if rate is None else f"{rate:g} per second (Poisson)")
         + (", any number under way" if most is None else f", at most {most} under way"),
     }
+    if steps := settings.warmup_num_inference_steps:
+        facts["warm-up"] = f"{settings.warmup_requests} requests of {steps} steps"
     if settings.modality == "image":
         facts["images"] = (
             f"{settings.images_per_request} per request, "
@@ -39,8 +42,8 @@ def heading(results: ServeResults) -> str:
 
 def summary_table(results: ServeResults) -> Table:
     """One run."""
-    table = _table("Serving")
-    table.add_column("", justify="right", no_wrap=True)
+    table = _table("Serving", show_header=False)
+    table.add_column(justify="right", no_wrap=True)
     for name, value in measures(results).items():
         table.add_row(name, _number(value))
     return table
@@ -48,8 +51,9 @@ def summary_table(results: ServeResults) -> Table:
 
 def compare_table(earlier: ServeResults, now: ServeResults) -> Table:
     """Two runs with equal settings."""
-    table = _table("Compared with the earlier run")
-    for header in (f"earlier, {earlier.date}", f"now, {now.date}", "now / earlier"):
+    table = _table("Serving, compared with the earlier run")
+    columns = (_title("earlier", earlier), _title("now", now), "now / earlier")
+    for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     before, after = measures(earlier), measures(now)
     for name in dict.fromkeys([*before, *after]):
@@ -83,7 +87,7 @@ def remarks(results: ServeResults) -> list[str]:
     """What the table does not show."""
     summary = results.summary
     lines = [
-        f"{count} failed with {kind}; the first: "
+        f"{count} failed ({kind}), the first: "
         + next(each.error for each in results.requests if each.failure == kind)
         for kind, count in summary.failures.items()
     ]
@@ -119,8 +123,13 @@ def _spread(name: str, spread: Spread | None) -> dict[str, float | int | None]:
     }
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _title(when: str, results: ServeResults) -> Text:
+    # Not as markup: a label may hold brackets.
+    return Text("\n".join(filter(None, (f"{when}, {results.date}", results.label))))
+
+
+def _table(title: str, *, show_header: bool = True) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=show_header)
     table.add_column("", no_wrap=True)
     return table
 
