@@ -366,7 +366,10 @@ def test_warm_up_keeps_no_image(bench: Any, tmp_path: Path) -> None:
 def test_warm_up_fails(bench: Any, fake: Fake) -> None:
     answer, results = bench(["status 503", "one"])
     assert answer.code == 1
-    assert "a warm-up request failed with http 503: so I was told" in answer.err
+    assert (
+        "a warm-up request to /v1/images/generations failed with http 503: so I was told"
+        in answer.err
+    )
     assert results is None
     assert len(fake.asked) == 1
 

@@ -179,6 +179,8 @@ def test_summary() -> None:
     assert summary.latency_s.p95 == pytest.approx(2.9)  # 1 + 0.95 * (3 - 1)
     assert summary.latency_s.p99 == pytest.approx(2.98)
     assert summary.inter_token_s.mean == pytest.approx(0.15)
+    # 7 tokens came in pieces at 0.1, 0.2 and 0.4 s.
+    assert summary.per_token_s is not None and summary.per_token_s.mean == pytest.approx(0.05)
     assert summary.first_token_s is not None and summary.first_token_s.p99 == pytest.approx(0.1)
     assert summary.held_back_s is not None and summary.held_back_s.mean == pytest.approx(0.5)
 

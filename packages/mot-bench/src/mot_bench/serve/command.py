@@ -271,4 +271,4 @@ def _show(results: ServeResults, earlier: ServeResults | None) -> None:
         if remark := tables.differing_images(earlier, results):
             lines.append(remark)
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -81,7 +81,10 @@ class Summary:
         output_tokens: None if the server counts none.
         latency_s: of whole answers.
         first_token_s: of streams, until the first piece of text (TTFT).
-        inter_token_s: of streams, between two pieces of text (ITL).
+        inter_token_s: of streams, between two pieces of text (ITL). A piece is what came at
+            once: a token, several, or the rest of a character.
+        per_token_s: of streams whose tokens the server counts, from the first piece to the last,
+            by the tokens after the first (TPOT).
         held_back_s: how long --max-concurrency kept requests from being sent on schedule.
     """
 
@@ -98,6 +101,7 @@ class Summary:
     latency_s: Spread | None
     first_token_s: Spread | None
     inter_token_s: Spread | None
+    per_token_s: Spread | None
     held_back_s: Spread | None
 
 
@@ -152,6 +156,13 @@ class ServeResults:
             latency_s=Spread.of([each.latency_s for each in good]),
             first_token_s=Spread.of([times[0] for times in streams]),
             inter_token_s=Spread.of(gaps),
+            per_token_s=Spread.of(
+                [
+                    (each.token_times_s[-1] - each.token_times_s[0]) / (each.tokens - 1)
+                    for each in good
+                    if each.token_times_s and each.tokens is not None and each.tokens > 1
+                ]
+            ),
             held_back_s=Spread.of([each.start_s - each.scheduled_s for each in self.requests]),
         )
 

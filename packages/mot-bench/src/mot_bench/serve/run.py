@@ -17,7 +17,7 @@ from mot_bench.serve import client as http
 from mot_bench.serve.load import Load
 from mot_bench.serve.prompts import Prompt
 from mot_bench.serve.results import KIND, SCHEMA, RequestResult, ServeResults
-from mot_bench.serve.settings import Settings, WarmupSteps
+from mot_bench.serve.settings import ENDPOINTS, Settings, WarmupSteps
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ async def measure(plan: Plan) -> ServeResults:
         settings = _complete(plan, await http.served_model(client, plan.settings.model or None))
         version = await http.server_version(client)
         load = Load(client, settings, plan.prompts, timeout=plan.timeout, save_dir=plan.save_dir)
-        _check_warm(await load.warm_up())
+        _check_warm(await load.warm_up(), ENDPOINTS[settings.endpoint])
         date = datetime.datetime.now(datetime.UTC)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(
@@ -105,9 +105,9 @@ def _complete(plan: Plan, model: str) -> Settings:
     return settings
 
 
-def _check_warm(results: list[RequestResult]) -> None:
+def _check_warm(results: list[RequestResult], path: str) -> None:
     for result in results:
         if result.failure:
             raise MeasurementError(
-                f"a warm-up request failed with {result.failure}: {result.error}"
+                f"a warm-up request to {path} failed with {result.failure}: {result.error}"
             )

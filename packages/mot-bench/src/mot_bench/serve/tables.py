@@ -80,6 +80,7 @@ def measures(results: ServeResults) -> dict[str, float | int | None]:
     if results.settings.stream:
         rows |= _spread("time to first token", summary.first_token_s)
         rows |= _spread("inter-token latency", summary.inter_token_s)
+        rows |= _spread("time per output token", summary.per_token_s)
     return rows
 
 
