@@ -19,7 +19,7 @@ from mot_bench.serve.endpoints import TokenStream
 from mot_bench.serve.failure import Failure
 from mot_bench.serve.load import arrivals
 from mot_bench.serve.results import KIND, SCHEMA, RequestResult, ServeResults
-from mot_bench.serve.settings import Settings, WarmupSteps
+from mot_bench.serve.settings import Settings, WarmupSteps, pairs, values
 
 SETTINGS = Settings(
     endpoint="generations",
@@ -222,6 +222,21 @@ def test_no_torch_is_needed() -> None:
     assert subprocess.run(python_command(program)).returncode == 0
 
 
+def test_pairs() -> None:
+    texts = ["b=0.5", "a=word", 'c={"d": [1]}', "e=", 'f="\\ud800"', "g=NaN", "h=x=y"]
+    found = pairs("--field", texts, {})
+    assert found[0] == 'a="word"'  # sorted
+    assert values(found) == {
+        "a": "word",
+        "b": 0.5,
+        "c": {"d": [1]},
+        "e": "",
+        "f": '"\\ud800"',
+        "g": "NaN",
+        "h": "x=y",
+    }
+
+
 # --- options -------------------------------------------------------------------------------------
 
 CHAT = ("--endpoint", "chat")
@@ -268,6 +283,8 @@ CHAT = ("--endpoint", "chat")
         (("--prompts", "list.jsonl"), 'line 1: expected an object such as {"prompt": "..."}'),
         (("--prompts", "key.jsonl"), "line 1: unknown key 'text'; expected 'prompt'"),
         (("--prompts", "empty.jsonl"), "line 1: key 'prompt' is ' '; expected a text"),
+        (("--prompts", "half.jsonl"), "line 1: 'utf-8' codec can't encode character"),
+        (("--label", "caf\udce9"), "'caf\\udce9' is not UTF-8 text"),
         (("--prompts", "gone.jsonl"), "line 1: image 'gone.png': No such file"),
         (("--prompts", "broken.jsonl"), "line 1: image 'half.png': broken picture of"),
         (("--prompts", "picture.jsonl"), "with a picture, which /v1/images/generations does not"),
@@ -292,6 +309,7 @@ def test_bad_options_get_one_line(
         "list.jsonl": "[1]",
         "key.jsonl": '{"text": "a"}',
         "empty.jsonl": '{"prompt": " "}',
+        "half.jsonl": '{"prompt": "\\ud800"}',
         "gone.jsonl": '{"prompt": "a", "image": "gone.png"}',
         "broken.jsonl": '{"prompt": "a", "image": "half.png"}',
         "picture.jsonl": '{"prompt": "a", "image": "whole.png"}',

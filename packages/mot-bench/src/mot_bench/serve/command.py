@@ -119,6 +119,8 @@ def serve(
 
     Proxies of the environment are not used. A key in OPENAI_API_KEY is sent along.
     """
+    arguments = list(context.obj or [])
+    parse.check_text(arguments)
     key = parse.endpoint(endpoint)
     answers = parse.modality(modality, key)
     _refuse_useless(
@@ -135,7 +137,7 @@ def serve(
     warmup_steps = parse.WarmupSteps.parse(warmup_num_inference_steps or [])
     url = parse.base_url(base_url)
     rate, shape = parse.rate(request_rate), parse.size(size)
-    fields, arguments = _extras(key, field or [], extra_arg or [])
+    fields, extras = _extras(key, field or [], extra_arg or [])
     chosen = _prompts(prompts, key, answers)
     folder = None if save_dir is None else options.output_folder(save_dir, "--save-dir")
     _check_output(output)
@@ -159,7 +161,7 @@ def serve(
         stream=stream,
         seed=seed,
         field=fields,
-        extra_arg=arguments,
+        extra_arg=extras,
         warmup_requests=warmup_requests,
         warmup_num_inference_steps=None,
     )
@@ -174,7 +176,7 @@ def serve(
         timeout=timeout,
         ready_timeout=ready_timeout,
         label=label,
-        command=shlex.join(["mot-bench", *(context.obj or [])]),
+        command=shlex.join(["mot-bench", *arguments]),
     )
     results = asyncio.run(measure(plan))
     _show(results, earlier)

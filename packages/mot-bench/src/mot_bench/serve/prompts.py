@@ -110,6 +110,7 @@ def _entry(line: str, folder: Path) -> Prompt:
     text, image = entry.get("prompt"), entry.get("image")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"key 'prompt' is {text!r}; expected a text")
+    text.encode()  # JSON can spell half a character, which cannot be sent: a ValueError
     if image is None:
         return Prompt(text)
     if not isinstance(image, str):

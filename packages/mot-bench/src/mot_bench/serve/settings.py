@@ -79,6 +79,15 @@ def _shown(value: object) -> str:
     return " ".join(value) if isinstance(value, tuple) else repr(value)
 
 
+def check_text(arguments: Sequence[str]) -> None:
+    """Refuse what could neither be sent nor written: Python keeps stray bytes as surrogates."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{argument!r} is not UTF-8 text") from None
+
+
 def base_url(text: str) -> str:
     """The server's address, without a slash at the end."""
     parts = urllib.parse.urlsplit(text)
@@ -180,8 +189,10 @@ def pairs(option: str, texts: Sequence[str], taken: Mapping[str, str]) -> tuple[
         if key in taken:
             raise UsageError(f"{option} is {text!r}; use {taken[key]}")
         try:
-            # Not every reader takes NaN, which json would.
-            found[key] = json.dumps(json.loads(value), allow_nan=False)
+            content = json.loads(value)
+            # Neither NaN nor half a character, which json would take, can be sent.
+            json.dumps(content, allow_nan=False, ensure_ascii=False).encode()
+            found[key] = json.dumps(content)
         except ValueError:
             found[key] = json.dumps(value)
     return tuple(f"{key}={value}" for key, value in sorted(found.items()))
