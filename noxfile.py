@@ -38,7 +38,7 @@ CPU_BUILD = sys.platform == "linux" and platform.machine() in {"x86_64", "aarch6
 TORCH = "torch==2.13.0+cpu" if CPU_BUILD else "torch==2.13.0"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 LINTERS = ("ruff==0.17.6", "mypy==2.4.1")
-TYPED = ("pillow", "pydantic", "rich", "typer")  # libraries whose types mypy reads
+TYPED = ("httpx", "pillow", "pydantic", "rich", "typer")  # libraries whose types mypy reads
 
 PACKAGE_DATA = {  # what each wheel must hold
     "mot-kernels": ("mot_kernels/py.typed", "mot_kernels/tuning/configs/README.md"),
@@ -50,7 +50,7 @@ FIRST_LINE = {  # what a program that uses the package begins with
     "mot-kernels": "import mot_kernels",
     "mot-layers": "import mot_layers",
     "bagel-mot": "from bagel_mot import BagelPipeline",
-    "mot-bench": "import mot_bench",
+    "mot-bench": "import mot_bench.serve.run",
 }
 NEEDS_VLLM = {"mot-layers", "bagel-mot"}  # that line fails without it, and says what to install
 HOW_TO_INSTALL = r"pip install '(mot-layers|bagel-mot)\[(cuda|cpu)\]'"

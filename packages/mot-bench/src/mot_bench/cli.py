@@ -1,4 +1,4 @@
-"""The command `mot-bench`: kernels, tune, report.
+"""The command `mot-bench`: kernels, tune, report, serve.
 
 Exit codes: 0 all went well; 1 measuring went wrong, or a provider computes something wrong; 2 an
 argument is wrong, in one line that says which; 130 interrupted.
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from mot_bench import __version__, options
 from mot_bench.cases import BRANCHES, IMAGE_TOKENS, LinearCase, Routing, routings, select
 from mot_bench.errors import MeasurementError, UsageError
+from mot_bench.screen import screen as _screen
+from mot_bench.serve.command import serve
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure, tune and report mixture-of-transformers kernels.",
+    help="Measure, tune and report mixture-of-transformers kernels; measure servers.",
 )
 
 OPERATIONS = ("linear", "rms_norm", "qk_norm_rope")
@@ -241,6 +242,9 @@ def report(
     typer.echo(output)
 
 
+app.command()(serve)
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -321,12 +325,6 @@ def _device() -> torch.device:
     if device.type != "cuda":
         typer.echo("mot-bench: torch sees no GPU; measuring on the CPU", err=True)
     return device
-
-
-def _screen(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
-    # What goes to a file or a pipe need not fit a terminal of 80 columns.
-    return console if console.is_terminal else Console(stderr=stderr, width=150)
 
 
 def _command(arguments: Sequence[str]) -> str:

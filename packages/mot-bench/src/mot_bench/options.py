@@ -106,8 +106,8 @@ def row_counts(texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def output_folder(folder: Path) -> Path:
+def output_folder(folder: Path, option: str = "--output") -> Path:
     """A folder to write to; it is made when something is written."""
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output is {str(folder)!r}, which is a file; give a folder")
+        raise UsageError(f"{option} is {str(folder)!r}, which is a file; give a folder")
     return folder

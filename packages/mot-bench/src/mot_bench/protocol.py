@@ -10,7 +10,6 @@ order is reversed every other round: clocks and temperature drift, and so they d
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import time
 import warnings
@@ -20,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from mot_bench.results import Ceilings, Timing
+from mot_bench.results import Ceilings, Timing, percentile
 
 Variant = Callable[[int], object]
 """Runs once on the input set of this index. What it returns is kept during a graph's capture, so
@@ -104,15 +103,6 @@ def _summary(samples: Sequence[float], prepared: Prepared) -> Timing:
         prepared.method,
         prepared.note,
     )
-
-
-def percentile(samples: Sequence[float], percent: float) -> float:
-    """The percentile of samples, linear between neighbours (as numpy's default)."""
-    ordered = sorted(samples)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 class CpuStopwatch:

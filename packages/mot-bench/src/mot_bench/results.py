@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,22 +186,8 @@ class Results:
             ValueError: not such a file; the message names the file and the key.
             OSError: it cannot be read.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected an object, found {type(content).__name__}")
-        for key, expected in (("schema", SCHEMA), ("kind", KIND)):
-            if content.get(key) != expected:
-                raise ValueError(
-                    f"{path}: key {key!r} is {content.get(key)!r}; expected {expected!r}"
-                )
-        try:
-            parsed: Results = _parse(cls, content, "")
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        return parsed
+        results: Results = read_json(cls, path, KIND, SCHEMA)
+        return results
 
 
 def tflops(case: CaseResult, timing: Timing) -> float:
@@ -225,6 +211,15 @@ def times_baseline(case: CaseResult, timing: Timing) -> float | None:
     if baseline is None or baseline.timing is None:
         return None
     return timing.median_us / baseline.timing.median_us
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The percentile of samples, linear between neighbours (as numpy's default)."""
+    ordered = sorted(samples)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -272,6 +267,34 @@ def means(results: Results) -> list[Mean]:
             Mean(op, name, label, len(timed), len(pairs), mean_ratio, geometric_mean(percents))
         )
     return summary
+
+
+def read_json(
+    cls: Any, path: Path, kind: str, schema: int, *, derived: Collection[str] = ()
+) -> Any:
+    """Read a dataclass `cls`, which has fields `kind` and `schema`, from a JSON file.
+
+    Args:
+        derived: keys that were written for other readers and are no fields.
+
+    Raises:
+        ValueError: not such a file; the message names the file and the key.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, found {type(content).__name__}")
+    for key, expected in (("schema", schema), ("kind", kind)):
+        if content.get(key) != expected:
+            raise ValueError(f"{path}: key {key!r} is {content.get(key)!r}; expected {expected!r}")
+    fields = {key: value for key, value in content.items() if key not in derived}
+    try:
+        return _parse(cls, fields, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
