@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bagel_mot.context import Contexts
+from bagel_mot.context import Context, Contexts
 from bagel_mot.denoising import Denoising
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Noise, image_size
 from bagel_mot.sampling import ImageJob, ImageSettings
 from bagel_mot.synthetic import SIZES, random_pipeline
+from bagel_mot.text import generate_text
 from bagel_mot.tokenizer import BagelTokenizer
 
 from mot_bench.environment import version_of
@@ -156,11 +157,22 @@ def prompt_of(tokenizer: BagelTokenizer, tokens: int) -> str:
     return found
 
 
-def endless(pipeline: BagelPipeline) -> BagelPipeline:
-    """The pipeline, but its texts go on until they have as many tokens as are allowed."""
+@torch.no_grad()
+def read_texts(pipeline: BagelPipeline, texts: Sequence[str]) -> list[Context]:
+    """A context for each text, to be continued."""
+    found = []
+    for text in texts:
+        contexts = Contexts(pipeline.model, pipeline.tokenizer, needs_no_image=False)
+        contexts.add_text(text)
+        found.append(contexts.main)
+    return found
+
+
+def write_texts(pipeline: BagelPipeline, contexts: Sequence[Context], tokens: int) -> int:
+    """Continue every context by so many tokens; returns how many were written in all."""
     tokenizer = copy.copy(pipeline.tokenizer)
-    tokenizer.text_segment = pipeline.tokenizer.text_segment  # type: ignore[method-assign]
-    tokenizer.eos = -1
-    twin = copy.copy(pipeline)
-    twin.tokenizer = tokenizer
-    return twin
+    tokenizer.eos = -1  # no token ends a text early
+    return sum(
+        len(generate_text(pipeline.model, tokenizer, context, max_tokens=tokens))
+        for context in contexts
+    )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SIZES = ("7b", "tiny")
 PROVIDERS = ("mot", "gather-scatter")
+REQUESTS = ("image", "edit", "text")
 
 ModelOption = Annotated[
     Path | None,
@@ -119,9 +120,63 @@ def step(
 
 def e2e(
     context: typer.Context,
+    model: ModelOption = None,
+    random: RandomOption = None,
+    request: Annotated[
+        list[str] | None, typer.Option(help="image, edit or text; repeat. Default: all.")
+    ] = None,
+    resolution: Annotated[
+        str, typer.Option(metavar="HxW", help="Of image and edit, in pixels.")
+    ] = "1024x1024",
+    timesteps: Annotated[int, typer.Option(min=2, help="Of image and edit.")] = 50,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of image and edit.")] = 30,
+    batch: Annotated[str, typer.Option(help="Texts written together, e.g. 1,16.")] = "1,16",
+    context_tokens: Annotated[int, typer.Option(min=3, help="Read before a text.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Written for each text.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each request.")] = 3,
+    dtype: DtypeOption = None,
+    attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = None,
+    output: OutputOption = None,
 ) -> None:
     """Time whole requests: text to image, edit, understanding."""
-    raise MeasurementError("not there yet")
+    (size, *more) = options.resolutions("--resolution", resolution)
+    if more:
+        raise UsageError(f"--resolution is {resolution!r}; expected one, for example 1024x1024")
+    names = list(dict.fromkeys(request or REQUESTS))
+    for name in names:
+        options.one_of("--request", name, REQUESTS)
+    batches = options.integers("--batch", batch, least=1, example="1,16")
+    folder = None if output is None else options.output_folder(output)
+    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs)
+
+    from mot_bench import bagel, model_tables
+    from mot_bench import e2e as runs
+
+    bagel.check_size(pipeline, "--resolution", *size)
+    requests: list[runs.Painting | runs.Writing] = []
+    if "image" in names:
+        requests.append(runs.painting(pipeline, size, timesteps, prompt_tokens))
+    if "edit" in names:
+        requests.append(runs.editing(pipeline, size, timesteps, prompt_tokens))
+    if "text" in names:
+        requests += [runs.Writing(pipeline, count, context_tokens, new_tokens) for count in batches]
+    results = runs.run_e2e(
+        requests,
+        subject,
+        pipeline.model.device,
+        rounds=rounds,
+        command=command_line(context.obj),
+        say=lambda line: typer.echo(f"mot-bench: {line}", err=True),
+    )
+    console = screen()
+    console.print(model_tables.e2e_heading(results), highlight=False)
+    for each in results.requests:
+        console.print(model_tables.e2e_table(each, results))
+    if folder is not None:
+        path = folder / results.file_name()
+        results.write(path)
+        typer.echo(path)
 
 
 def _load(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from mot_bench.model_results import (
     Activity,
@@ -35,20 +35,22 @@ def step_heading(results: StepResults) -> str:
     )
 
 
-def step_table(case: StepCase, results: StepResults) -> Table:
+def step_table(case: StepCase, results: StepResults) -> Group:
     """All providers on one case."""
     floor = results.floor_us(case.work)
     table = _table(
-        f"{case.height}x{case.width}, {_count(case.branches, 'branch', 'branches')}, "
-        f"{_count(case.batch, 'image', 'images')}, {case.rows:,} rows; "
-        f"floor {floor / 1e3:.1f} ms",
-        ("ms / step", "20-80 %", "× baseline", "% of floor", "GPU busy %", "kernels", "launches"),
-        ("GiB + weights", "difference"),
+        *("ms / step", "20-80 %", "× baseline", "% of floor", "GPU busy %", "kernels", "launches"),
+        *("GiB + weights", "difference"),
     )
     baseline = next((p.timing.median_us for p in case.providers if p.baseline), None)
     for provider in case.providers:
         table.add_row(*_step_cells(provider, floor, baseline, results.subject.bytes))
-    return table
+    title = (
+        f"{case.height}x{case.width}, {_count(case.branches, 'branch', 'branches')}, "
+        f"{_count(case.batch, 'image', 'images')}, {case.rows:,} rows; "
+        f"floor {floor / 1e3:.1f} ms"
+    )
+    return Group(Text(title, style="bold"), table)
 
 
 def _step_cells(
@@ -78,7 +80,7 @@ def e2e_heading(results: E2eResults) -> str:
     )
 
 
-def e2e_table(request: RequestResult, results: E2eResults) -> Table:
+def e2e_table(request: RequestResult, results: E2eResults) -> Group:
     """The phases of one request."""
     memory = _memory(request.memory, results.subject.bytes)
     title = f"{request.name}: {request.what}; first run {request.first_s:.2f} s"
@@ -86,7 +88,7 @@ def e2e_table(request: RequestResult, results: E2eResults) -> Table:
         title += f"; GPU busy {_busy(request.loop)} % of the loop"
     if request.memory is not None:
         title += f"; peak memory weights + {memory} GiB"
-    table = _table(title, ("s", "20-80 %", "% of total", "a second"))
+    table = _table("s", "20-80 %", "% of total", "a second")
     for phase in (*request.phases, request.total):
         table.add_row(
             phase.name,
@@ -95,7 +97,7 @@ def e2e_table(request: RequestResult, results: E2eResults) -> Table:
             f"{100 * phase.median_s / request.total.median_s:.1f}",
             _speed(request, phase.name, phase.median_s),
         )
-    return table
+    return Group(Text(title, style="bold"), table)
 
 
 def _speed(request: RequestResult, phase: str, seconds: float) -> str:
@@ -135,9 +137,10 @@ def _count(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
 
 
-def _table(title: str, *columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _table(*columns: str) -> Table:
+    # Its title is printed before it: rich would break it at the table's width.
+    table = Table()
     table.add_column("", no_wrap=True)
-    for header in (header for group in columns for header in group):
+    for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     return table
