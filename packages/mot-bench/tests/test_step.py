@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from mot_bench.bagel import denoising, image_job, prompt_of
 from mot_bench.errors import MeasurementError
 from mot_bench.floor import step_work
 from mot_bench.gather_scatter import GatherScatter, NoRoutedOperations
-from mot_bench.model_results import StepResults
+from mot_bench.model_results import StepCase, StepProvider, StepResults, Work
+from mot_bench.model_tables import activity_table
+from mot_bench.results import Timing
 
 TINY_RUN = ("step", "--random", "tiny", "--resolutions", "64x64,32x48", "--rounds", 2)
 
@@ -150,9 +154,28 @@ def test_activity_counts_overlaps_once() -> None:
     seen = summary(reversed(events), launches=6, steps=2)
     assert (seen.kernels, seen.launches) == (2.0, 3.0)
     assert (seen.gpu_us, seen.span_us, seen.busy) == (15.0, 20.0, 0.75)
+    assert seen.exchange_us == 0.0
     assert [(k.name, k.runs, k.us) for k in seen.longest] == [
         *(("gemm", 1.0, 10.5), ("norm", 0.5, 5.0), ("copy", 0.5, 1.5))
     ]
+
+
+def test_activity_knows_exchanges() -> None:
+    events = [("ncclDevKernel_AllReduce", 0.0, 3.0), ("gemm", 3.0, 9.0)]
+    assert summary(events, launches=2, steps=1).exchange_us == 3.0
+
+
+def test_activity_table() -> None:
+    seen = summary([("gemm", 0.0, 3000.0), ("norm", 4000.0, 5000.0)], launches=2, steps=1)
+    provider = StepProvider("mot", False, Timing(1.0, 1.0, 1.0, 1, "stream"), None, seen, 0.0)
+    case = StepCase(64, 48, 2, 1, 28, 30, Work(1.0, 1.0, 1.0), (provider,))
+    results = SimpleNamespace(cases=(case,))
+    table = activity_table(results)  # type: ignore[arg-type]
+    assert table is not None
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells == [*("64x48, 2 branches", "mot", "2", "2", "4.00", "80.0", "0.0", "3.00 ms gemm")]
+    without = dataclasses.replace(case, providers=(dataclasses.replace(provider, activity=None),))
+    assert activity_table(SimpleNamespace(cases=(without,))) is None  # type: ignore[arg-type]
 
 
 def test_activity_of_nothing() -> None:

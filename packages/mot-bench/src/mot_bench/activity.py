@@ -15,6 +15,9 @@ from mot_bench.model_results import Activity, KernelTime, Memory
 _LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset", "LaunchCooperativeKernel")
 _PREFIXES = ("cuda", "cu", "hip")
 
+# Parts of the names of kernels that exchange data between GPUs: NCCL's, and vLLM's all-reduce.
+_EXCHANGES = ("nccl", "cross_device_reduce")
+
 _LONGEST = 15
 _NAME_LENGTH = 120
 
@@ -57,6 +60,10 @@ def summary(on_gpu: Iterable[tuple[str, float, float]], launches: int, steps: in
         launches=launches / steps,
         gpu_us=worked / steps,
         span_us=span / steps,
+        exchange_us=sum(
+            sum(times) for name, times in runs.items() if any(part in name for part in _EXCHANGES)
+        )
+        / steps,
         longest=tuple(
             KernelTime(name, len(times) / steps, sum(times) / steps) for name, times in longest
         ),

@@ -11,6 +11,7 @@ float32 with a kernel for each operation and copies every output twice.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,12 +39,7 @@ class GatherScatter:
         self._rows: weakref.WeakKeyDictionary[RoutePlan, list[torch.Tensor]]
         self._rows = weakref.WeakKeyDictionary()
         self._angles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self._silu_mul: Callable[..., torch.Tensor] = _silu_mul
-        self._rotate: Callable[..., torch.Tensor] = _rotate
-        if compiled:
-            # Dynamic: compiled once for all shapes, see `mot_bench.linear`.
-            self._silu_mul = torch.compile(_silu_mul, dynamic=True)
-            self._rotate = torch.compile(_rotate, dynamic=True)
+        self._silu_mul, self._rotate = _compiled() if compiled else (_silu_mul, _rotate)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -176,6 +172,12 @@ def _put(y: torch.Tensor, rows: torch.Tensor | None, part: torch.Tensor) -> None
         y[: len(part)] = part
     else:
         y.index_copy_(0, rows.long(), part)
+
+
+@functools.cache
+def _compiled() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    # Dynamic: compiled once for all shapes, see `mot_bench.linear`.
+    return torch.compile(_silu_mul, dynamic=True), torch.compile(_rotate, dynamic=True)
 
 
 def _silu_mul(y: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,12 @@ def step(
         command=command_line(context.obj),
         on_case=show,
     )
+    seen = model_tables.activity_table(results)
+    if seen is not None:
+        console.print("A step under the profiler, which slows the host:", style="bold")
+        console.print(seen)
     if folder is not None:
+        results.write(folder / results.file_name())
         typer.echo(folder / results.file_name())
 
 

@@ -72,6 +72,7 @@ class Activity:
         launches: calls from the host that start GPU work, per step; a CUDA graph is one.
         gpu_us: time in which the GPU did something, per step.
         span_us: from the first to the last of it, per step.
+        exchange_us: in kernels that exchange data with other GPUs, per step.
         longest: the kernels that took the most time, per step, the longest first.
     """
 
@@ -79,6 +80,7 @@ class Activity:
     launches: float
     gpu_us: float
     span_us: float
+    exchange_us: float
     longest: tuple[KernelTime, ...]
 
     @property

@@ -39,8 +39,7 @@ def step_table(case: StepCase, results: StepResults) -> Group:
     """All providers on one case."""
     floor = results.floor_us(case.work)
     table = _table(
-        *("ms / step", "20-80 %", "× baseline", "% of floor", "GPU busy %", "kernels", "launches"),
-        *("GiB + weights", "difference"),
+        *("ms / step", "20-80 %", "× baseline", "% of floor", "GiB + weights", "difference"),
     )
     baseline = next((p.timing.median_us for p in case.providers if p.baseline), None)
     for provider in case.providers:
@@ -56,19 +55,41 @@ def step_table(case: StepCase, results: StepResults) -> Group:
 def _step_cells(
     provider: StepProvider, floor: float, baseline: float | None, weights: int
 ) -> list[str]:
-    timing, seen = provider.timing, provider.activity
+    timing = provider.timing
     return [
         f"{provider.name} (baseline)" if provider.baseline else provider.name,
         f"{timing.median_us / 1e3:.2f}",
         f"{timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f}",
         "-" if baseline is None else f"{timing.median_us / baseline:.2f}",
         f"{100 * floor / timing.median_us:.0f}",
-        _busy(seen),
-        "-" if seen is None else f"{seen.kernels:.0f}",
-        "-" if seen is None else f"{seen.launches:.0f}",
         _memory(provider.memory, weights),
         f"{provider.difference:.1e}",
     ]
+
+
+def activity_table(results: StepResults) -> Table | None:
+    """What the GPU did in a step of each provider; None if there was no GPU."""
+    table = _table(
+        *("provider", "kernels", "launches", "GPU ms", "GPU busy %", "exchange %", "longest kernel")
+    )
+    for case in results.cases:
+        size = f"{case.height}x{case.width}, {_count(case.branches, 'branch', 'branches')}"
+        for provider in case.providers:
+            seen = provider.activity
+            if seen is None:
+                continue
+            longest = seen.longest[0] if seen.longest else None
+            table.add_row(
+                size,
+                provider.name,
+                f"{seen.kernels:.0f}",
+                f"{seen.launches:.0f}",
+                f"{seen.gpu_us / 1e3:.2f}",
+                _busy(seen),
+                f"{100 * seen.exchange_us / seen.gpu_us:.1f}" if seen.gpu_us else "-",
+                "-" if longest is None else f"{longest.us / 1e3:.2f} ms {longest.name[:40]}",
+            )
+    return table if table.rows else None
 
 
 def e2e_heading(results: E2eResults) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -63,7 +64,8 @@ def run_step(
         providers: of `PROVIDERS`.
         rounds: samples per provider.
         command: kept in the results.
-        on_case: called after each case with all results so far and the new one.
+        on_case: called after each case with all results so far and the new one; what a profiler
+            sees is found out at the end, and is only in what is returned.
 
     Raises:
         MeasurementError: a provider computes something else than the others.
@@ -91,10 +93,12 @@ def run_step(
             cases=tuple(done),
         )
 
-    for size, count in plan:
-        case = _Case(pipeline, size, count, batch, prompt, rounds)
+    cases = [_Case(pipeline, size, count, batch, prompt, rounds) for size, count in plan]
+    for case in cases:
         done.append(case.run(providers))
         on_case(results(), done[-1])
+    # Last of all: once a profiler has been there, launches may take longer.
+    done[:] = [case.observed(found) for case, found in zip(cases, done, strict=True)]
     return results()
 
 
@@ -147,10 +151,6 @@ class _Case:
             self._rounds,
             stopwatch=self._stopwatch,
         )
-        activities = {
-            name: observe(functools.partial(_repeat, step), _STEPS_OBSERVED, self._device)
-            for name, step in steps.items()
-        }
         jobs = self._jobs()
         blocks = [
             (rows, context.length + rows)
@@ -173,16 +173,26 @@ class _Case:
                     name == BASELINE,
                     timings[name],
                     memory[name],
-                    activities[name],
+                    None,
                     differences[name],
                 )
                 for name in providers
             ),
         )
 
+    def observed(self, case: StepCase) -> StepCase:
+        """The case with what a profiler sees of each provider."""
+        providers = []
+        for provider in case.providers:
+            repeat = functools.partial(_repeat, self._start(provider.name))
+            repeat()
+            seen = observe(repeat, _STEPS_OBSERVED, self._device)
+            providers.append(dataclasses.replace(provider, activity=seen))
+        return dataclasses.replace(case, providers=tuple(providers))
+
     def _jobs(self) -> list[ImageJob]:
         # Enough steps for everything that is done with one set of jobs.
-        steps = (self._rounds + 3) * self._sets + _STEPS_OBSERVED
+        steps = max((self._rounds + 3) * self._sets, 2 * _STEPS_OBSERVED)
         return [
             image_job(
                 self._pipeline,
