@@ -5,7 +5,7 @@ channel, any part of it can be normalised by itself. On the Triton path (`mot_ke
 channels-last pictures are read and written where they lie: one pass for the statistics, one for
 norm and SiLU together. Elsewhere torch's operations compute the same in float32. (torch's own
 GroupNorm would copy to another layout and back on a GPU; on a CPU it loses digits where the mean is
-large: 1e-2 at 300 deviations, channels-last.)
+large: 1e-2 at 300 deviations.)
 """
 
 from __future__ import annotations
