@@ -1,10 +1,13 @@
 """Checks of the GroupNorm kernels, for any device that runs them.
 
-`TRITON_INTERPRET=1 python group_norm_checks.py` runs them on the CPU: that has to be decided before
-Triton is imported, so the tests start it as a program of its own.
+`TRITON_INTERPRET=1 python group_norm_checks.py` runs them on the CPU, and without the variable
+`python group_norm_checks.py compile` compiles them for GPUs that need not be there. That has to be
+decided before Triton is imported, so the tests start both as programs of their own.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +96,44 @@ def check_narrow(dtype: torch.dtype, device: torch.device) -> None:
     assert (ours.double() - want).norm() <= (theirs.double() - want).norm()
 
 
-if __name__ == "__main__":
+def interpret_all() -> None:
+    """Every check on the CPU."""
+    cpu = torch.device("cpu")
     # One shape with a large mean: a program takes milliseconds in the interpreter.
     for case, offset in [*((case, 0.0) for case in SHAPES), (SHAPES[2], 300.0)]:
-        check_shape(case, offset, torch.device("cpu"))
-    check_many_chunks(torch.device("cpu"))
-    check_narrow(torch.float16, torch.device("cpu"))
+        check_shape(case, offset, cpu)
+    check_many_chunks(cpu)
+    check_narrow(torch.float16, cpu)
+
+
+def compile_all() -> None:
+    """Every kernel for every kind of GPU, at the decoder's narrowest and widest level."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bagel_mot._triton import group_norm
+
+    tiles = [{"BLOCK_R": group_norm._TILE // c, "BLOCK_C": c} for c in (128, 512)]
+    kernels = [(group_norm._sums_kernel, tile) for tile in tiles]
+    kernels += [(group_norm._apply_kernel, {**tile, "SILU": True}) for tile in tiles]
+    kernels.append((group_norm._scale_shift_kernel, {"BLOCK_N": 128, "BLOCK_W": 16}))
+    targets = [GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)]
+    for target in (*targets, GPUTarget("hip", "gfx942", 64)):
+        for kernel, constants in kernels:
+            types = {
+                name: "constexpr" if name in constants else _type_of(name)
+                for name in kernel.arg_names
+            }
+            compile(ASTSource(kernel, types, constants), target=target)
+
+
+def _type_of(name: str) -> str:
+    if not name.endswith("_ptr"):
+        return "fp32" if name == "eps" else "i32"
+    return "*fp32" if name in ("sums_ptr", "scale_shift_ptr") else "*bf16"
+
+
+if __name__ == "__main__":
+    (compile_all if "compile" in sys.argv else interpret_all)()
     print("all checked")

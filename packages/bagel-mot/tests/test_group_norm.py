@@ -26,13 +26,17 @@ def test_strips(shape: tuple[int, ...], mean: float) -> None:
     checks.close("whole", norm.silu(x), want, 1e-4 if mean else 5e-6)
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("how", ["interpret", "compile"])
+def test_kernels_without_a_gpu(how: str) -> None:
     """A program of its own: what Triton runs on is decided when it is imported."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if how == "interpret":
+        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, checks.__file__],
+        [sys.executable, checks.__file__, how],
         capture_output=True,
         text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=env,
         cwd=Path(checks.__file__).parent,
     )
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,8 @@ from mot_bench.model_results import Activity, KernelTime, Memory
 _LAUNCHES = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset", "LaunchCooperativeKernel")
 _PREFIXES = ("cuda", "cu", "hip")
 
+_WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
+
 # Parts of the names of kernels that exchange data between GPUs: NCCL's, and vLLM's all-reduce.
 _EXCHANGES = ("nccl", "cross_device_reduce")
 
@@ -36,8 +38,9 @@ def observe(run: Callable[[], object], steps: int, device: torch.device) -> Acti
     on_gpu, launches = [], 0
     for event in events:
         if event.device_type == DeviceType.CUDA:
-            # Ranges that the program marked appear here, too, but are no work.
-            if not getattr(event, "is_user_annotation", False):
+            # Ranges that the program marked and waits appear here, too, but are no work.
+            marked = getattr(event, "is_user_annotation", False)
+            if not marked and event.name not in _WAITS:
                 on_gpu.append((event.name, event.time_range.start, event.time_range.end))
         elif _is_launch(event.name):
             launches += 1

@@ -39,6 +39,7 @@ class GatherScatter:
         self._rows: weakref.WeakKeyDictionary[RoutePlan, list[torch.Tensor]]
         self._rows = weakref.WeakKeyDictionary()
         self._angles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._kv_rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._silu_mul, self._rotate = _compiled() if compiled else (_silu_mul, _rotate)
 
     @contextmanager
@@ -123,8 +124,9 @@ class GatherScatter:
         k = self._rotate(self._norm(k, k_weight, plan, eps), cos, sin)
         if k_out is None or v_out is None:
             return q, k, v.contiguous()
-        _put(k_out, kv_rows, k)
-        _put(v_out, kv_rows, v)
+        slots = None if kv_rows is None else self._as_index(kv_rows)
+        _put(k_out, slots, k)
+        _put(v_out, slots, v)
         return q, k_out, v_out
 
     def _norm(
@@ -153,6 +155,12 @@ class GatherScatter:
             self._angles = positions, cos, sin
         return self._angles[1:]
 
+    def _as_index(self, kv_rows: torch.Tensor) -> torch.Tensor:
+        """The rows as torch's operations want them; made once per step, too."""
+        if self._kv_rows is None or self._kv_rows[0] is not kv_rows:
+            self._kv_rows = kv_rows, kv_rows.long()
+        return self._kv_rows[1]
+
 
 class NoRoutedOperations(TorchDispatchMode):
     """Refuses mot-kernels' own operators: the baseline must not run what it is compared to."""
@@ -171,7 +179,7 @@ def _put(y: torch.Tensor, rows: torch.Tensor | None, part: torch.Tensor) -> None
     if rows is None:
         y[: len(part)] = part
     else:
-        y.index_copy_(0, rows.long(), part)
+        y.index_copy_(0, rows, part)
 
 
 @functools.cache
