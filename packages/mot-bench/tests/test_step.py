@@ -86,6 +86,37 @@ def test_bad_arguments(arguments: tuple[str, ...], message: str, mot_bench: Any)
     assert answer.out == ""
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ((), {}),
+        (("--cuda-graphs",), {"cuda_graphs": True}),
+        (("--no-cuda-graphs",), {"cuda_graphs": False}),
+    ],
+    ids=["unsaid", "on", "off"],
+)
+def test_graphs_are_the_pipelines_business(
+    flags: tuple[str, ...], options: dict[str, bool], mot_bench: Any, monkeypatch: Any
+) -> None:
+    from mot_bench import bagel
+
+    seen = {}
+
+    def note(config: Any, *, device: Any, dtype: Any, attention: Any, **others: Any) -> Any:
+        seen.update(others)
+        raise TypeError("unexpected keyword argument 'cuda_graphs'" if others else "something")
+
+    monkeypatch.setattr(bagel, "random_pipeline", note)
+    if not flags:
+        with pytest.raises(TypeError, match="something"):
+            mot_bench(*TINY_RUN)
+    else:
+        answer = mot_bench(*TINY_RUN, *flags)
+        assert answer.code == 2
+        assert "--cuda-graphs: this bagel-mot knows no CUDA graphs" in answer.err
+    assert seen == options
+
+
 def test_missing_folder(mot_bench: Any) -> None:
     answer = mot_bench("step", "--model", "nowhere")
     assert answer.code == 2

@@ -7,6 +7,7 @@ of a machine run on. The scales are such that activations stay finite at any dep
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -78,6 +79,7 @@ def random_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> BagelPipeline:
     """A pipeline with random weights; nothing is read from disk or copied from the host.
 
@@ -85,11 +87,12 @@ def random_pipeline(
         config: for example one of `SIZES`.
         device, dtype, attention: as for `BagelPipeline.from_pretrained`.
         seed: of the weights, which also depend on the device.
+        options: what else `BagelPipeline` takes.
     """
     joined = start(ParallelConfig(), device.type)
     model = build_model(config, device=device, dtype=dtype, attention=attention)
     fill_randomly(model, torch.Generator(device).manual_seed(seed))
-    return BagelPipeline(model, byte_tokenizer(), joined)
+    return BagelPipeline(model, byte_tokenizer(), joined, **options)
 
 
 @torch.no_grad()
