@@ -39,7 +39,9 @@ AttentionOption = Annotated[
 GraphsOption = Annotated[
     bool | None,
     typer.Option(
-        "--cuda-graphs/--no-cuda-graphs", help="Default: the model's own choice.", show_default=""
+        "--cuda-graphs/--no-cuda-graphs",
+        help="Default: the model's own choice.",
+        show_default=False,
     ),
 ]
 OutputOption = Annotated[

@@ -44,12 +44,19 @@ class GroupNorm(nn.GroupNorm):
             found = x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32)
             launch_scale_shift(found, _pixels(x), self.weight, self.bias, self.num_groups, self.eps)
             return found
-        wide = torch.promote_types(x.dtype, torch.float32)
-        groups = x.unflatten(1, (self.num_groups, -1)).to(wide)
-        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
-        width = x.shape[1] // self.num_groups
-        scale = (variance + self.eps).rsqrt().repeat_interleave(width, 1) * self.weight
-        return torch.stack([scale, self.bias - mean.repeat_interleave(width, 1) * scale], dim=1)
+        # Channel by channel, then each group's channels together, and in two passes: over
+        # channels-last memory torch.var_mean takes 16 times as long (torch 2.13, one CPU thread).
+        pixels = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        each_mean = pixels.mean(2)
+        each_variance = (pixels - each_mean[:, :, None]).square_().mean(2)
+        means, spread = (
+            each.unflatten(1, (self.num_groups, -1)) for each in (each_mean, each_variance)
+        )
+        mean = means.mean(2, keepdim=True)
+        variance = (spread + (means - mean).square()).mean(2, keepdim=True)
+        scale = (variance + self.eps).rsqrt() * self.weight.unflatten(0, (self.num_groups, -1))
+        shift = self.bias.unflatten(0, (self.num_groups, -1)) - mean * scale
+        return torch.stack([scale.flatten(1), shift.flatten(1)], dim=1)
 
     def apply_to(
         self, x: Tensor, scale_shift: Tensor, *, silu: bool, out: Tensor | None = None
