@@ -133,6 +133,18 @@ def test_a_wrong_provider_ends_the_run(mot_bench: Any, monkeypatch: pytest.Monke
     assert "the velocities of gather-scatter differ from those of mot by" in answer.err
 
 
+def test_finished_images_are_no_measurement(
+    mot_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mot_bench import step
+
+    short = {"steps": 3}
+    monkeypatch.setattr(step, "image_job", lambda *args, **job: image_job(*args, **job | short))
+    answer = mot_bench(*TINY_RUN)
+    assert answer.code == 1
+    assert "0 of 1 images made a step" in answer.err
+
+
 def test_baseline_runs_no_routed_operation(pipeline: Any) -> None:
     """The model runs some; under the baseline there are none, and both compute the same."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from bagel_mot.pipeline import BagelPipeline
@@ -207,14 +208,17 @@ class _Case:
 
     def _start(self, name: str) -> Callable[[], list[Step]]:
         """A fresh set of images; returns what makes one step of all of them."""
-        if name == OURS:
-            return denoising(self._pipeline, self._jobs()).step
-        operations = GatherScatter(compiled=self._device.type == "cuda")
-        own = denoising(self._pipeline, self._jobs(), eagerly=True)
+        own = denoising(self._pipeline, self._jobs(), eagerly=name == BASELINE)
+        place: Callable[[], AbstractContextManager[None]] = nullcontext
+        if name == BASELINE:
+            place = GatherScatter(compiled=self._device.type == "cuda").installed
 
         def step() -> list[Step]:
-            with operations.installed():
-                return own.step()
+            with place():
+                made = own.step()
+            if len(made) != self._batch:  # a finished image costs nothing
+                raise MeasurementError(f"{len(made)} of {self._batch} images made a step")
+            return made
 
         return step
 
