@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from mot_bench.activity import summary
 from mot_bench.bagel import denoising, image_job, prompt_of
@@ -209,14 +211,20 @@ def test_activity_knows_exchanges() -> None:
 
 
 def test_activity_table() -> None:
-    seen = summary([("gemm", 0.0, 3000.0), ("norm", 4000.0, 5000.0)], launches=2, steps=1)
+    events = [("gemm[/f32]", 0.0, 3000.0), ("norm", 4000.0, 5000.0)]
+    seen = summary(events, launches=2, steps=1)
     provider = StepProvider("mot", False, Timing(1.0, 1.0, 1.0, 1, "stream"), None, seen, 0.0)
     case = StepCase(64, 48, 2, 1, 28, 30, Work(1.0, 1.0, 1.0), (provider,))
     results = SimpleNamespace(cases=(case,))
     table = activity_table(results)  # type: ignore[arg-type]
     assert table is not None
-    cells = [next(iter(column.cells)) for column in table.columns]
-    assert cells == [*("64x48, 2 branches", "mot", "2", "2", "4.00", "80.0", "0.0", "3.00 ms gemm")]
+    cells = [str(next(iter(column.cells))) for column in table.columns]
+    assert cells == [
+        *("64x48, 2 branches", "mot", "2", "2", "4.00", "80.0", "0.0", "3.00 ms gemm[/f32]")
+    ]
+    console = Console(width=150, file=io.StringIO())
+    console.print(table)
+    assert "3.00 ms gemm[/f32]" in console.file.getvalue()
     without = dataclasses.replace(case, providers=(dataclasses.replace(provider, activity=None),))
     assert activity_table(SimpleNamespace(cases=(without,))) is None  # type: ignore[arg-type]
 

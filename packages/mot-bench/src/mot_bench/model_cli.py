@@ -98,7 +98,7 @@ def step(
     def show(results: StepResults, case: StepCase) -> None:
         nonlocal started
         if not started:
-            console.print(model_tables.step_heading(results), highlight=False)
+            console.print(model_tables.step_heading(results), highlight=False, markup=False)
             started = True
         console.print(model_tables.step_table(case, results))
         if folder is not None:
@@ -177,7 +177,7 @@ def e2e(
         say=lambda line: typer.echo(f"mot-bench: {line}", err=True),
     )
     console = screen()
-    console.print(model_tables.e2e_heading(results), highlight=False)
+    console.print(model_tables.e2e_heading(results), highlight=False, markup=False)
     for each in results.requests:
         console.print(model_tables.e2e_table(each, results))
     if folder is not None:

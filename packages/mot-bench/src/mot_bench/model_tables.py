@@ -39,7 +39,7 @@ def step_table(case: StepCase, results: StepResults) -> Group:
     """All providers on one case."""
     floor = results.floor_us(case.work)
     table = _table(
-        *("ms / step", "20-80 %", "× baseline", "% of floor", "GiB + weights", "difference"),
+        *("ms / step", "20-80 %", "× baseline", "% of floor", "GiB beyond weights", "difference"),
     )
     baseline = next((p.timing.median_us for p in case.providers if p.baseline), None)
     for provider in case.providers:
@@ -87,7 +87,8 @@ def activity_table(results: StepResults) -> Table | None:
                 f"{seen.gpu_us / 1e3:.2f}",
                 _busy(seen),
                 f"{100 * seen.exchange_us / seen.gpu_us:.1f}" if seen.gpu_us else "-",
-                "-" if longest is None else f"{longest.us / 1e3:.2f} ms {longest.name[:40]}",
+                # As text: rich takes [...] in a kernel's name for markup.
+                Text("-" if longest is None else f"{longest.us / 1e3:.2f} ms {longest.name[:40]}"),
             )
     return table if table.rows else None
 
