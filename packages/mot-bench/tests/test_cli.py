@@ -69,11 +69,11 @@ def test_version(mot_bench: Any) -> None:
 def test_without_a_command_there_is_help(mot_bench: Any) -> None:
     answer = mot_bench()
     assert answer.code == 2
-    for command in ("kernels", "tune", "report", "serve"):
+    for command in ("kernels", "step", "e2e", "tune", "report", "serve"):
         assert command in answer.out
 
 
-@pytest.mark.parametrize("command", ["kernels", "tune", "report", "serve"])
+@pytest.mark.parametrize("command", ["kernels", "step", "e2e", "tune", "report", "serve"])
 def test_help(command: str, mot_bench: Any) -> None:
     answer = mot_bench(command, "--help")
     assert answer.code == 0

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mot_bench.protocol import ceilings, measure, rotation
+from mot_bench.model_results import E2eResults, StepResults
+from mot_bench.protocol import StreamStopwatch, ceilings, measure, rotation
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +33,23 @@ def test_graph_times_agree_with_plain_events() -> None:
     torch.cuda.synchronize()
     plain = begin.elapsed_time(end) * 1e3 / 100
     assert 0.7 * plain < timing.median_us < 1.3 * plain
+
+
+def test_stream_times_hold_launches_of_other_variants_apart() -> None:
+    """A variant that keeps the host busy is not helped by one that keeps the GPU busy."""
+    x = torch.randn(8192, 8192, device=device(), dtype=torch.bfloat16)
+    small = torch.ones(8, device=device())
+
+    def launches(index: int) -> None:
+        for _ in range(500):
+            small.add_(1)
+
+    alone = measure({"launches": launches}, 1, 5, stopwatch=StreamStopwatch(device()))
+    both = measure(
+        {"gpu": lambda i: x @ x, "launches": launches}, 1, 5, stopwatch=StreamStopwatch(device())
+    )
+    assert both["launches"].median_us > 0.7 * alone["launches"].median_us
+    assert both["launches"].method == "stream"
 
 
 def test_a_variant_that_waits_is_marked_and_the_next_are_captured() -> None:
@@ -115,3 +133,40 @@ def test_tune_a_small_shape(mot_bench: Any, tmp_path: Path) -> None:
     (path,) = (tmp_path / "mot_linear").glob("*.json")
     (entry,) = json.loads(path.read_text())["entries"]
     assert entry["us"] <= entry["default_us"] * 1.05
+
+
+def test_step_and_e2e_see_the_gpu(mot_bench: Any, tmp_path: Path) -> None:
+    answer = mot_bench(
+        *("step", "--random", "tiny", "--resolutions", "64x64", "--branches", 2),
+        *("--rounds", 2, "--output", tmp_path),
+    )
+    assert answer.code == 0, answer.err
+    (path,) = tmp_path.glob("step-*.json")
+    results = StepResults.read(path)
+    assert results.subject.dtype == "bfloat16"
+    assert any(rate.tflops for rate in results.attention)
+    (case,) = results.cases
+    for provider in case.providers:
+        assert provider.timing.method == "stream"
+        memory, seen = provider.memory, provider.activity
+        assert memory is not None
+        assert seen is not None
+        assert results.subject.bytes < memory.allocated <= memory.reserved
+        # Two layers, of which each has four products at the least, and their launches.
+        assert seen.kernels > 8
+        assert seen.launches > 0
+        assert 0 < seen.gpu_us <= seen.span_us
+        assert sum(kernel.us for kernel in seen.longest) <= 1.01 * seen.gpu_us
+
+    answer = mot_bench(
+        *("e2e", "--random", "tiny", "--resolution", "64x64", "--timesteps", 4, "--rounds", 1),
+        *("--context-tokens", 40, "--new-tokens", 5, "--output", tmp_path),
+    )
+    assert answer.code == 0, answer.err
+    (path,) = tmp_path.glob("e2e-*.json")
+    for request in E2eResults.read(path).requests:
+        assert request.memory is not None
+        assert (request.loop is None) == (request.name == "text")
+        if request.loop is not None:
+            assert request.loop.kernels > 8
+            assert 0 < request.loop.busy <= 1

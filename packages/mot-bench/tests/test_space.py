@@ -19,14 +19,20 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("shared_memory", [64 * 1024, 227 * 1024], ids=["small_gpu", "h200"])
+@pytest.mark.parametrize(
+    ("shared_memory", "hopper"),
+    [(64 * 1024, False), (227 * 1024, True)],
+    ids=["small_gpu", "h200"],
+)
 @pytest.mark.parametrize(
     "problem", PROBLEMS, ids=lambda p: f"N{p.n}-K{p.k}-{p.dtype_name}-{p.counts[0]}+{p.counts[1]}"
 )
-def test_candidates(problem: Problem, shared_memory: int) -> None:
+def test_candidates(problem: Problem, shared_memory: int, hopper: bool) -> None:
     silu_mul = problem.epilogue == "silu_mul"
-    first = first_candidates(problem, shared_memory)
-    assert first[0] == default_config(problem, shared_memory)
+    hopper &= problem.dtype is not torch.float32
+    first = first_candidates(problem, shared_memory, hopper=hopper)
+    assert first[0] == default_config(problem, shared_memory, hopper)
+    assert any(config.schedule == "hopper" for config in first) == hopper
     second = regrouped(first[:4], problem, shared_memory)
     assert 2 <= len(first) <= 110
     assert len(set(first + second)) == len(first) + len(second)

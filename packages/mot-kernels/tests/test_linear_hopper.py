@@ -15,7 +15,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, mot_linear
-from mot_kernels._triton.launch_hopper import deal, why_not
+from mot_kernels._triton.launch_hopper import deal
+from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 
 CONFIGS = [
@@ -62,7 +63,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnGpu(SimpleNamespace):
-    """What `why_not` asks of a tensor, answered by a CPU tensor that says it is on a GPU."""
+    """What `why_not_hopper` asks of a tensor, answered by a CPU tensor that says it is on a GPU."""
 
     def __init__(self, t: torch.Tensor) -> None:
         super().__init__(device=SimpleNamespace(type="cuda"), dtype=t.dtype, shape=t.shape)
@@ -115,19 +116,19 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_why_not(name: str) -> None:
     changes, wanted = REFUSED[name]
-    assert wanted in str(why_not(**question(**changes)))  # type: ignore[arg-type]
+    assert wanted in str(why_not_hopper(**question(**changes)))  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("hopper")
 def test_why_not_accepts() -> None:
-    assert why_not(**question()) is None  # type: ignore[arg-type]
+    assert why_not_hopper(**question()) is None  # type: ignore[arg-type]
     rows_apart = torch.zeros(8, 136, dtype=torch.float16)[:, 8:]
-    assert why_not(**question(x=rows_apart)) is None  # type: ignore[arg-type]
+    assert why_not_hopper(**question(x=rows_apart)) is None  # type: ignore[arg-type]
 
 
 def test_why_not_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert why_not(**question()) == "the GPU has compute capability 8.9, not 9.0"  # type: ignore[arg-type]
+    assert why_not_hopper(**question()) == "the GPU has compute capability 8.9, not 9.0"  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("kernels")

@@ -1,4 +1,4 @@
-"""The command `mot-bench`: kernels, tune, report, serve.
+"""The command `mot-bench`: kernels, step, e2e, tune, report, serve.
 
 Exit codes: 0 all went well; 1 measuring went wrong, or a provider computes something wrong; 2 an
 argument is wrong, in one line that says which; 130 interrupted.
@@ -18,22 +18,20 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from mot_bench import __version__, options
+from mot_bench import __version__, model_cli, options
 from mot_bench.cases import BRANCHES, IMAGE_TOKENS, LinearCase, Routing, routings, select
+from mot_bench.console import best_device_or_say, command_line, screen
 from mot_bench.errors import MeasurementError, UsageError
-from mot_bench.screen import screen as _screen
 from mot_bench.serve.command import serve
 
 if TYPE_CHECKING:
-    import torch
-
     from mot_bench.registry import Operation
     from mot_bench.results import CaseResult, Results
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure, tune and report mixture-of-transformers kernels; measure servers.",
+    help="Measure, tune and report mixture-of-transformers kernels and models; measure servers.",
 )
 
 OPERATIONS = ("linear", "rms_norm", "qk_norm_rope")
@@ -112,16 +110,16 @@ def kernels(
     from mot_bench.results import means
 
     registry = _registry(provider or [], ops)
-    device = _device()
-    screen = _screen()
+    device = best_device_or_say()
+    console = screen()
     started = False
 
     def show(results: Results, case: CaseResult) -> None:
         nonlocal started
         if not started:
-            screen.print(tables.heading(results), highlight=False)
+            console.print(tables.heading(results), highlight=False)
             started = True
-        screen.print(tables.case_table(case, results.ceilings))
+        console.print(tables.case_table(case, results.ceilings))
         if folder is not None:
             results.write(result_path(folder, results))
 
@@ -131,10 +129,10 @@ def kernels(
         dtype=dtype,
         rounds=rounds,
         device=device,
-        command=_command(context.obj),
+        command=command_line(context.obj),
         on_case=show,
     )
-    screen.print(tables.means_table(means(results)))
+    console.print(tables.means_table(means(results)))
     if folder is not None:
         path = result_path(folder, results)
         typer.echo(path)
@@ -146,6 +144,9 @@ def kernels(
     if results.failures:
         failed = sorted({f"{case.op}/{provider.name}" for case, provider in results.failures})
         raise MeasurementError(f"failed, without a time: {', '.join(failed)}")
+
+
+model_cli.register(app)
 
 
 @app.command()
@@ -188,10 +189,10 @@ def tune(
         resume=resume,
         rounds=rounds,
         jobs=jobs or min(os.cpu_count() or 1, 16),
-        device=_device(),
+        device=best_device_or_say(),
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=_screen(stderr=True)) as bar:
+    with Bar(*columns, TimeRemainingColumn(), console=screen(stderr=True)) as bar:
 
         class OnScreen(tuner.Progress):
             """One bar per problem, and a line per result."""
@@ -316,24 +317,3 @@ def _need_kernels() -> None:
         raise MeasurementError(
             f"mot-kernels cannot be imported ({error}); pip install 'mot-bench[kernels]'"
         ) from error
-
-
-def _device() -> torch.device:
-    from mot_bench.protocol import best_device
-
-    device = best_device()
-    if device.type != "cuda":
-        typer.echo("mot-bench: torch sees no GPU; measuring on the CPU", err=True)
-    return device
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """What to type to measure the same again; where files went does not belong to it."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        written = argument in ("--output", "--plot") or argument.startswith("--output=")
-        if not skip and not written:
-            kept.append(argument)
-        skip = argument == "--output"
-    return shlex.join(["mot-bench", *kept])

@@ -27,8 +27,8 @@ def environment(device: torch.device) -> Environment:
         cuda=str(torch.version.cuda or getattr(torch.version, "hip", None) or "none"),
         python=platform.python_version(),
         torch=str(torch.__version__),
-        triton=_version("triton"),
-        mot_kernels=_version("mot-kernels", "mot_kernels"),
+        triton=version_of("triton"),
+        mot_kernels=version_of("mot-kernels", "mot_kernels"),
         mot_bench=__version__,
         commit=_commit(),
         date=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -43,7 +43,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU {platform.machine()}".strip()
 
 
-def _version(distribution: str, module: str | None = None) -> str:
+def version_of(distribution: str, module: str | None = None) -> str:
     """Of an installed distribution, or of a module that is only on the path."""
     try:
         return importlib.metadata.version(distribution)

@@ -111,3 +111,17 @@ def output_folder(folder: Path, option: str = "--output") -> Path:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{option} is {str(folder)!r}, which is a file; give a folder")
     return folder
+
+
+def resolutions(option: str, text: str) -> list[tuple[int, int]]:
+    """Heights and widths in pixels, HxW each, separated by commas."""
+    found = []
+    for part in text.split(","):
+        sides = part.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise UsageError(
+                f"{option} is {text!r}; expected heights and widths in pixels, separated by "
+                "commas, for example 1024x1024,512x512"
+            )
+        found.append((int(sides[0]), int(sides[1])))
+    return found

@@ -180,6 +180,37 @@ class CudaStopwatch:
         return Prepared(_between_events(graph.replay), "graph")
 
 
+class StreamStopwatch:
+    """Times what is launched from Python as it is: programs that choose their own CUDA graphs.
+
+    Every sample begins on an idle device: launches made while another variant still runs would
+    hide the time that they take.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def prepare(self, variants: Mapping[str, Variant], sets: int) -> dict[str, Prepared]:
+        def ready(variant: Variant) -> Prepared:
+            def run() -> None:
+                for index in range(sets):
+                    variant(index)
+
+            def start() -> Callable[[], float]:
+                torch.cuda.synchronize(self._device)
+                return _between_events(run)()
+
+            run()
+            run()
+            return Prepared(start, "stream")
+
+        with torch.cuda.device(self._device):
+            return {name: ready(variant) for name, variant in variants.items()}
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
 def _why_it_waits(run: Callable[[], None]) -> str:
     """Why a variant waits for the GPU and so cannot be captured, or "".
 

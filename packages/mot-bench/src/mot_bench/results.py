@@ -292,33 +292,34 @@ def read_json(
             raise ValueError(f"{path}: key {key!r} is {content.get(key)!r}; expected {expected!r}")
     fields = {key: value for key, value in content.items() if key not in derived}
     try:
-        return _parse(cls, fields, "")
+        return parse(cls, fields, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
+def parse(kind: Any, value: Any, where: str) -> Any:
     """`value` from JSON as `kind`: a dataclass, tuple[X, ...], optional or plain type."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"key {where!r} must be an object")
-        hints = typing.get_type_hints(kind)
+        types_by_name = typing.get_type_hints(kind)
+        hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(kind)}
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"unknown key {_join(where, unknown[0])!r}")
         if missing := sorted(set(hints) - set(value)):
             raise ValueError(f"key {_join(where, missing[0])!r} is missing")
-        fields = {key: _parse(hints[key], value[key], _join(where, key)) for key in hints}
+        fields = {key: parse(hints[key], value[key], _join(where, key)) for key in hints}
         return typing.cast(Any, kind)(**fields)
     origin = typing.get_origin(kind)
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"key {where!r} must be a list")
         item = typing.get_args(kind)[0]
-        return tuple(_parse(item, each, f"{where}[{i}]") for i, each in enumerate(value))
+        return tuple(parse(item, each, f"{where}[{i}]") for i, each in enumerate(value))
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _parse(typing.get_args(kind)[0], value, where)
+        return parse(typing.get_args(kind)[0], value, where)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -31,15 +31,21 @@ _GROUPS = (1, 4, 8, 16, 32)
 _LEAST_REGISTERS = 32
 
 
-def first_candidates(problem: Problem, shared_memory: int) -> list[TileConfig]:
+def first_candidates(
+    problem: Problem, shared_memory: int, *, hopper: bool = False
+) -> list[TileConfig]:
     """The configs of the first step, the computed default first.
 
     Args:
         problem: shape, dtype, epilogue and rows.
         shared_memory: bytes a block may have on the device.
+        hopper: schedule "hopper" is possible.
     """
-    default = default_config(problem, shared_memory)
+    default = default_config(problem, shared_memory, hopper)
     candidates = [replace(config, group_m=default.group_m) for config in _shapes(problem)]
+    if hopper:
+        sizes = ((256, 4), (256, 3), (128, 4), (128, 6))
+        candidates += [TileConfig(128, n, 64, 8, 4, stages, "hopper") for n, stages in sizes]
     return _legal([default, *candidates], problem, shared_memory)
 
 

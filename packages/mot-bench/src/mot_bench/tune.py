@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from mot_kernels import Path as KernelPath
 from mot_kernels import TileConfig, choose_path
+from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.tuning.lookup import Problem, default_config
 
 from mot_bench.cases import LinearCase
@@ -133,10 +134,16 @@ class _Tuner:
         sets = rotation(case.bytes_moved, settings.device).sets
         self._inputs: LinearProblem = make_problem(case, sets, settings.device)
         self._gate = Gate(self._inputs)
+        inputs = self._inputs
+        bias, residual = (None if t is None else t[0] for t in (inputs.bias, inputs.residual))
+        # Outputs are made by mot_linear itself; x's rows stand for theirs.
+        self._hopper = (
+            why_not_hopper(inputs.x[0], inputs.x[0], inputs.weight[0], bias, residual) is None
+        )
 
     def run(self) -> dict[str, Any] | None:
         """The entry for the result file, or None if no candidate works."""
-        candidates = first_candidates(self._problem, self._shared_memory)
+        candidates = first_candidates(self._problem, self._shared_memory, hopper=self._hopper)
         rows = "+".join(str(count) for count in self._problem.counts)
         self._progress.begin(f"{self._case.shape}, rows {rows}", len(candidates))
         self._try_all(candidates)
@@ -149,7 +156,7 @@ class _Tuner:
         finalists = self._best(candidates, _FINALISTS)
         if not finalists:
             return None
-        default = default_config(self._problem, self._shared_memory)
+        default = default_config(self._problem, self._shared_memory, self._hopper)
         if "us" in (self._state.tried(self._problem, default) or {}):
             finalists = list(dict.fromkeys([default, *finalists]))
         return self._entry(finalists, default, candidates)

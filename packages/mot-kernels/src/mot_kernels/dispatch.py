@@ -14,6 +14,9 @@ import torch
 
 logger = logging.getLogger("mot_kernels")
 
+HOPPER_BLOCK_K = 64
+"""K of `mot_linear` must be a multiple of this for schedule "hopper"."""
+
 
 class Path(enum.Enum):
     """An implementation of the operations."""
@@ -78,6 +81,46 @@ def _choose_freely(device_type: str, dtype: torch.dtype, needs_grad: bool) -> Ch
             return Choice(Path.REFERENCE, "Triton's interpreter multiplies bfloat16 wrongly")
         return Choice(Path.TRITON, "TRITON_INTERPRET=1 runs the kernels on the CPU")
     return Choice(Path.REFERENCE, f"Triton kernels do not run on device type {device_type!r}")
+
+
+def why_not_hopper(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> str | None:
+    """Why `mot_linear` cannot have schedule "hopper" for these tensors; None if it can."""
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return f"device type {x.device.type!r} is no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability != (9, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
+    if not _has_gluon():
+        return "this Triton has no Gluon for Hopper (3.6 does)"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies bfloat16 and float16, not {x.dtype}"
+    if x.shape[1] % HOPPER_BLOCK_K:
+        return f"K={x.shape[1]} is not a multiple of {HOPPER_BLOCK_K}"
+    if weight.stride(0) != weight.shape[1] * weight.stride(1):
+        return f"the experts' weights do not follow each other (strides {weight.stride()})"
+    for name, t in (("x", x), ("weight", weight)):
+        strides = [stride * t.element_size() for stride in t.stride()[:-1]]
+        if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 16 for s in strides):
+            return f"rows of {name} are not contiguous and 16-byte aligned (strides {t.stride()})"
+    for name, other in (("out", out), ("bias", bias), ("residual", residual)):
+        if other is not None and other.shape[-1] > 1 and other.stride(-1) != 1:
+            return f"rows of {name} are not contiguous (strides {other.stride()})"
+    return None
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        import mot_kernels._triton.hopper  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 @functools.cache

@@ -2,18 +2,29 @@
 
 The modules and their names are those of `ae.safetensors`, which therefore loads as it is:
 `AutoEncoder(cfg).load_state_dict(tensors)`. `norm` is GroupNorm with 32 groups and eps 1e-6,
-`silu(x) = x * sigmoid(x)`. Activations at 1024 x 1024 are half a gigabyte each in float32, so
-what a block owns it changes in place. There is no random number in here: `encode` is given its
-noise.
+`silu(x) = x * sigmoid(x)`. There is no random number in here: `encode` is given its noise.
+
+Weights and activations are channels-last. An activation at 1024 x 1024 takes up to half a gigabyte
+in bfloat16, so what a block owns it changes in place, and beyond that size what a convolution reads
+is made strip by strip (`_convolve`). Nothing is approximated: statistics and attention are those of
+the whole picture, strips overlap by what a convolution sees, and there are no seams.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_mot.config import VAE_NORM_GROUPS, VaeConfig
+from bagel_mot.model.group_norm import GroupNorm
+
+# What a convolution reads is made in strips if it is larger than this. A decoder in bfloat16 comes
+# to exactly this at 1024 x 1024, the largest picture of BAGEL's: it then works whole, and holds
+# 1.25 GiB at a time.
+_MOST_BYTES = 1 << 29
 
 
 class AutoEncoder(nn.Module):
@@ -28,6 +39,8 @@ class AutoEncoder(nn.Module):
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
+        # The convolutions' output then is channels-last, too, whatever their input is.
+        self.to(memory_format=torch.channels_last)
 
     def moments(self, x: Tensor) -> Tensor:
         """Means, then log-variances, of the latents.
@@ -113,10 +126,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
-        h = self.mid(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h), inplace=True))
-        return out
+            for stage in level.stages:
+                h = stage(h)
+        return _convolve_normed(self.norm_out, self.conv_out, self.mid(h), overwrite=True)
 
 
 class Decoder(nn.Module):
@@ -139,9 +151,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h), inplace=True))
-        return out
+            for stage in level.stages:
+                h = stage(h)
+        return _convolve_normed(self.norm_out, self.conv_out, h, overwrite=True)
 
 
 class DownLevel(nn.Module):
@@ -152,10 +164,11 @@ class DownLevel(nn.Module):
         self.block = _res_blocks(in_channels, out_channels, blocks)
         self.downsample = Downsample(out_channels) if halve else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.downsample is None else self.downsample(x)
+    @property
+    def stages(self) -> list[nn.Module]:
+        """What runs one after the other. Not a `forward`: its caller would hold on to its input
+        until the end, half a gigabyte at the last level."""
+        return [*self.block, *([] if self.downsample is None else [self.downsample])]
 
 
 class UpLevel(nn.Module):
@@ -166,10 +179,11 @@ class UpLevel(nn.Module):
         self.block = _res_blocks(in_channels, out_channels, blocks)
         self.upsample = Upsample(out_channels) if double else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.upsample is None else self.upsample(x)
+    @property
+    def stages(self) -> list[nn.Module]:
+        """What runs one after the other. Not a `forward`: its caller would hold on to its input
+        until the end, half a gigabyte at the last level."""
+        return [*self.block, *([] if self.upsample is None else [self.upsample])]
 
 
 class ResBlock(nn.Module):
@@ -185,8 +199,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = None if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = _convolve_normed(self.norm1, self.conv1, x)
+        h = _convolve_normed(self.norm2, self.conv2, h, overwrite=True)
         residual = x if self.nin_shortcut is None else self.nin_shortcut(x)
         out: Tensor = h.add_(residual)
         return out
@@ -205,9 +219,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # (B, C, H, W) -> (B, 1 head, H*W, C): views, all three
+        # (B, C, H, W) -> (B, 1 head, H*W, C). Views, as the convolutions' output is channels-last;
+        # with other strides the fused kernels, which never hold all scores, would not run.
         q, k, v = (
-            projection(h).flatten(2).transpose(1, 2).unsqueeze(1)
+            projection(h).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
             for projection in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
@@ -251,16 +266,65 @@ class Upsample(nn.Module):
         self.conv = _conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return h
+        return _convolve(self.conv, x, _double, scale=2)
+
+
+def _convolve_normed(
+    norm: GroupNorm, conv: nn.Conv2d, x: Tensor, *, overwrite: bool = False
+) -> Tensor:
+    """conv(silu(norm(x))); with `overwrite` x is not needed any more."""
+    if _strips(x, scale=1) == 1:
+        out: Tensor = conv(norm.silu(x, overwrite=overwrite))
+        return out
+    statistics = norm.scale_shift(x)
+    return _convolve(conv, x, lambda strip: norm.apply_to(strip, statistics, silu=True))
+
+
+def _convolve(
+    conv: nn.Conv2d, x: Tensor, prepare: Callable[[Tensor], Tensor], scale: int = 1
+) -> Tensor:
+    """conv(prepare(x)), in strips if prepare(x) is large.
+
+    Args:
+        conv: 3 x 3 with padding 1.
+        prepare: works on every row of x for itself, and makes `scale` rows and columns of one.
+    """
+    strips = _strips(x, scale)
+    if strips == 1:
+        whole: Tensor = conv(prepare(x))
+        return whole
+    height, width = x.shape[2:]
+    shape = (x.shape[0], conv.out_channels, scale * height, scale * width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    rows = -(-height // strips)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        # With a row more on either side, where there is one. What the convolution makes of these
+        # rows themselves, for which it pads with zeros, is left out.
+        above, below = min(top, 1), min(height - bottom, 1)
+        part = conv(prepare(x[:, :, top - above : bottom + below]))
+        first = scale * above
+        out[:, :, scale * top : scale * bottom] = part[:, :, first : first + scale * (bottom - top)]
+    return out
+
+
+def _strips(x: Tensor, scale: int) -> int:
+    """How many strips of rows to cut x into, if every row becomes `scale` rows and columns."""
+    size = x.numel() * x.element_size() * scale**2
+    return min(-(-size // _MOST_BYTES), x.shape[2])
+
+
+def _double(x: Tensor) -> Tensor:
+    """Every pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(VAE_NORM_GROUPS, channels, eps=1e-6)
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(VAE_NORM_GROUPS, channels, eps=1e-6)
 
 
 def _res_blocks(in_channels: int, out_channels: int, count: int) -> nn.ModuleList:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mot_bench import options
+from mot_bench.console import screen
 from mot_bench.errors import MeasurementError, UsageError
-from mot_bench.screen import screen
 from mot_bench.serve import settings as parse
 from mot_bench.serve.settings import ENDPOINTS, MAX_TOKENS, Settings
 

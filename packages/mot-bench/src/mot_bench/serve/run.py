@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mot_bench import __version__
+from mot_bench.console import screen
 from mot_bench.errors import MeasurementError, UsageError
-from mot_bench.screen import screen
 from mot_bench.serve import client as http
 from mot_bench.serve.load import Load
 from mot_bench.serve.prompts import Prompt

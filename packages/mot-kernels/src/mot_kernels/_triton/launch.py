@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from mot_kernels._triton.launch_hopper import launch_linear_hopper, why_not
+from mot_kernels._triton.launch_hopper import launch_linear_hopper
 from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
+from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.plan import TILE_ROWS
 from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.lookup import Problem, find_config
@@ -37,7 +38,7 @@ def launch_linear(
         return
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
-    no_hopper = why_not(out, x, weight, bias, residual)
+    no_hopper = why_not_hopper(out, x, weight, bias, residual)
     if config is None:
         problem = Problem(n, k, x.dtype, epilogue, counts)
         config = find_config(problem, x.device, hopper=no_hopper is None)

@@ -7,11 +7,17 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
+from mot_kernels.dispatch import HOPPER_BLOCK_K
 from mot_kernels.plan import TILE_ROWS
 
 SCHEDULES = ("portable", "hopper")
 
-_HOPPER_VALUES = {"block_m": (128,), "block_n": (128, 256), "block_k": (64,), "num_warps": (4,)}
+_HOPPER_VALUES = {
+    "block_m": (128,),
+    "block_n": (128, 256),
+    "block_k": (HOPPER_BLOCK_K,),
+    "num_warps": (4,),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class TileConfig:
     def from_ints(cls, values: Sequence[int]) -> TileConfig:
         """The inverse of `as_ints`."""
         *numbers, schedule = values
-        return cls(*numbers, schedule=SCHEDULES[schedule])
+        return cls(*numbers, schedule=SCHEDULES[schedule])  # type: ignore[misc, arg-type]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> TileConfig:

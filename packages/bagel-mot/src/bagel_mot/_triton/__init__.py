@@ -1,0 +1,1 @@
+"""Triton kernels of what has no experts; those of the routed operations are in mot-kernels."""

@@ -1,0 +1,121 @@
+"""Models without a checkpoint: random weights at known sizes, and a tokenizer of bytes.
+
+Speed and memory depend on sizes, not on what was learned, so this is what benchmarks and demos
+of a machine run on. The scales are such that activations stay finite at any depth.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from torch import nn
+
+from bagel_mot.config import BagelConfig, ImageLimits, LlmConfig, VaeConfig, VitConfig
+from bagel_mot.parallel import ParallelConfig, start
+from bagel_mot.pipeline import BagelPipeline, build_model
+from bagel_mot.tokenizer import BagelTokenizer
+
+# Spread of biases, and of norm weights around 1.
+_SMALL = 0.02
+
+BAGEL_7B = BagelConfig(
+    llm=LlmConfig(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        rope_theta=1e6,
+    ),
+    vit=VitConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_attention_heads=16,
+        num_hidden_layers=27,
+        patch_size=14,
+        image_size=980,
+    ),
+)
+"""The sizes of BAGEL-7B-MoT: 14.6 billion parameters, 27 GiB in bfloat16."""
+
+TINY = BagelConfig(
+    llm=LlmConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        rope_theta=1e6,
+    ),
+    vit=VitConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        patch_size=14,
+        image_size=126,
+    ),
+    vae=VaeConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
+    vae_transform=ImageLimits(max_side=96, min_side=48, stride=16),
+    vit_transform=ImageLimits(max_side=126, min_side=56, stride=14),
+    latent_grid=8,
+    vit_grid=9,
+)
+"""Sizes at which a request takes less than a second anywhere."""
+
+SIZES = MappingProxyType({"7b": BAGEL_7B, "tiny": TINY})
+
+
+def random_pipeline(
+    config: BagelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> BagelPipeline:
+    """A pipeline with random weights; nothing is read from disk or copied from the host.
+
+    Args:
+        config: for example one of `SIZES`.
+        device, dtype, attention: as for `BagelPipeline.from_pretrained`.
+        seed: of the weights, which also depend on the device.
+        options: what else `BagelPipeline` takes.
+    """
+    joined = start(ParallelConfig(), device.type)
+    model = build_model(config, device=device, dtype=dtype, attention=attention)
+    fill_randomly(model, torch.Generator(device).manual_seed(seed))
+    return BagelPipeline(model, byte_tokenizer(), joined, **options)
+
+
+@torch.no_grad()
+def fill_randomly(model: nn.Module, generator: torch.Generator) -> None:
+    """Give every parameter random numbers of a sane scale.
+
+    A weight gets variance 1 / (numbers that one output sums over), so that it keeps the scale of
+    what goes through it; norm weights are near 1, biases near 0.
+    """
+    for name, parameter in model.named_parameters():
+        values = parameter.data
+        if values.dim() > 1:
+            values.normal_(0, values[0].numel() ** -0.5, generator=generator)
+        else:
+            centre = 0 if name.endswith("bias") else 1
+            values.normal_(centre, _SMALL, generator=generator)
+
+
+def byte_tokenizer() -> BagelTokenizer:
+    """A tokenizer in which every byte of a text is one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return BagelTokenizer(tokenizer)

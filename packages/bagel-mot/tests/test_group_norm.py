@@ -1,0 +1,57 @@
+"""GroupNorm in strips and in place, on torch's operations and on the Triton kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import group_norm_checks as checks
+import pytest
+import torch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("mean", checks.MEANS)
+@pytest.mark.parametrize("shape", checks.SHAPES[1:], ids=str)
+def test_strips(shape: tuple[int, ...], mean: float) -> None:
+    """A strip is normalised with the statistics of the whole."""
+    norm, x = checks.make(shape, mean, CPU)
+    statistics = norm.scale_shift(x)
+    strips = [norm.apply_to(strip, statistics, silu=True) for strip in x.split(2, dim=2)]
+    want = checks.truth(norm, x, True)
+    checks.close("strips", torch.cat(strips, dim=2), want, 1e-4 if mean else 5e-6)
+    checks.close("whole", norm.silu(x), want, 1e-4 if mean else 5e-6)
+
+
+@pytest.mark.parametrize("how", ["interpret", "compile"])
+def test_kernels_without_a_gpu(how: str) -> None:
+    """A program of its own: what Triton runs on is decided when it is imported."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if how == "interpret":
+        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, checks.__file__, how],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=Path(checks.__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "all checked"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mean", checks.MEANS)
+@pytest.mark.parametrize("shape", [*checks.SHAPES, (1, 256, 512, 300)], ids=str)
+def test_kernels(shape: tuple[int, ...], mean: float) -> None:
+    checks.check_shape(shape, mean, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kernels_narrow(dtype: torch.dtype) -> None:
+    checks.check_many_chunks(torch.device("cuda"))
+    checks.check_narrow(dtype, torch.device("cuda"))

@@ -1,0 +1,178 @@
+"""The model that `step` and `e2e` measure: all that mot-bench asks of bagel-mot is asked here."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bagel_mot.context import Context, Contexts
+from bagel_mot.denoising import Denoising
+from bagel_mot.pipeline import BagelPipeline
+from bagel_mot.request import Noise, image_size
+from bagel_mot.sampling import ImageJob, ImageSettings
+from bagel_mot.synthetic import SIZES, random_pipeline
+from bagel_mot.text import generate_text
+from bagel_mot.tokenizer import BagelTokenizer
+
+from mot_bench.environment import version_of
+from mot_bench.errors import UsageError
+from mot_bench.model_results import Subject
+
+_WORDS = ("a", "red", "fox", "in", "the", "deep", "snow", "under", "tall", "trees")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model to measure, and how it is to run.
+
+    Attributes:
+        folder: checkpoint, or None for random weights.
+        size: of the random weights, a key of `bagel_mot.synthetic.SIZES`.
+        dtype: name of the dtype.
+        attention: backend, None for the model's own choice.
+        cuda_graphs: None for the pipeline's own choice.
+    """
+
+    folder: Path | None
+    size: str
+    dtype: str
+    attention: str | None = None
+    cuda_graphs: bool | None = None
+
+
+def load(choice: Choice, device: torch.device) -> BagelPipeline:
+    """The pipeline.
+
+    Raises:
+        UsageError: the checkpoint, the attention backend or the wish for graphs makes no sense.
+    """
+    dtype = getattr(torch, choice.dtype)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": choice.attention}
+    if choice.cuda_graphs is not None:
+        options["cuda_graphs"] = choice.cuda_graphs
+    try:
+        if choice.folder is not None:
+            return BagelPipeline.from_pretrained(choice.folder, **options)
+        return random_pipeline(SIZES[choice.size], **options)
+    except TypeError as error:
+        if "cuda_graphs" not in options or "cuda_graphs" not in str(error):
+            raise
+        raise UsageError("--cuda-graphs: this bagel-mot knows no CUDA graphs") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model cannot be loaded: {error}") from error
+
+
+def subject(choice: Choice, pipeline: BagelPipeline) -> Subject:
+    """The facts about a loaded model that belong to its results."""
+    parameters = list(pipeline.model.parameters())
+    return Subject(
+        weights=f"random, {choice.size}" if choice.folder is None else str(choice.folder),
+        parameters=sum(each.numel() for each in parameters),
+        bytes=sum(each.numel() * each.element_size() for each in parameters),
+        dtype=choice.dtype,
+        attention=choice.attention or "default",
+        cuda_graphs={None: "default", True: "on", False: "off"}[choice.cuda_graphs],
+        bagel_mot=version_of("bagel-mot", "bagel_mot"),
+        vllm=version_of("vllm", "vllm"),
+    )
+
+
+def denoising(
+    pipeline: BagelPipeline, jobs: Sequence[ImageJob], *, eagerly: bool = False
+) -> Denoising:
+    """The jobs' `Denoising` as the pipeline would make it.
+
+    Args:
+        eagerly: without CUDA graphs, for a baseline that changes what a step computes: a graph
+            captured earlier would go on computing what it was captured with.
+    """
+    del eagerly  # there is no other way yet
+    return Denoising(pipeline.model, pipeline.tokenizer, jobs, pipeline.parallel)
+
+
+def check_size(pipeline: BagelPipeline, option: str, height: int, width: int) -> None:
+    """Refuse a picture that the model cannot paint."""
+    try:
+        image_size(pipeline.config, height, width, None)
+    except ValueError as error:
+        raise UsageError(f"{option} is '{height}x{width}': {error}") from error
+
+
+@torch.no_grad()
+def image_job(
+    pipeline: BagelPipeline,
+    size: tuple[int, int],
+    *,
+    branches: int,
+    prompt: str,
+    steps: int,
+    seed: int = 0,
+) -> ImageJob:
+    """An image of (height, width) that every step guides with `branches` different contexts.
+
+    The contexts are the prompt, nothing, and (for the third) the prompt once more with a cache of
+    its own: in text-to-image it would be the first one and not be computed again.
+    """
+    model, tokenizer = pipeline.model, pipeline.tokenizer
+    contexts = Contexts(model, tokenizer)
+    contexts.add_text(prompt)
+    if branches == 3:
+        apart = Contexts(model, tokenizer)
+        apart.add_text(prompt)
+        contexts.no_image = apart.main
+    settings = ImageSettings(
+        num_timesteps=steps + 1,
+        cfg_text_scale=4.0 if branches > 1 else 1.0,
+        cfg_img_scale=2.0 if branches > 2 else 1.0,
+        cfg_interval=(0.0, 1.0),
+    )
+    unit = pipeline.config.latent_token_pixels
+    grid = (size[0] // unit, size[1] // unit)
+    noise = Noise(seed).normal(grid[0] * grid[1], pipeline.config.latent_token_dim)
+    return ImageJob(contexts, noise, grid, settings)
+
+
+def prompt_of(tokenizer: BagelTokenizer, tokens: int) -> str:
+    """A text of so many tokens, or the nearest below that was found."""
+
+    def text(words: int) -> str:
+        return " ".join(itertools.islice(itertools.cycle(_WORDS), words))
+
+    words = 1
+    while words < tokens and len(tokenizer.encode(text(words + 1))) <= tokens:
+        words += max(1, (tokens - len(tokenizer.encode(text(words)))) // 8)
+    while words > 1 and len(tokenizer.encode(text(words))) > tokens:
+        words -= 1
+    found = text(words)
+    for signs in range(1, tokens):
+        longer = found + "." * signs
+        if len(tokenizer.encode(longer)) > tokens:
+            break
+        found = longer if len(tokenizer.encode(longer)) == tokens else found
+    return found
+
+
+@torch.no_grad()
+def read_texts(pipeline: BagelPipeline, texts: Sequence[str]) -> list[Context]:
+    """A context for each text, to be continued."""
+    found = []
+    for text in texts:
+        contexts = Contexts(pipeline.model, pipeline.tokenizer, needs_no_image=False)
+        contexts.add_text(text)
+        found.append(contexts.main)
+    return found
+
+
+def write_texts(pipeline: BagelPipeline, contexts: Sequence[Context], tokens: int) -> int:
+    """Continue every context by so many tokens; returns how many were written in all."""
+    tokenizer = copy.copy(pipeline.tokenizer)
+    tokenizer.eos = -1  # no token ends a text early
+    return sum(
+        len(generate_text(pipeline.model, tokenizer, context, max_tokens=tokens))
+        for context in contexts
+    )

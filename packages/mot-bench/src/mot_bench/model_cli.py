@@ -1,0 +1,230 @@
+"""The commands `mot-bench step` and `mot-bench e2e`: a whole model is measured."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mot_bench import options
+from mot_bench.console import best_device_or_say, command_line, screen
+from mot_bench.errors import MeasurementError, UsageError
+
+if TYPE_CHECKING:
+    from bagel_mot.pipeline import BagelPipeline
+
+    from mot_bench.model_results import Subject
+
+SIZES = ("7b", "tiny")
+PROVIDERS = ("mot", "gather-scatter")
+REQUESTS = ("image", "edit", "text")
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="Checkpoint folder. Default: random weights."),
+]
+RandomOption = Annotated[
+    str | None,
+    typer.Option("--random", metavar="SIZE", help="Random weights: 7b (default) or tiny."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32."),
+]
+AttentionOption = Annotated[
+    str | None, typer.Option(help="Attention backend. Default: the model's own choice.")
+]
+GraphsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        help="Default: the model's own choice.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write the results there as JSON.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(step)
+    app.command()(e2e)
+
+
+def step(
+    context: typer.Context,
+    model: ModelOption = None,
+    random: RandomOption = None,
+    resolutions: Annotated[
+        str, typer.Option(metavar="HxW,...", help="Heights and widths in pixels.")
+    ] = "1024x1024,512x512",
+    branches: Annotated[str, typer.Option(help="CFG branches, 1 to 3 each.")] = "1,2,3",
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text.")] = 30,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="mot or gather-scatter (the baseline); repeat. Default: both."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples per provider.")] = 10,
+    dtype: DtypeOption = None,
+    attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Time one denoising step against gather, dense layers and scatter."""
+    sizes = options.resolutions("--resolutions", resolutions)
+    counts = options.integers("--branches", branches, least=1, example="1,2,3")
+    if max(counts) > 3:
+        raise UsageError(f"--branches is {branches!r}; guidance has at most 3 branches")
+    providers = list(dict.fromkeys(provider or PROVIDERS))
+    for name in providers:
+        options.one_of("--provider", name, PROVIDERS)
+    folder = None if output is None else options.output_folder(output)
+    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs)
+
+    from mot_bench import bagel, model_tables
+    from mot_bench.model_results import StepCase, StepResults
+    from mot_bench.step import run_step
+
+    for height, width in sizes:
+        bagel.check_size(pipeline, "--resolutions", height, width)
+    console = screen()
+    started = False
+
+    def show(results: StepResults, case: StepCase) -> None:
+        nonlocal started
+        if not started:
+            console.print(model_tables.step_heading(results), highlight=False, markup=False)
+            started = True
+        console.print(model_tables.step_table(case, results))
+        if folder is not None:
+            results.write(folder / results.file_name())
+
+    results = run_step(
+        pipeline,
+        subject,
+        sizes=sizes,
+        branches=counts,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        providers=providers,
+        rounds=rounds,
+        command=command_line(context.obj),
+        on_case=show,
+    )
+    seen = model_tables.activity_table(results)
+    if seen is not None:
+        console.print("A step under the profiler, which slows the host:", style="bold")
+        console.print(seen)
+    if folder is not None:
+        results.write(folder / results.file_name())
+        typer.echo(folder / results.file_name())
+
+
+def e2e(
+    context: typer.Context,
+    model: ModelOption = None,
+    random: RandomOption = None,
+    request: Annotated[
+        list[str] | None, typer.Option(help="image, edit or text; repeat. Default: all.")
+    ] = None,
+    resolution: Annotated[
+        str, typer.Option(metavar="HxW", help="Of image and edit, in pixels.")
+    ] = "1024x1024",
+    timesteps: Annotated[int, typer.Option(min=2, help="Of image and edit.")] = 50,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of image and edit.")] = 30,
+    batch: Annotated[str, typer.Option(help="Texts written together, e.g. 1,16.")] = "1,16",
+    context_tokens: Annotated[int, typer.Option(min=3, help="Read before a text.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Written for each text.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each request.")] = 3,
+    dtype: DtypeOption = None,
+    attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Time whole requests: text to image, edit, understanding."""
+    (size, *more) = options.resolutions("--resolution", resolution)
+    if more:
+        raise UsageError(f"--resolution is {resolution!r}; expected one, for example 1024x1024")
+    names = list(dict.fromkeys(request or REQUESTS))
+    for name in names:
+        options.one_of("--request", name, REQUESTS)
+    batches = options.integers("--batch", batch, least=1, example="1,16")
+    folder = None if output is None else options.output_folder(output)
+    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs)
+
+    from mot_bench import bagel, model_tables
+    from mot_bench import e2e as runs
+
+    bagel.check_size(pipeline, "--resolution", *size)
+    requests: list[runs.Painting | runs.Writing] = []
+    if "image" in names:
+        requests.append(runs.painting(pipeline, size, timesteps, prompt_tokens))
+    if "edit" in names:
+        requests.append(runs.editing(pipeline, size, timesteps, prompt_tokens))
+    if "text" in names:
+        requests += [runs.Writing(pipeline, count, context_tokens, new_tokens) for count in batches]
+    results = runs.run_e2e(
+        requests,
+        subject,
+        pipeline.model.device,
+        rounds=rounds,
+        command=command_line(context.obj),
+        say=lambda line: typer.echo(f"mot-bench: {line}", err=True),
+    )
+    console = screen()
+    console.print(model_tables.e2e_heading(results), highlight=False, markup=False)
+    for each in results.requests:
+        console.print(model_tables.e2e_table(each, results))
+    if folder is not None:
+        path = folder / results.file_name()
+        results.write(path)
+        typer.echo(path)
+
+
+def _load(
+    model: Path | None,
+    random: str | None,
+    dtype: str | None,
+    attention: str | None,
+    cuda_graphs: bool | None,
+) -> tuple[BagelPipeline, Subject]:
+    """The model that the options name, and the facts about it.
+
+    Raises:
+        UsageError: they make no sense.
+        MeasurementError: bagel-mot is not installed.
+    """
+    if model is not None and random is not None:
+        raise UsageError("--model and --random both name weights; give one of them")
+    if model is not None and not model.is_dir():
+        raise UsageError(f"--model is {str(model)!r}: no such folder; give a BAGEL checkpoint")
+    size = options.one_of("--random", random or SIZES[0], SIZES)
+    if dtype is not None:
+        options.dtype(dtype)
+    # vLLM's advice about its engine, which does not run here, would bury the results.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        from mot_bench import bagel
+    except ImportError as error:
+        raise MeasurementError(
+            f"bagel-mot cannot be imported ({error}); pip install 'mot-bench[bagel]' and vLLM"
+        ) from error
+
+    device = best_device_or_say()
+    on_gpu = device.type == "cuda"
+    if not on_gpu and model is None and size != "tiny":
+        raise UsageError(f"--random {size} needs a GPU; --random tiny runs anywhere")
+    choice = bagel.Choice(
+        folder=model,
+        size=size,
+        dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+        attention=attention,
+        cuda_graphs=cuda_graphs,
+    )
+    pipeline = bagel.load(choice, device)
+    return pipeline, bagel.subject(choice, pipeline)
