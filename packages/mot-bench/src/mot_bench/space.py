@@ -45,7 +45,8 @@ def first_candidates(
     candidates = [replace(config, group_m=default.group_m) for config in _shapes(problem)]
     if hopper:
         sizes = ((256, 4), (256, 3), (128, 4), (128, 6))
-        candidates += [TileConfig(128, n, 64, 8, 4, stages, "hopper") for n, stages in sizes]
+        group = default.group_m
+        candidates += [TileConfig(128, n, 64, group, 4, stages, "hopper") for n, stages in sizes]
     return _legal([default, *candidates], problem, shared_memory)
 
 
