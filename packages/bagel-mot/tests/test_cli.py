@@ -474,7 +474,7 @@ ASK = ["ask", "What is this?", *ON_CPU]
         ),
         pytest.param(
             [*GENERATE, "--attention", "fa9"],
-            r"attention is 'fa9'; known backends are sdpa, math",
+            r"attention is 'fa9'; known backends are fa3, fa2, cudnn, sdpa, math",
             id="attention",
         ),
         pytest.param(

@@ -42,7 +42,12 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32."),
 ]
-AttentionOption = Annotated[str | None, typer.Option(help="Attention backend: sdpa or math.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention: fa3, fa2, cudnn, sdpa or math. Default: the fastest; see inspect."
+    ),
+]
 TpOption = Annotated[int, typer.Option(help="Tensor parallel ranks.")]
 SpOption = Annotated[
     str | None,

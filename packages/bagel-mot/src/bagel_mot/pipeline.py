@@ -121,8 +121,10 @@ class BagelPipeline:
                 f"{config.llm.vocab_size} rows; the files belong to different models"
             )
         parallel.check(config.llm, world_size_from_environment())
-        choose_attention(attention)  # an unknown name is an error before anything is loaded
         place = _parse_device(device)
+        if attention is not None:
+            # A backend that cannot be used is an error before anything is loaded.
+            choose_attention(attention, device=place, dtype=dtype, head_dim=config.llm.head_dim)
         joined = start(parallel, place.type)
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from bagel_mot.config import BagelConfig
-from bagel_mot.model.attention import Attend, choose_attention
+from bagel_mot.model.attention import Backend, choose_attention
 from bagel_mot.model.embeddings import TimeEmbedder, rope_table
 from bagel_mot.model.layout import KVCache, Layout
 from bagel_mot.model.transformer import Transformer
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.model.vit import MlpConnector, VisionTransformer
+
+logger = logging.getLogger(__name__)
 
 # The rotary table grows in steps of this many positions.
 _ROPE_STEP = 4096
@@ -30,7 +34,6 @@ class Bagel(nn.Module):
     def __init__(self, config: BagelConfig, attention: str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.attend: Attend = choose_attention(attention)
         hidden = config.llm.hidden_size
         latent = config.vae.z_channels * config.latent_patch_size**2
         self.embed_tokens = nn.Embedding(config.llm.vocab_size, hidden)
@@ -46,6 +49,11 @@ class Bagel(nn.Module):
         self.vae = AutoEncoder(config.vae)
         self._rope: torch.Tensor | None = None
         self.requires_grad_(False)
+        choice = choose_attention(
+            attention, device=self.device, dtype=self.dtype, head_dim=config.llm.head_dim
+        )
+        logger.info("attention: %s", choice)
+        self.attention: Backend = choice.backend
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +116,7 @@ class Bagel(nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout, cache: KVCache) -> torch.Tensor:
         """Packed embeddings (M, D) -> final-normed hidden states (M, D); fills `cache`."""
-        return self.transformer(x, layout, cache, self._rope_for(layout), self.attend)
+        return self.transformer(x, layout, cache, self._rope_for(layout), self.attention)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, D) -> (n, vocabulary), float32."""

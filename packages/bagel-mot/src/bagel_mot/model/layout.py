@@ -26,6 +26,8 @@ class Segment:
         causal: row i sees own rows 0..i (text); otherwise the whole block (pictures).
         first: place of the first row in its block; not 0 where other ranks have other rows.
         block_rows: rows of the whole block, on all ranks; 0 means `rows`.
+        room: cache rows that are set aside for the prefix: another may come in its place, so long
+            as it is not longer; 0 means `prefix`.
     """
 
     rows: int
@@ -34,6 +36,7 @@ class Segment:
     causal: bool
     first: int = 0
     block_rows: int = 0
+    room: int = 0
 
     @property
     def own_rows(self) -> slice:
@@ -45,6 +48,58 @@ class Segment:
     def kv_rows(self) -> slice:
         """Cache rows the segment attends to: context and own block."""
         return slice(self.kv_start, self.own_rows.stop)
+
+    @property
+    def region(self) -> slice:
+        """Cache rows that are the segment's, whatever prefix it gets."""
+        extra = max(self.room - self.prefix, 0)
+        return slice(self.kv_start, self.own_rows.stop + extra)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive segments that one call of a variable-length kernel can attend for.
+
+    They are all causal or all not, and lie in the cache in their own order. Example: two segments
+    of 4 rows, one behind 3 rows at cache row 0, the other behind 2 rows at cache row 10::
+
+        row_bounds   [0, 4, 4, 8]
+        kv_bounds    [0, 7, 10, 16]
+
+    Entries 2i and 2i + 1 of `kv_bounds` are where segment i's keys begin and end; what lies
+    between two segments looks to a kernel like a sequence of keys without queries.
+
+    Attributes:
+        segments: at least one, all with rows.
+        first_row: place of the first row among all packed rows.
+        row_bounds: (2n,) int32 on the device, counted from `first_row`.
+        kv_bounds: (2n,) int32 on the device.
+    """
+
+    segments: tuple[Segment, ...]
+    first_row: int
+    row_bounds: torch.Tensor
+    kv_bounds: torch.Tensor
+
+    @property
+    def causal(self) -> bool:
+        """Whether its segments are causal."""
+        return self.segments[0].causal
+
+    @property
+    def packed_rows(self) -> slice:
+        """Its packed rows."""
+        return slice(self.first_row, self.first_row + sum(s.rows for s in self.segments))
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest segment."""
+        return max(segment.rows for segment in self.segments)
+
+    @property
+    def most_keys(self) -> int:
+        """Keys a segment has at most, whatever prefix it gets."""
+        return max(s.region.stop - s.region.start for s in self.segments)
 
 
 @dataclass(frozen=True)
@@ -88,8 +143,9 @@ class Layout:
         plan: which expert owns which row; None if all rows are und.
         positions: (M,) int32, RoPE position of each row.
         kv_rows: (M,) int32, cache row that each row's K and V are written to.
-        segments: attention segments, in row order.
+        spans: the attention segments, in row order.
         positions_end: one more than the largest position, on the host.
+        packed: int32, holds `positions`, `kv_rows` and the spans' bounds one after the other.
         exchange: how ranks that hold other rows of these blocks attend together; None if all
             rows are here.
     """
@@ -97,14 +153,18 @@ class Layout:
     plan: RoutePlan | None
     positions: torch.Tensor
     kv_rows: torch.Tensor
-    segments: tuple[Segment, ...]
+    spans: tuple[Span, ...]
     positions_end: int
+    packed: torch.Tensor
     exchange: Exchange | None = None
 
-    @property
-    def rows(self) -> int:
-        """M, the number of packed rows."""
-        return sum(segment.rows for segment in self.segments)
+    def load(self, other: Layout) -> None:
+        """Take over another layout's positions and places in the cache.
+
+        Its blocks must differ from these in no more than position and length of prefix, each
+        prefix within the room of its segment here.
+        """
+        self.packed.copy_(other.packed)
 
 
 def build_layout(
@@ -112,6 +172,7 @@ def build_layout(
 ) -> Layout:
     """Lay out blocks (or this rank's parts of them) one after the other."""
     runs = [run for block in blocks for run in block.runs]
+    segments = [block.segment for block in blocks]
     positions = [torch.empty(0, dtype=torch.int32)]
     kv_rows = [torch.empty(0, dtype=torch.int32)]
     for block in blocks:
@@ -119,18 +180,67 @@ def build_layout(
         count = torch.arange(segment.rows, dtype=torch.int32)
         positions.append(block.position + (count if segment.causal else count * 0))
         kv_rows.append(segment.own_rows.start + segment.first + count)
-    packed = to_device(torch.stack([torch.cat(positions), torch.cat(kv_rows)]), device)
+    spans = _split_into_spans(segments)
+    bounds = torch.tensor([bound for span in spans for bound in _bounds(span)], dtype=torch.int32)
+    packed = to_device(torch.cat([*positions, *kv_rows, bounds]), device)
+    rows = sum(segment.rows for segment in segments)
     plan = None
     if any(expert != UND and length for expert, length in runs):
         plan = RoutePlan.from_runs(runs, num_experts=2, device=device)
     return Layout(
         plan,
-        packed[0],
-        packed[1],
-        tuple(block.segment for block in blocks),
+        packed[:rows],
+        packed[rows : 2 * rows],
+        _spans_over(spans, packed[2 * rows :]),
         max((block.positions_end for block in blocks), default=0),
+        packed,
         exchange,
     )
+
+
+def build_spans(segments: Sequence[Segment], device: torch.device) -> tuple[Span, ...]:
+    """The spans of segments whose rows are packed one after the other."""
+    spans = _split_into_spans(segments)
+    bounds = torch.tensor([bound for span in spans for bound in _bounds(span)], dtype=torch.int32)
+    return _spans_over(spans, to_device(bounds, device))
+
+
+def _split_into_spans(segments: Sequence[Segment]) -> list[list[Segment]]:
+    spans: list[list[Segment]] = []
+    for segment in segments:
+        if not segment.rows:
+            continue
+        before = spans[-1][-1] if spans else None
+        if (
+            before is None
+            or before.causal != segment.causal
+            or segment.kv_start < before.region.stop
+        ):
+            spans.append([])
+        spans[-1].append(segment)
+    return spans
+
+
+def _bounds(span: Sequence[Segment]) -> list[int]:
+    """`row_bounds`, then `kv_bounds` of a span."""
+    row_bounds, kv_bounds = [], []
+    row = 0
+    for segment in span:
+        row_bounds += [row, row + segment.rows]
+        kv_bounds += [segment.kv_rows.start, segment.kv_rows.stop]
+        row += segment.rows
+    return row_bounds + kv_bounds
+
+
+def _spans_over(split: Sequence[Sequence[Segment]], bounds: torch.Tensor) -> tuple[Span, ...]:
+    """Spans whose bounds are views of `bounds`, which holds those of all."""
+    spans: list[Span] = []
+    first_row = 0
+    tables = bounds.split([2 * len(own) for own in split for _ in range(2)])
+    for i, own in enumerate(split):
+        spans.append(Span(tuple(own), first_row, tables[2 * i], tables[2 * i + 1]))
+        first_row += sum(segment.rows for segment in own)
+    return tuple(spans)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ from mot_layers import (
 from torch import nn
 
 from bagel_mot.config import LlmConfig
-from bagel_mot.model.attention import Attend
+from bagel_mot.model.attention import Backend
 from bagel_mot.model.layout import KVCache, Layout
 
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         layout: Layout,
         kv: torch.Tensor,
         rope: torch.Tensor,
-        attend: Attend,
+        backend: Backend,
     ) -> torch.Tensor:
         """x, residual (M, D) -> residual + attention output, (M, D)."""
         own, own_rows = kv, layout.kv_rows
@@ -75,9 +75,9 @@ class Attention(nn.Module):
             kv_rows=own_rows,
         )
         if layout.exchange is not None:
-            y = layout.exchange.attend(q, own, kv, attend)
+            y = layout.exchange.attend(q, own, kv, backend)
         else:
-            y = attend(q, kv[:, 0], kv[:, 1], layout.segments)
+            y = backend.attend(q, kv[:, 0], kv[:, 1], layout.spans)
         return self.o(y.flatten(1), layout.plan, epilogue=AddResidual(residual))
 
 
@@ -123,11 +123,11 @@ class DecoderLayer(nn.Module):
         layout: Layout,
         kv: torch.Tensor,
         rope: torch.Tensor,
-        attend: Attend,
+        backend: Backend,
     ) -> torch.Tensor:
         """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache."""
         h = self.input_norm(x, layout.plan)
-        x = self.attn(h, x, layout, kv, rope, attend)
+        x = self.attn(h, x, layout, kv, rope, backend)
         return self.mlp(self.post_norm(x, layout.plan), x, layout)
 
 
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         layout: Layout,
         cache: KVCache,
         rope: torch.Tensor,
-        attend: Attend,
+        backend: Backend,
     ) -> torch.Tensor:
         """Run the packed rows through all layers.
 
@@ -156,11 +156,11 @@ class Transformer(nn.Module):
             layout: routing, positions and attention segments of the M rows.
             cache: holds the segments' prefixes; each layer writes the rows' own K and V there.
             rope: (P, head size) float32, see `rope_table`; P above every position in `layout`.
-            attend: attention backend.
+            backend: attention backend.
 
         Returns:
             (M, D), after the final norm.
         """
         for i, layer in enumerate(self.layers):
-            x = layer(x, layout, cache.kv[i], rope, attend)
+            x = layer(x, layout, cache.kv[i], rope, backend)
         return self.norm(x, layout.plan)
