@@ -160,7 +160,7 @@ def test_prefix_of_another_length_in_the_same_room(prefixes: tuple[int, int]) ->
     layout = build_layout(blocks((1, 2)), CPU)
     tensors = [layout.positions, layout.kv_rows, *(s.kv_bounds for s in layout.spans)]
     addresses = [tensor.data_ptr() for tensor in tensors]
-    layout.load(build_layout(blocks(prefixes), CPU))
+    layout.load(blocks(prefixes))
     assert [tensor.data_ptr() for tensor in tensors] == addresses
     now = [block.segment for block in blocks(prefixes)]
     own = torch.cat([torch.arange(s.own_rows.start, s.own_rows.stop) for s in now])
@@ -404,23 +404,22 @@ def test_gpu_graph_replays_over_other_lengths(name: str) -> None:
     if not backend.device_lengths:
         pytest.skip(f"{name} bakes the lengths into its launches")
 
-    def layout(*prefixes: int) -> Any:
+    def blocks(*prefixes: int) -> list[Block]:
         segments = [
             Segment(200, i * 456, prefix, causal=False, room=256)
             for i, prefix in enumerate(prefixes)
         ]
-        blocks = [Block(segment, ((0, 200),), 0) for segment in segments]
-        return build_layout(blocks, torch.device("cuda")), segments
+        return [Block(segment, ((0, 200),), 0) for segment in segments]
 
-    static, first = layout(30, 256)
-    q, k, v = gpu_rows(first, 28, 4)
+    static = build_layout(blocks(30, 256), torch.device("cuda"))
+    q, k, v = gpu_rows([block.segment for block in blocks(30, 256)], 28, 4)
     backend.attend(q, k, v, static.spans)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = backend.attend(q, k, v, static.spans)
     for prefixes in ((30, 256), (1, 2), (200, 0)):
-        other, segments = layout(*prefixes)
-        static.load(other)
+        static.load(blocks(*prefixes))
         graph.replay()
+        segments = [block.segment for block in blocks(*prefixes)]
         want = attend(Math(), q.float(), k.float(), v.float(), segments)
         assert_as_rounded(got, want, segments)

@@ -48,6 +48,10 @@ AttentionOption = Annotated[
         help="Attention: fa3, fa2, cudnn, sdpa or math. Default: the fastest; see inspect."
     ),
 ]
+GraphsOption = Annotated[
+    bool,
+    typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, launch each step as one."),
+]
 TpOption = Annotated[int, typer.Option(help="Tensor parallel ranks.")]
 SpOption = Annotated[
     str | None,
@@ -121,6 +125,7 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
     cfg_parallel: CfgParallelOption = 1,
@@ -136,7 +141,7 @@ def generate(
             settings,
             output,
             overwrite,
-            Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc),
+            Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc),
             height=height,
             width=width,
             think=think,
@@ -173,6 +178,7 @@ def edit(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
     cfg_parallel: CfgParallelOption = 1,
@@ -188,7 +194,7 @@ def edit(
             settings,
             output,
             overwrite,
-            Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc),
+            Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc),
             height=height,
             width=width,
             think=think,
@@ -213,6 +219,7 @@ def ask(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
     cfg_parallel: CfgParallelOption = 1,
@@ -232,7 +239,7 @@ def ask(
             temperature=temperature,
             seed=seed,
         )
-        place = Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc)
+        place = Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc)
         place.start_ranks()
         answer = place.load().ask(
             pictures,
@@ -304,6 +311,7 @@ class Place:
     device: str | None
     dtype: str | None
     attention: str | None
+    cuda_graphs: bool
     tp: int
     sp: str | None
     cfg_parallel: int
@@ -352,6 +360,7 @@ class Place:
                 device=self.device,
                 dtype=dtype,
                 attention=self.attention,
+                cuda_graphs=self.cuda_graphs,
                 parallel=ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel),
                 on_tensor=lambda _, elements: advance(elements),
             )

@@ -137,8 +137,8 @@ def append_latent(
     patch = model.config.latent_patch_size
     height, width = latent.shape[1] // patch, latent.shape[2] // patch
     grid = grid_positions(height, width, model.config.latent_grid).to(model.device)
-    t = torch.zeros(1, device=model.device)
-    tokens = model.embed_latents(patchify(latent, patch), t, grid)
+    clean = model.embed_times(torch.zeros(1, device=model.device))
+    tokens = model.embed_latents(patchify(latent, patch), clean, model.latent_pos(grid))
     return _append_picture(model, context, tokens, markers, GEN)
 
 

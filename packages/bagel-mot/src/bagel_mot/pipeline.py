@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
@@ -17,6 +18,7 @@ from bagel_mot import checkpoint
 from bagel_mot.config import BagelConfig
 from bagel_mot.context import Contexts
 from bagel_mot.denoising import Denoising
+from bagel_mot.graphs import Workspace
 from bagel_mot.images import resize, to_image, to_rgb, to_tensor, unpatchify
 from bagel_mot.model.attention import choose_attention
 from bagel_mot.model.bagel import Bagel
@@ -31,6 +33,8 @@ from bagel_mot.request import Noise, Part, Request, Result, image_size
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
 from bagel_mot.text import generate_text
 from bagel_mot.tokenizer import BagelTokenizer
+
+logger = logging.getLogger(__name__)
 
 # Packed rows at which images are no longer denoised together: a GPU is full with fewer, and the
 # activations of more would only take memory.
@@ -72,13 +76,37 @@ class BagelPipeline:
     """A loaded BAGEL and the requests one can make of it.
 
     The methods are not to be called from several threads at once.
+
+    Args:
+        model, tokenizer: belong together.
+        parallel: this process among the others.
+        cuda_graphs: on a GPU, capture denoising steps and text decoding in CUDA graphs. They
+            keep the buffers of the last few shapes of requests.
+
+    Attributes:
+        workspace: where steps run: buffers, and the graphs.
     """
 
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, parallel: Parallel = ALONE) -> None:
+    def __init__(
+        self,
+        model: Bagel,
+        tokenizer: BagelTokenizer,
+        parallel: Parallel = ALONE,
+        *,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.parallel = parallel
         self.config = model.config
+        on_gpu = model.device.type == "cuda"
+        if cuda_graphs and on_gpu and parallel.config.world_size > 1:
+            logger.warning(
+                "steps run launch by launch: with several ranks they are not captured in CUDA "
+                "graphs"
+            )
+        capture = cuda_graphs and on_gpu and parallel.config.world_size == 1
+        self.workspace = Workspace(model, capture=capture)
 
     @classmethod
     def from_pretrained(
@@ -89,6 +117,7 @@ class BagelPipeline:
         dtype: str | torch.dtype = torch.bfloat16,
         attention: str | None = None,
         parallel: ParallelConfig | None = None,
+        cuda_graphs: bool = True,
         on_tensor: Callable[[str, int], None] | None = None,
     ) -> Self:
         """Load a checkpoint folder in the official layout.
@@ -100,6 +129,7 @@ class BagelPipeline:
             attention: attention backend, see `bagel_mot.model.attention`.
             parallel: how several processes share the work; each of them makes the same calls and
                 gets the same results. Default: this process alone.
+            cuda_graphs: see `BagelPipeline`.
             on_tensor: called with name and element count of each loaded tensor.
 
         Raises:
@@ -132,7 +162,7 @@ class BagelPipeline:
         targets = checkpoint.model_targets(config) | checkpoint.vae_targets(model.vae)
         checkpoint.check_names(stored, targets)
         checkpoint.load_checkpoint(model, stored, targets, on_tensor)
-        return cls(model, tokenizer, joined)
+        return cls(model, tokenizer, joined, cuda_graphs=cuda_graphs)
 
     def generate(
         self,
@@ -320,12 +350,14 @@ class BagelPipeline:
             together = [waiting.pop(0)]
             while waiting and sum(map(_rows, [*together, waiting[0]])) <= _ROWS_TOGETHER:
                 together.append(waiting.pop(0))
-            denoising = Denoising(self.model, self.tokenizer, together, self.parallel)
+            denoising = Denoising(
+                self.model, self.tokenizer, together, self.parallel, self.workspace
+            )
             while not all(job.done for job in together):
                 self._stop_if(cancel)
                 for step in denoising.step():
                     if on_step is not None:
-                        on_step(step)
+                        on_step(step.kept())
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, *, cancel: threading.Event | None = None) -> Result:

@@ -91,32 +91,29 @@ class Bagel(nn.Module):
         features = self.vit(patches.to(self.dtype), grid_ids)
         return self.connector(features) + self.vit_pos(grid_ids)
 
+    def embed_times(self, t: torch.Tensor) -> torch.Tensor:
+        """(T,) times in [0, 1], 0 for a clean picture -> (T, D)."""
+        return self.time_embedder(t)
+
     def embed_latents(
-        self,
-        latents: torch.Tensor,
-        t: torch.Tensor,
-        grid_ids: torch.Tensor,
-        t_index: torch.Tensor | None = None,
+        self, latents: torch.Tensor, times: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Latent tokens become input embeddings.
 
         Args:
             latents: (n, 64).
-            t: (T,) times in [0, 1]; 0 for a clean picture.
-            grid_ids: (n,) rows of the position table.
-            t_index: (n,) which time each token has; may be None if there is but one.
+            times: (n, D) or (1, D), from `embed_times`.
+            positions: (n, D), rows of `latent_pos`.
 
         Returns:
             (n, D).
         """
-        time = self.time_embedder(t)
-        if t_index is not None and len(t) > 1:
-            time = time[t_index]
-        return self.vae2llm(latents.to(self.dtype)) + time + self.latent_pos(grid_ids)
+        return self.vae2llm(latents.to(self.dtype)) + times + positions
 
     def forward(self, x: torch.Tensor, layout: Layout, cache: KVCache) -> torch.Tensor:
         """Packed embeddings (M, D) -> final-normed hidden states (M, D); fills `cache`."""
-        return self.transformer(x, layout, cache, self._rope_for(layout), self.attention)
+        rope = self.rope_for(layout.positions_end)
+        return self.transformer(x, layout, cache, rope, self.attention)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, D) -> (n, vocabulary), float32."""
@@ -126,10 +123,15 @@ class Bagel(nn.Module):
         """Hidden states of latent tokens (..., D) -> velocity (..., 64), float32."""
         return self.llm2vae(hidden).float()
 
-    def _rope_for(self, layout: Layout) -> torch.Tensor:
-        """The rotary table, grown to hold every position of the layout."""
-        if self._rope is None or layout.positions_end > self._rope.shape[0]:
-            rows = -(-layout.positions_end // _ROPE_STEP) * _ROPE_STEP
+    @property
+    def rope(self) -> torch.Tensor:
+        """The rotary table as it is now, (P, head size) float32."""
+        return self.rope_for(1)
+
+    def rope_for(self, positions_end: int) -> torch.Tensor:
+        """The rotary table, grown (a new tensor) if it has less than `positions_end` rows."""
+        if self._rope is None or positions_end > self._rope.shape[0]:
+            rows = -(-positions_end // _ROPE_STEP) * _ROPE_STEP
             llm = self.config.llm
             self._rope = rope_table(rows, llm.head_dim, llm.rope_theta, self.device)
         return self._rope

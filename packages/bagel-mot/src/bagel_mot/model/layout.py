@@ -158,13 +158,19 @@ class Layout:
     packed: torch.Tensor
     exchange: Exchange | None = None
 
-    def load(self, other: Layout) -> None:
-        """Take over another layout's positions and places in the cache.
+    def load(self, blocks: Sequence[Block]) -> None:
+        """Take over other blocks' positions and places in the cache.
 
-        Its blocks must differ from these in no more than position and length of prefix, each
-        prefix within the room of its segment here.
+        They must differ from these in no more than position and length of prefix, each prefix
+        within the room of its segment here.
         """
-        self.packed.copy_(other.packed)
+        host = _pack(blocks, _split_into_spans([block.segment for block in blocks]))
+        if len(host) != len(self.packed):
+            raise ValueError(
+                f"the blocks need {len(host)} table entries, this layout has {len(self.packed)}; "
+                "only blocks of the same shape can take the place of others"
+            )
+        self.packed.copy_(to_device(host, self.packed.device))
 
 
 def build_layout(
@@ -173,16 +179,8 @@ def build_layout(
     """Lay out blocks (or this rank's parts of them) one after the other."""
     runs = [run for block in blocks for run in block.runs]
     segments = [block.segment for block in blocks]
-    positions = [torch.empty(0, dtype=torch.int32)]
-    kv_rows = [torch.empty(0, dtype=torch.int32)]
-    for block in blocks:
-        segment = block.segment
-        count = torch.arange(segment.rows, dtype=torch.int32)
-        positions.append(block.position + (count if segment.causal else count * 0))
-        kv_rows.append(segment.own_rows.start + segment.first + count)
     spans = _split_into_spans(segments)
-    bounds = torch.tensor([bound for span in spans for bound in _bounds(span)], dtype=torch.int32)
-    packed = to_device(torch.cat([*positions, *kv_rows, bounds]), device)
+    packed = to_device(_pack(blocks, spans), device)
     rows = sum(segment.rows for segment in segments)
     plan = None
     if any(expert != UND and length for expert, length in runs):
@@ -201,8 +199,19 @@ def build_layout(
 def build_spans(segments: Sequence[Segment], device: torch.device) -> tuple[Span, ...]:
     """The spans of segments whose rows are packed one after the other."""
     spans = _split_into_spans(segments)
-    bounds = torch.tensor([bound for span in spans for bound in _bounds(span)], dtype=torch.int32)
-    return _spans_over(spans, to_device(bounds, device))
+    return _spans_over(spans, to_device(_bounds(spans), device))
+
+
+def _pack(blocks: Sequence[Block], spans: Sequence[Sequence[Segment]]) -> torch.Tensor:
+    """`Layout.packed`, on the host."""
+    positions = [torch.empty(0, dtype=torch.int32)]
+    kv_rows = [torch.empty(0, dtype=torch.int32)]
+    for block in blocks:
+        segment = block.segment
+        count = torch.arange(segment.rows, dtype=torch.int32)
+        positions.append(block.position + (count if segment.causal else count * 0))
+        kv_rows.append(segment.own_rows.start + segment.first + count)
+    return torch.cat([*positions, *kv_rows, _bounds(spans)])
 
 
 def _split_into_spans(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -221,15 +230,17 @@ def _split_into_spans(segments: Sequence[Segment]) -> list[list[Segment]]:
     return spans
 
 
-def _bounds(span: Sequence[Segment]) -> list[int]:
-    """`row_bounds`, then `kv_bounds` of a span."""
-    row_bounds, kv_bounds = [], []
-    row = 0
-    for segment in span:
-        row_bounds += [row, row + segment.rows]
-        kv_bounds += [segment.kv_rows.start, segment.kv_rows.stop]
-        row += segment.rows
-    return row_bounds + kv_bounds
+def _bounds(spans: Sequence[Sequence[Segment]]) -> torch.Tensor:
+    """`row_bounds`, then `kv_bounds`, of one span after the other; int32."""
+    bounds: list[int] = []
+    for span in spans:
+        row = 0
+        for segment in span:
+            bounds += [row, row + segment.rows]
+            row += segment.rows
+        for segment in span:
+            bounds += [segment.kv_rows.start, segment.kv_rows.stop]
+    return torch.tensor(bounds, dtype=torch.int32)
 
 
 def _spans_over(split: Sequence[Sequence[Segment]], bounds: torch.Tensor) -> tuple[Span, ...]:
