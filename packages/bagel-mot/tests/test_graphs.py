@@ -18,10 +18,12 @@ from golden_requests import (
     settings_of,
 )
 
+from bagel_mot.context import Contexts
 from bagel_mot.denoising import Denoising
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Request
 from bagel_mot.sampling import ImageJob, ImageSettings
+from bagel_mot.text import TextJob, fed_tokens, generate_texts
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["fa3", "fa2", "cudnn", "sdpa", "math"]
@@ -188,3 +190,82 @@ def test_pixels_are_close(graphed: BagelPipeline, eager: BagelPipeline) -> None:
         for each in (graphed, eager)
     ]
     assert np.abs(pictures[0] - pictures[1]).mean() < 1.0
+
+
+# --- text
+
+
+TEXT_CASES = [name for name in GOLDEN.names if name[0] in "cd"]
+
+
+def answers(pipeline: BagelPipeline, limit: int = 40) -> list[str]:
+    """Greedy answers to the recorded questions, one after the other."""
+    found = []
+    for name in TEXT_CASES:
+        case = GOLDEN.case(name)
+        request = Request(request_parts(case), "text", max_text_tokens=limit, seed=0)
+        (result,) = pipeline_for(pipeline, case).run([request])
+        found.append(result.text)
+    return found
+
+
+def test_text_with_graphs(graphed: BagelPipeline, eager: BagelPipeline) -> None:
+    first = answers(graphed)
+    assert captured(graphed)
+    # Replayed from the start, over other texts' buffers.
+    assert answers(graphed) == first == answers(eager)
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_text_with_each_backend(attention: str) -> None:
+    """The recorded answers, up to a step that is too close to call in bfloat16."""
+    pipeline = load(attention)
+    for name in TEXT_CASES:
+        case = GOLDEN.case(name)
+        own = pipeline_for(pipeline, case)
+        limit = case.json["params"]["max_think_token_n"]
+        want = case.tensors["text0.token_ids"].tolist()
+        request = Request(request_parts(case), "text", max_text_tokens=limit, seed=0)
+        reading = own._read(request)
+        job = own._text_job(reading, None)
+        generate_texts(own.model, own.tokenizer, [job], workspace=own.workspace)
+        fed = fed_tokens(own.tokenizer, job)
+        Judge(torch.bfloat16).equal_tokens(fed, want, case.json["texts"][0]["margins"])
+
+
+def test_texts_together(graphed: BagelPipeline) -> None:
+    """Several texts at a time: their logits are those of each alone, but for rounding."""
+    prompts = ["How long is a year?", "x", "Tell me of the sea. " * 30, "What is this?"]
+
+    def write(some: list[str]) -> list[tuple[list[int], torch.Tensor]]:
+        logits: list[list[torch.Tensor]] = [[] for _ in some]
+        jobs = []
+        for prompt, own in zip(some, logits, strict=True):
+            contexts = Contexts(graphed.model, graphed.tokenizer)
+            contexts.add_text(prompt)
+            jobs.append(TextJob(contexts.main, 6, on_logits=own.append))
+        generate_texts(graphed.model, graphed.tokenizer, jobs, workspace=graphed.workspace)
+        return [(job.chosen, torch.cat(own)) for job, own in zip(jobs, logits, strict=True)]
+
+    together = write(prompts)
+    for i, prompt in enumerate(prompts):
+        ((chosen, want),) = write([prompt])
+        same = 1  # steps up to the first that chose otherwise had the same input
+        while same < len(chosen) and together[i][0][:same] == chosen[:same]:
+            same += 1
+        error = relative_error(together[i][1][:same].cpu(), want[:same].cpu())
+        assert error <= 2e-2, f"text {i}: error {error:.2e}"
+
+
+def test_text_does_not_wait(graphed: BagelPipeline) -> None:
+    """But for the token before, through an event."""
+    contexts = Contexts(graphed.model, graphed.tokenizer)
+    contexts.add_text("How long is a year?")
+    for attempt in range(2):
+        job = TextJob(contexts.main, 20)
+        if attempt == 0:
+            generate_texts(graphed.model, graphed.tokenizer, [job], workspace=graphed.workspace)
+        else:
+            with no_waiting():
+                generate_texts(graphed.model, graphed.tokenizer, [job], workspace=graphed.workspace)
+    assert job.chosen

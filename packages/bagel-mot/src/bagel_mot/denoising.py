@@ -174,9 +174,9 @@ class _Pace:
     """Keeps the host at most one step ahead of a GPU: callbacks and cancelling stay in time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events = (
-            [torch.cuda.Event(blocking=True) for _ in range(2)] if device.type == "cuda" else []
-        )
+        on_gpu = device.type == "cuda"
+        self._device = device
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(2)] if on_gpu else []
         self._noted = 0
 
     def wait(self) -> None:
@@ -185,7 +185,7 @@ class _Pace:
 
     def note(self) -> None:
         if self._events:
-            self._events[self._noted % 2].record()
+            self._events[self._noted % 2].record(torch.cuda.current_stream(self._device))
             self._noted += 1
 
 

@@ -38,8 +38,8 @@ S = TypeVar("S", bound=Shaped)
 
 # Shapes (of a batch of images, say) whose buffers are kept, and graphs over all of them. A graph
 # costs some MB besides the pool, which is as large as the largest graph needs.
-_SHAPES = 4
-_GRAPHS = 12
+_SHAPES = 8
+_GRAPHS = 16
 
 
 class Workspace:
@@ -154,6 +154,7 @@ class Call(Generic[T]):
         self.body = body
         self._workspace = workspace
         self._captured: tuple[torch.cuda.CUDAGraph, T] | None = None
+        self._rope: torch.Tensor | None = None  # the graph reads it, whatever the model has now
         self._was_called = False
 
     @property
@@ -167,6 +168,7 @@ class Call(Generic[T]):
             return self.body()
         if self._captured is None:
             self._captured = self._workspace._capture(self)
+            self._rope = self._workspace.model.rope
         graph, result = self._captured
         self._workspace._used(self)
         graph.replay()

@@ -31,7 +31,7 @@ from bagel_mot.parallel import (
 )
 from bagel_mot.request import Noise, Part, Request, Result, image_size
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
-from bagel_mot.text import generate_text
+from bagel_mot.text import TextJob, fed_tokens, generate_texts
 from bagel_mot.tokenizer import BagelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,26 @@ class Prepared:
     jobs: list[ImageJob]
     seeds: list[int]
     text: str | None
+
+
+@dataclass
+class _Reading:
+    """A request whose prompt has been read.
+
+    Attributes:
+        request, contexts, noise, seed: the request, and what was made for it.
+        size: (height, width) of the images, in pixels.
+        on_text: called with the text so far while it is written.
+        text: answer or thought, once it is written.
+    """
+
+    request: Request
+    contexts: Contexts
+    noise: Noise
+    seed: int
+    size: tuple[int, int]
+    on_text: Callable[[str], None] | None
+    text: str | None = None
 
 
 class BagelPipeline:
@@ -264,16 +284,17 @@ class BagelPipeline:
     def run(
         self, requests: Sequence[Request], *, cancel: threading.Event | None = None
     ) -> list[Result]:
-        """Answer several requests; their images are denoised together.
+        """Answer several requests; texts are written together, then images denoised together.
 
-        Each result is what the request would give alone, but for rounding: the images may differ
-        in size, settings and contexts. Texts are written one after the other.
+        Each result is what the request would give alone, but for rounding: the requests may
+        differ in everything.
         """
-        prepared = [self.prepare(request, cancel=cancel) for request in requests]
+        readings = [self._read(request, cancel=cancel) for request in requests]
+        self._write(readings, cancel)
+        prepared = [self._prepared(reading) for reading in readings]
         self.denoise([job for each in prepared for job in each.jobs], cancel=cancel)
         return [self.finish(each, cancel=cancel) for each in prepared]
 
-    @torch.no_grad()
     def prepare(
         self,
         request: Request,
@@ -283,59 +304,9 @@ class BagelPipeline:
         noise: Noise | None = None,
     ) -> Prepared:
         """Read a request's prompt and write its text, if any; see `chat` for the arguments."""
-        wants_image = request.output == "image"
-        pictures = [
-            resize(to_rgb(part), self.config.vae_transform)
-            for part in request.parts
-            if not isinstance(part, str)
-        ]
-        height = width = 0
-        if wants_image:
-            last = pictures[-1] if pictures else None
-            height, width = image_size(self.config, request.height, request.width, last)
-        seed = request.seed
-        if seed is None:
-            seed = self.parallel.agree(secrets.randbelow(2**31))
-        noise = noise or Noise(seed)
-
-        settings = request.settings
-        guided = any(settings.guided(settings.timesteps()))
-        contexts = Contexts(
-            self.model,
-            self.tokenizer,
-            needs_no_image=wants_image and guided and settings.cfg_img_scale > 1,
-        )
-        if request.think:
-            contexts.add_system(
-                SYSTEM_PROMPT_GENERATION if wants_image else SYSTEM_PROMPT_UNDERSTANDING
-            )
-        remaining = iter(pictures)
-        for part in request.parts:
-            self._stop_if(cancel)
-            if isinstance(part, str):
-                contexts.add_text(part)
-            else:
-                self._add_picture(contexts, next(remaining), noise, with_vae=wants_image)
-        if request.negative_prompt and wants_image and guided:
-            contexts.add_negative(request.negative_prompt)
-
-        text = None
-        if request.think or not wants_image:
-            text = self._write(contexts, request, noise, on_text, cancel)
-        if not wants_image:
-            return Prepared([], [], text)
-        if text is not None:
-            contexts.add_thought(text)
-        unit = self.config.latent_token_pixels
-        grid = (height // unit, width // unit)
-        seeds = [seed + i for i in range(request.num_images)]
-        sources = [noise, *(Noise(own) for own in seeds[1:])]
-        channels = self.config.latent_token_dim
-        jobs = [
-            ImageJob(contexts, source.normal(grid[0] * grid[1], channels), grid, settings)
-            for source in sources
-        ]
-        return Prepared(jobs, seeds, text)
+        reading = self._read(request, on_text=on_text, cancel=cancel, noise=noise)
+        self._write([reading], cancel)
+        return self._prepared(reading)
 
     def denoise(
         self,
@@ -368,6 +339,113 @@ class BagelPipeline:
             images.append(self._decode(job))
         return Result(tuple(images), tuple(prepared.seeds), prepared.text)
 
+    @torch.no_grad()
+    def _read(
+        self,
+        request: Request,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        cancel: threading.Event | None = None,
+        noise: Noise | None = None,
+    ) -> _Reading:
+        """A request's prompt becomes contexts."""
+        wants_image = request.output == "image"
+        pictures = [
+            resize(to_rgb(part), self.config.vae_transform)
+            for part in request.parts
+            if not isinstance(part, str)
+        ]
+        size = (0, 0)
+        if wants_image:
+            last = pictures[-1] if pictures else None
+            size = image_size(self.config, request.height, request.width, last)
+        seed = request.seed
+        if seed is None:
+            seed = self.parallel.agree(secrets.randbelow(2**31))
+        noise = noise or Noise(seed)
+
+        settings = request.settings
+        guided = any(settings.guided(settings.timesteps()))
+        contexts = Contexts(
+            self.model,
+            self.tokenizer,
+            needs_no_image=wants_image and guided and settings.cfg_img_scale > 1,
+        )
+        if request.think:
+            contexts.add_system(
+                SYSTEM_PROMPT_GENERATION if wants_image else SYSTEM_PROMPT_UNDERSTANDING
+            )
+        remaining = iter(pictures)
+        for part in request.parts:
+            self._stop_if(cancel)
+            if isinstance(part, str):
+                contexts.add_text(part)
+            else:
+                self._add_picture(contexts, next(remaining), noise, with_vae=wants_image)
+        if request.negative_prompt and wants_image and guided:
+            contexts.add_negative(request.negative_prompt)
+        return _Reading(request, contexts, noise, seed, size, on_text)
+
+    def _write(self, readings: Sequence[_Reading], cancel: threading.Event | None) -> None:
+        """Write the texts of requests, answers and thoughts, where there are to be any."""
+        writing = [
+            (reading, self._text_job(reading, cancel))
+            for reading in readings
+            if reading.request.think or reading.request.output == "text"
+        ]
+        generate_texts(
+            self.model,
+            self.tokenizer,
+            [job for _, job in writing],
+            parallel=self.parallel,
+            workspace=self.workspace,
+        )
+        for reading, job in writing:
+            reading.text = self.tokenizer.answer(fed_tokens(self.tokenizer, job))
+
+    def _text_job(self, reading: _Reading, cancel: threading.Event | None) -> TextJob:
+        request = reading.request
+        tokens = [self.tokenizer.bos]
+
+        def token_chosen(token: int) -> None:
+            self._stop_if(cancel)
+            tokens.append(token)
+            # Of `max_text_tokens` chosen tokens the last is not fed, and so not in the answer.
+            if reading.on_text is not None and len(tokens) <= request.max_text_tokens:
+                reading.on_text(self.tokenizer.answer(tokens))
+
+        return TextJob(
+            reading.contexts.main,
+            request.max_text_tokens,
+            request.temperature,
+            reading.noise.generator,
+            token_chosen,
+        )
+
+    @torch.no_grad()
+    def _prepared(self, reading: _Reading) -> Prepared:
+        """A request whose text is written: the images that are left to paint."""
+        request, noise = reading.request, reading.noise
+        if request.output == "text":
+            return Prepared([], [], reading.text)
+        if reading.text is not None:
+            reading.contexts.add_thought(reading.text)
+        unit = self.config.latent_token_pixels
+        grid = (reading.size[0] // unit, reading.size[1] // unit)
+        seeds = [reading.seed + i for i in range(request.num_images)]
+        sources = [noise, *(Noise(own) for own in seeds[1:])]
+        channels = self.config.latent_token_dim
+        jobs = [
+            ImageJob(
+                reading.contexts,
+                source.normal(grid[0] * grid[1], channels),
+                grid,
+                request.settings,
+            )
+            for source in sources
+        ]
+        return Prepared(jobs, seeds, reading.text)
+
     def _add_picture(
         self, contexts: Contexts, picture: Image.Image, noise: Noise, *, with_vae: bool
     ) -> None:
@@ -380,35 +458,6 @@ class BagelPipeline:
             # Pixels, noise and latents stay float32 outside the VAE's convolutions.
             latent = self.model.vae.encode(pixels[None], noise.normal(*shape).to(pixels))[0]
         contexts.add_picture(latent, to_tensor(resize(picture, self.config.vit_transform)))
-
-    def _write(
-        self,
-        contexts: Contexts,
-        request: Request,
-        noise: Noise,
-        on_text: Callable[[str], None] | None,
-        cancel: threading.Event | None,
-    ) -> str:
-        tokens = [self.tokenizer.bos]
-
-        def token_chosen(token: int) -> None:
-            self._stop_if(cancel)
-            tokens.append(token)
-            # Of `max_text_tokens` chosen tokens the last is not fed, and so not in the answer.
-            if on_text is not None and len(tokens) <= request.max_text_tokens:
-                on_text(self.tokenizer.answer(tokens))
-
-        fed = generate_text(
-            self.model,
-            self.tokenizer,
-            contexts.main,
-            max_tokens=request.max_text_tokens,
-            temperature=request.temperature,
-            generator=noise.generator,
-            parallel=self.parallel,
-            on_token=token_chosen,
-        )
-        return self.tokenizer.answer(fed)
 
     def _stop_if(self, cancel: threading.Event | None) -> None:
         # Ranks must stop at the same place, or some would wait for the others for ever.

@@ -10,7 +10,7 @@ from torch import nn
 from bagel_mot.config import BagelConfig
 from bagel_mot.model.attention import Backend, choose_attention
 from bagel_mot.model.embeddings import TimeEmbedder, rope_table
-from bagel_mot.model.layout import KVCache, Layout
+from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
 from bagel_mot.model.transformer import Transformer
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.model.vit import MlpConnector, VisionTransformer
@@ -110,7 +110,9 @@ class Bagel(nn.Module):
         """
         return self.vae2llm(latents.to(self.dtype)) + times + positions
 
-    def forward(self, x: torch.Tensor, layout: Layout, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, layout: Layout | DecodeLayout, cache: KVCache
+    ) -> torch.Tensor:
         """Packed embeddings (M, D) -> final-normed hidden states (M, D); fills `cache`."""
         rope = self.rope_for(layout.positions_end)
         return self.transformer(x, layout, cache, rope, self.attention)

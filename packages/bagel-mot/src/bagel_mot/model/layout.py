@@ -10,6 +10,7 @@ import torch
 from mot_kernels import RoutePlan
 
 if TYPE_CHECKING:
+    from bagel_mot.model.attention import Backend
     from bagel_mot.model.sequence_parallel import Exchange
 
 UND, GEN = 0, 1
@@ -158,6 +159,24 @@ class Layout:
     packed: torch.Tensor
     exchange: Exchange | None = None
 
+    def attend(
+        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
+    ) -> torch.Tensor:
+        """Attention of the rows in one layer.
+
+        Args:
+            q: (M, H, D).
+            own: where K and V of these rows were written; `kv`, or what the exchange gave.
+            kv: (S, 2, Hkv, D), the layer's cache.
+            backend: what computes it.
+
+        Returns:
+            (M, H, D).
+        """
+        if self.exchange is not None:
+            return self.exchange.attend(q, own, kv, backend)
+        return backend.attend(q, kv[:, 0], kv[:, 1], self.spans)
+
     def load(self, blocks: Sequence[Block]) -> None:
         """Take over other blocks' positions and places in the cache.
 
@@ -171,6 +190,38 @@ class Layout:
                 "only blocks of the same shape can take the place of others"
             )
         self.packed.copy_(to_device(host, self.packed.device))
+
+
+@dataclass(frozen=True)
+class DecodeLayout:
+    """One row of each of B texts, which have equal room in the cache, one behind the other.
+
+    Its tensors may change between passes; the rotary table must hold their positions.
+
+    Attributes:
+        positions: (B,) int32, RoPE position of each row.
+        kv_rows: (B,) int32, cache row that each row's K and V are written to.
+        lengths: (B,) int32, rows each text has, this one included.
+        room: cache rows of each text.
+        reach: no length is above it; see `Backend.reach`.
+    """
+
+    positions: torch.Tensor
+    kv_rows: torch.Tensor
+    lengths: torch.Tensor
+    room: int
+    reach: int
+    plan: None = None
+    exchange: None = None
+    positions_end: int = 1
+
+    def attend(
+        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
+    ) -> torch.Tensor:
+        """See `Layout.attend`."""
+        texts = len(self.lengths)
+        k, v = kv[: texts * self.room].unflatten(0, (texts, self.room)).unbind(2)
+        return backend.attend_rows(q, k, v, self.lengths, self.reach)
 
 
 def build_layout(

@@ -14,7 +14,7 @@ from torch import nn
 
 from bagel_mot.config import LlmConfig
 from bagel_mot.model.attention import Backend
-from bagel_mot.model.layout import KVCache, Layout
+from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
 
 
 class Attention(nn.Module):
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,
         residual: torch.Tensor,
-        layout: Layout,
+        layout: Layout | DecodeLayout,
         kv: torch.Tensor,
         rope: torch.Tensor,
         backend: Backend,
@@ -74,10 +74,7 @@ class Attention(nn.Module):
             v_out=own[:, 1],
             kv_rows=own_rows,
         )
-        if layout.exchange is not None:
-            y = layout.exchange.attend(q, own, kv, backend)
-        else:
-            y = backend.attend(q, kv[:, 0], kv[:, 1], layout.spans)
+        y = layout.attend(q, own, kv, backend)
         return self.o(y.flatten(1), layout.plan, epilogue=AddResidual(residual))
 
 
@@ -101,7 +98,9 @@ class MLP(nn.Module):
             prefix=f"{prefix}.down",
         )
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, layout: Layout | DecodeLayout
+    ) -> torch.Tensor:
         """x, residual (M, D) -> residual + MLP output, (M, D)."""
         h = self.gate_up(x, layout.plan, epilogue=SILU_MUL)
         return self.down(h, layout.plan, epilogue=AddResidual(residual))
@@ -120,7 +119,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        layout: Layout,
+        layout: Layout | DecodeLayout,
         kv: torch.Tensor,
         rope: torch.Tensor,
         backend: Backend,
@@ -144,7 +143,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        layout: Layout,
+        layout: Layout | DecodeLayout,
         cache: KVCache,
         rope: torch.Tensor,
         backend: Backend,
