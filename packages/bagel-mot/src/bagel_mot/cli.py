@@ -100,6 +100,10 @@ RenormOption = Annotated[
     typer.Option(help="global, channel or text_channel. Default global, edit: last."),
 ]
 RenormMinOption = Annotated[float | None, typer.Option(help="Least renormalisation. Default 0.")]
+TaylorSeerOption = Annotated[
+    bool | None,
+    typer.Option("--taylorseer", help="Extrapolate most steps: faster, and a little different."),
+]
 
 
 @app.command()
@@ -116,6 +120,7 @@ def generate(
     cfg_interval: IntervalOption = None,
     cfg_renorm_type: RenormOption = None,
     cfg_renorm_min: RenormMinOption = None,
+    taylorseer: TaylorSeerOption = None,
     think: ThinkOption = False,
     max_text_tokens: TokensOption = 1000,
     temperature: TemperatureOption = None,
@@ -169,6 +174,7 @@ def edit(
     cfg_interval: IntervalOption = None,
     cfg_renorm_type: RenormOption = None,
     cfg_renorm_min: RenormMinOption = None,
+    taylorseer: TaylorSeerOption = None,
     think: ThinkOption = False,
     max_text_tokens: TokensOption = 1000,
     temperature: TemperatureOption = None,

@@ -20,7 +20,7 @@ from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.layout import to_device
 from bagel_mot.parallel import ALONE, Parallel
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
-from bagel_mot.stepping import CopyShape, JobShape, StepRunner, StepShape
+from bagel_mot.stepping import CopyShape, JobResult, JobShape, StepRunner, StepShape
 from bagel_mot.tokenizer import BagelTokenizer
 
 # Prefixes have rooms that are multiples of this where attention reads their lengths on the device:
@@ -74,34 +74,44 @@ class Denoising:
         Does not wait for the device, but for the step before the last one. The tensors of the
         `Step`s are overwritten by the next step; `Step.kept` copies them.
         """
-        counts = tuple(len(job.branches_now) for job in self.jobs)
+        counts = [len(job.branches_now) for job in self.jobs]
         if not any(counts):
             return []
         self._pace.wait()
         runner = self._moved_in()
         self._set_controls(runner)
-        results = runner.run(counts, self._contexts, self._token)
+        results = self._results(runner, counts)
         self._pace.note()
         self._made += 1
         steps = []
         for job, view, result in zip(self.jobs, self._views, results, strict=True):
             if result is None:
                 continue
-            t = float(job.timesteps[job.index])
+            index, t = job.index, float(job.timesteps[job.index])
             job.index += 1
             job.latents = view.clone() if job.done else view
-            steps.append(
-                Step(
-                    job,
-                    job.index - 1,
-                    len(job.guided),
-                    t,
-                    job.latents,
-                    result.branches,
-                    result.used,
-                )
-            )
+            total = len(job.guided)
+            steps.append(Step(job, index, total, t, job.latents, result.branches, result.used))
         return steps
+
+    def _results(self, runner: StepRunner, counts: list[int]) -> list[JobResult | None]:
+        """Advance each job by its first `counts` branches, computed or extrapolated."""
+        full = [job.is_full_now for job in self.jobs]
+        computed = tuple(
+            count if is_full else 0 for count, is_full in zip(counts, full, strict=True)
+        )
+        results: list[JobResult | None] = [None] * len(self.jobs)
+        if any(computed):
+            results = list(runner.run(computed, self._contexts, self._token))
+        for i, (job, count) in enumerate(zip(self.jobs, counts, strict=True)):
+            if job.extrapolation is None or not count:
+                continue
+            made = results[i]
+            if made is None:
+                results[i] = runner.advance(i, job.extrapolation.at(job.index, count))
+            else:
+                job.extrapolation.note(job.index, made.branches)
+        return results
 
     def _moved_in(self) -> StepRunner:
         """The runner, with this batch's prefixes in the cache and its latents in the buffer."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bagel_mot.context import Context, Contexts
+from bagel_mot.taylorseer import Extrapolation, TaylorSeer
 
 
 class ImageSettings(BaseModel):
@@ -31,6 +32,8 @@ class ImageSettings(BaseModel):
             over everything ("global"), per token ("channel"), or per token between the text and
             the image guidance ("text_channel").
         cfg_renorm_min: least scale the renormalisation may give, 0..1.
+        taylorseer: compute only some steps in full and extrapolate the others; True stands for
+            the official settings, None or False for no such thing. The images change a little.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -42,6 +45,12 @@ class ImageSettings(BaseModel):
     cfg_interval: tuple[float, float] = (0.4, 1.0)
     cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
     cfg_renorm_min: float = Field(0.0, ge=0, le=1)
+    taylorseer: TaylorSeer | None = None
+
+    @field_validator("taylorseer", mode="before")
+    @classmethod
+    def _official_taylorseer(cls, value: object) -> object:
+        return {True: TaylorSeer(), False: None}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> Self:
@@ -159,6 +168,7 @@ class ImageJob:
             the job is done that may be a buffer which the next step overwrites. Another tensor may
             be put in its place between steps.
         index: steps made.
+        extrapolation: of the velocities between full steps; None without `settings.taylorseer`.
         branches: the contexts whose velocities the guided steps need: main, then (where the
             settings ask for them) without the last text and without pictures.
     """
@@ -182,6 +192,7 @@ class ImageJob:
         self.timesteps = settings.timesteps()
         self.guided = settings.guided(self.timesteps)
         self.index = 0
+        self.extrapolation = Extrapolation(settings.taylorseer) if settings.taylorseer else None
         self.branches = [contexts.main]
         if any(self.guided):
             self.branches.append(contexts.no_text)
@@ -199,3 +210,9 @@ class ImageJob:
         if self.done:
             return []
         return self.branches if self.guided[self.index] else self.branches[:1]
+
+    @property
+    def is_full_now(self) -> bool:
+        """Whether the next step computes the velocities that it needs; it may extrapolate them."""
+        count = len(self.branches_now)
+        return self.extrapolation is None or self.extrapolation.is_full(self.index, count)

@@ -179,6 +179,18 @@ class StepRunner:
         assert selection.call is not None
         return selection.call()
 
+    def advance(self, i: int, branches: tuple[torch.Tensor, ...]) -> JobResult:
+        """Guidance and Euler update of image i with the velocities of its branches."""
+        job = self.shape.jobs[i]
+        dt, text_scale, img_scale, renorm_min = self.controls[i].unbind()
+        used = branches[0]
+        if len(branches) > 1:
+            guidance = Guidance(job.renorm, text_scale, img_scale, renorm_min)
+            v_img = branches[2] if len(branches) > 2 else None
+            used = guide(guidance, branches[0], branches[1], v_img)
+        self.x[job.tokens].sub_(used * dt)
+        return JobResult(branches, used)
+
     def close(self) -> None:
         """Drop all graphs."""
         for selection in self._selections.values():
@@ -193,15 +205,8 @@ class StepRunner:
             if not count:
                 results.append(None)
                 continue
-            dt, text_scale, img_scale, renorm_min = self.controls[i].unbind()
             branches = tuple(velocities[copy] for copy in job.copies[:count])
-            used = branches[0]
-            if count > 1:
-                guidance = Guidance(job.renorm, text_scale, img_scale, renorm_min)
-                v_img = branches[2] if count > 2 else None
-                used = guide(guidance, branches[0], branches[1], v_img)
-            self.x[job.tokens].sub_(used * dt)
-            results.append(JobResult(branches, used))
+            results.append(self.advance(i, branches))
         return tuple(results)
 
     def _velocities(self, selection: _Selection) -> Sequence[torch.Tensor]:
