@@ -227,7 +227,7 @@ def test_text_with_each_backend(attention: str) -> None:
         want = case.tensors["text0.token_ids"].tolist()
         request = Request(request_parts(case), "text", max_text_tokens=limit, seed=0)
         reading = own._read(request)
-        job = own._text_job(reading, None)
+        job = reading.text_job(own.tokenizer, lambda: None)
         generate_texts(own.model, own.tokenizer, [job], workspace=own.workspace)
         fed = fed_tokens(own.tokenizer, job)
         Judge(torch.bfloat16).equal_tokens(fed, want, case.json["texts"][0]["margins"])

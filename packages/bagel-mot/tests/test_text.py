@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -158,6 +161,25 @@ def test_pipeline_used_from_on_token(cpu: BagelPipeline) -> None:
 
     got = alone(cpu, PROMPTS[0], max_tokens=8, workspace=workspace, on_token=interrupt)
     assert got == want
+
+
+def test_workspace_keeps_no_text_alive(cpu: BagelPipeline) -> None:
+    """Nor copies it for whoever comes next, once it is written or given up."""
+    workspace = Workspace(cpu.model)
+
+    def give_up(_token: int) -> None:
+        raise KeyError("enough")
+
+    for on_token in (None, give_up):
+        context = context_of(cpu, PROMPTS[0])
+        job = TextJob(context, 3, on_token=on_token)
+        with suppress(KeyError):
+            generate_texts(cpu.model, cpu.tokenizer, [job], workspace=workspace)
+        assert workspace.on_leave is None
+        gone = weakref.ref(context.cache)
+        del context, job
+        gc.collect()
+        assert gone() is None
 
 
 def test_run_writes_texts_together(cpu: BagelPipeline) -> None:

@@ -82,6 +82,11 @@ class Workspace:
             self._rope = self.model.rope
         return True
 
+    def leave(self, owner: object) -> None:
+        """Say that nothing of `owner` is needed any more."""
+        if self._owner is owner:
+            self._owner = self.on_leave = None
+
     def cache(self, rows: int, kv_heads: int | None = None) -> KVCache:
         """The KV cache, with room for `rows`. What was in it may be gone."""
         if self._cache is None or self._cache.capacity < rows:

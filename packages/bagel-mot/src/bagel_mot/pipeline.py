@@ -7,7 +7,6 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,10 +15,9 @@ from PIL import Image
 
 from bagel_mot import checkpoint
 from bagel_mot.config import BagelConfig
-from bagel_mot.context import Contexts
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
-from bagel_mot.images import resize, to_image, to_rgb, to_tensor, unpatchify
+from bagel_mot.images import to_image, unpatchify
 from bagel_mot.model.attention import choose_attention
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.parallel import (
@@ -29,9 +27,10 @@ from bagel_mot.parallel import (
     start,
     world_size_from_environment,
 )
-from bagel_mot.request import Noise, Part, Request, Result, image_size
+from bagel_mot.reading import Prepared, Reading, read_prompt
+from bagel_mot.request import Noise, Part, Request, Result
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
-from bagel_mot.text import TextJob, fed_tokens, generate_texts
+from bagel_mot.text import fed_tokens, generate_texts
 from bagel_mot.tokenizer import BagelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,56 +39,9 @@ logger = logging.getLogger(__name__)
 # activations of more would only take memory.
 _ROWS_TOGETHER = 16384
 
-# The model's own interface texts for think mode, exactly as it was trained with them.
-SYSTEM_PROMPT_UNDERSTANDING = (
-    "You should first think about the reasoning process in the mind and then provide the user "
-    "with the answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. "
-    "<think> reasoning process here </think> answer here"
-)
-SYSTEM_PROMPT_GENERATION = (
-    "You should first think about the planning process in the mind and then generate the image. "
-    "\nThe planning process is enclosed within <think> </think> tags, i.e. "
-    "<think> planning process here </think> image here"
-)
-
 
 class Cancelled(RuntimeError):
     """The caller's `cancel` event was set; nothing was kept."""
-
-
-@dataclass
-class Prepared:
-    """A request whose prompt has been read (and its text written): images are left to paint.
-
-    Attributes:
-        jobs: one for each image; empty if text was asked for.
-        seeds: the seed of each job.
-        text: answer or thought.
-    """
-
-    jobs: list[ImageJob]
-    seeds: list[int]
-    text: str | None
-
-
-@dataclass
-class _Reading:
-    """A request whose prompt has been read.
-
-    Attributes:
-        request, contexts, noise, seed: the request, and what was made for it.
-        size: (height, width) of the images, in pixels.
-        on_text: called with the text so far while it is written.
-        text: answer or thought, once it is written.
-    """
-
-    request: Request
-    contexts: Contexts
-    noise: Noise
-    seed: int
-    size: tuple[int, int]
-    on_text: Callable[[str], None] | None
-    text: str | None = None
 
 
 class BagelPipeline:
@@ -291,7 +243,7 @@ class BagelPipeline:
         """
         readings = [self._read(request, cancel=cancel) for request in requests]
         self._write(readings, cancel)
-        prepared = [self._prepared(reading) for reading in readings]
+        prepared = [reading.prepared(self.config) for reading in readings]
         self.denoise([job for each in prepared for job in each.jobs], cancel=cancel)
         return [self.finish(each, cancel=cancel) for each in prepared]
 
@@ -306,7 +258,7 @@ class BagelPipeline:
         """Read a request's prompt and write its text, if any; see `chat` for the arguments."""
         reading = self._read(request, on_text=on_text, cancel=cancel, noise=noise)
         self._write([reading], cancel)
-        return self._prepared(reading)
+        return reading.prepared(self.config)
 
     def denoise(
         self,
@@ -339,7 +291,6 @@ class BagelPipeline:
             images.append(self._decode(job))
         return Result(tuple(images), tuple(prepared.seeds), prepared.text)
 
-    @torch.no_grad()
     def _read(
         self,
         request: Request,
@@ -347,51 +298,28 @@ class BagelPipeline:
         on_text: Callable[[str], None] | None = None,
         cancel: threading.Event | None = None,
         noise: Noise | None = None,
-    ) -> _Reading:
+    ) -> Reading:
         """A request's prompt becomes contexts."""
-        wants_image = request.output == "image"
-        pictures = [
-            resize(to_rgb(part), self.config.vae_transform)
-            for part in request.parts
-            if not isinstance(part, str)
-        ]
-        size = (0, 0)
-        if wants_image:
-            last = pictures[-1] if pictures else None
-            size = image_size(self.config, request.height, request.width, last)
         seed = request.seed
         if seed is None:
             seed = self.parallel.agree(secrets.randbelow(2**31))
-        noise = noise or Noise(seed)
-
-        settings = request.settings
-        guided = any(settings.guided(settings.timesteps()))
-        contexts = Contexts(
+        return read_prompt(
             self.model,
             self.tokenizer,
-            needs_no_image=wants_image and guided and settings.cfg_img_scale > 1,
+            self.config,
+            request,
+            seed=seed,
+            noise=noise or Noise(seed),
+            on_text=on_text,
+            stop=lambda: self._stop_if(cancel),
         )
-        if request.think:
-            contexts.add_system(
-                SYSTEM_PROMPT_GENERATION if wants_image else SYSTEM_PROMPT_UNDERSTANDING
-            )
-        remaining = iter(pictures)
-        for part in request.parts:
-            self._stop_if(cancel)
-            if isinstance(part, str):
-                contexts.add_text(part)
-            else:
-                self._add_picture(contexts, next(remaining), noise, with_vae=wants_image)
-        if request.negative_prompt and wants_image and guided:
-            contexts.add_negative(request.negative_prompt)
-        return _Reading(request, contexts, noise, seed, size, on_text)
 
-    def _write(self, readings: Sequence[_Reading], cancel: threading.Event | None) -> None:
+    def _write(self, readings: Sequence[Reading], cancel: threading.Event | None) -> None:
         """Write the texts of requests, answers and thoughts, where there are to be any."""
         writing = [
-            (reading, self._text_job(reading, cancel))
+            (reading, reading.text_job(self.tokenizer, lambda: self._stop_if(cancel)))
             for reading in readings
-            if reading.request.think or reading.request.output == "text"
+            if reading.writes
         ]
         generate_texts(
             self.model,
@@ -402,62 +330,6 @@ class BagelPipeline:
         )
         for reading, job in writing:
             reading.text = self.tokenizer.answer(fed_tokens(self.tokenizer, job))
-
-    def _text_job(self, reading: _Reading, cancel: threading.Event | None) -> TextJob:
-        request = reading.request
-        tokens = [self.tokenizer.bos]
-
-        def token_chosen(token: int) -> None:
-            self._stop_if(cancel)
-            tokens.append(token)
-            # Of `max_text_tokens` chosen tokens the last is not fed, and so not in the answer.
-            if reading.on_text is not None and len(tokens) <= request.max_text_tokens:
-                reading.on_text(self.tokenizer.answer(tokens))
-
-        return TextJob(
-            reading.contexts.main,
-            request.max_text_tokens,
-            request.temperature,
-            reading.noise.generator,
-            token_chosen,
-        )
-
-    @torch.no_grad()
-    def _prepared(self, reading: _Reading) -> Prepared:
-        """A request whose text is written: the images that are left to paint."""
-        request, noise = reading.request, reading.noise
-        if request.output == "text":
-            return Prepared([], [], reading.text)
-        if reading.text is not None:
-            reading.contexts.add_thought(reading.text)
-        unit = self.config.latent_token_pixels
-        grid = (reading.size[0] // unit, reading.size[1] // unit)
-        seeds = [reading.seed + i for i in range(request.num_images)]
-        sources = [noise, *(Noise(own) for own in seeds[1:])]
-        channels = self.config.latent_token_dim
-        jobs = [
-            ImageJob(
-                reading.contexts,
-                source.normal(grid[0] * grid[1], channels),
-                grid,
-                request.settings,
-            )
-            for source in sources
-        ]
-        return Prepared(jobs, seeds, reading.text)
-
-    def _add_picture(
-        self, contexts: Contexts, picture: Image.Image, noise: Noise, *, with_vae: bool
-    ) -> None:
-        latent = None
-        if with_vae:
-            pixels = to_tensor(resize(picture, self.config.vae_transform))
-            pixels = pixels.to(self.model.device)
-            z, down = self.config.vae.z_channels, self.config.vae.downsample
-            shape = (1, z, pixels.shape[1] // down, pixels.shape[2] // down)
-            # Pixels, noise and latents stay float32 outside the VAE's convolutions.
-            latent = self.model.vae.encode(pixels[None], noise.normal(*shape).to(pixels))[0]
-        contexts.add_picture(latent, to_tensor(resize(picture, self.config.vit_transform)))
 
     def _stop_if(self, cancel: threading.Event | None) -> None:
         # Ranks must stop at the same place, or some would wait for the others for ever.

@@ -140,6 +140,16 @@ def _write(
     plain = all(job.temperature is None and job.on_logits is None for job in jobs)
     # What the host chooses, or looks at, must be there before the next step.
     lag = 1 if plain and texts.on_gpu and parallel.config.world_size == 1 else 0
+    try:
+        _write_steps(jobs, texts, lag, tokenizer.eos, parallel)
+    finally:
+        texts.close()
+
+
+def _write_steps(
+    jobs: list[TextJob], texts: _Texts, lag: int, eos: int, parallel: Parallel
+) -> None:
+    """Make steps until all are done; tokens are looked at `lag` steps after they were made."""
     steps = max(job.max_tokens for job in jobs)
     made: deque[_Tokens] = deque()
     for step in range(steps + lag):
@@ -151,7 +161,7 @@ def _write(
         likeliest = made.popleft().read()
         following = list(likeliest)
         for i, job in enumerate(jobs):
-            if job.done(tokenizer.eos):
+            if job.done(eos):
                 continue
             if job.on_logits is not None:
                 job.on_logits(logits[i : i + 1].clone())
@@ -159,7 +169,7 @@ def _write(
             job.chosen.append(following[i])
             if job.on_token is not None:
                 job.on_token(following[i])
-        if all(job.done(tokenizer.eos) for job in jobs):
+        if all(job.done(eos) for job in jobs):
             return
         if following != likeliest:
             texts.replace(following)
@@ -191,6 +201,10 @@ class _Texts:
         """Feed these next, not the likeliest ones."""
         runner = self._moved_in()
         runner.tokens.copy_(to_device(torch.tensor(tokens), runner.tokens.device))
+
+    def close(self) -> None:
+        """Give the workspace up."""
+        self._workspace.leave(self._token)
 
     def _moved_in(self) -> TextRunner:
         workspace, model, count = self._workspace, self._workspace.model, len(self._contexts)

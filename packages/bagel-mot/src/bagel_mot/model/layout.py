@@ -306,8 +306,8 @@ def _spans_over(split: Sequence[Sequence[Segment]], bounds: torch.Tensor) -> tup
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a small host tensor without making the host wait (from pinned memory to a GPU)."""
-    if device.type == "cuda":
+    """Copy a host tensor without making the host wait (from pinned memory to a GPU)."""
+    if device.type == "cuda" and not host.is_cuda:
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
 
