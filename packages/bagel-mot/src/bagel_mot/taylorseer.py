@@ -1,11 +1,11 @@
 """Fewer full steps: velocities between them extrapolated by their Taylor series.
 
 TaylorSeer (Liu et al., arXiv:2503.06923), with the rules and settings of the official BAGEL code.
-What is extrapolated there is the output of every layer; here it is the velocity of every branch.
-Velocities are a linear map of the last hidden states, and so are their extrapolations: it is the
-same as extrapolating those, with 64 numbers a token instead of thousands a layer. An extrapolated
-step then costs a few passes over the latents, and guidance is applied to extrapolated branches
-as to computed ones.
+That one extrapolates features inside the layers; here it is the velocity of every branch.
+Velocities are a linear map of the hidden states after the final norm, and so are their
+extrapolations: it is the same as extrapolating those, with 64 numbers a token instead of thousands a
+layer. An extrapolated step then costs a few passes over the latents, and guidance is applied to
+extrapolated branches as to computed ones.
 """
 
 from __future__ import annotations

@@ -68,6 +68,14 @@ class TextJob:
         probabilities = torch.softmax(logits / self.temperature, dim=-1).cpu()
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
+    def note(self, token: int, logits: torch.Tensor | None) -> None:
+        """Take in the next token, and tell who wants to know."""
+        self.chosen.append(token)
+        if self.on_logits is not None and logits is not None:
+            self.on_logits(logits)
+        if self.on_token is not None:
+            self.on_token(token)
+
 
 @torch.no_grad()
 def generate_text(
@@ -160,15 +168,13 @@ def _write_steps(
             continue
         likeliest = made.popleft().read()
         following = list(likeliest)
-        for i, job in enumerate(jobs):
-            if job.done(eos):
-                continue
-            if job.on_logits is not None:
-                job.on_logits(logits[i : i + 1].clone())
-            following[i] = parallel.agree(job.choose(logits[i], likeliest[i]))
-            job.chosen.append(following[i])
-            if job.on_token is not None:
-                job.on_token(following[i])
+        writing = [i for i, job in enumerate(jobs) if not job.done(eos)]
+        kept = {i: logits[i : i + 1].clone() for i in writing if jobs[i].on_logits is not None}
+        for i in writing:
+            following[i] = parallel.agree(jobs[i].choose(logits[i], likeliest[i]))
+        # Callbacks may use the pipeline, and with it the logits' memory.
+        for i in writing:
+            jobs[i].note(following[i], kept.get(i))
         if all(job.done(eos) for job in jobs):
             return
         if following != likeliest:
