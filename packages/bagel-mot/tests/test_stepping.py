@@ -263,6 +263,14 @@ def test_a_larger_cache_replaces_all(roomy: BagelPipeline) -> None:
     assert workspace.cache(1).capacity > before.capacity
 
 
+def test_cache_of_other_heads(roomy: BagelPipeline) -> None:
+    """Under Ulysses parallelism steps cache fewer heads than texts."""
+    workspace = Workspace(roomy.model)
+    before = workspace.cache(100, 1)
+    assert workspace.cache(50, 1) is before
+    assert workspace.cache(50).kv.shape[3] == roomy.model.kv_heads == 2
+
+
 def test_a_longer_rotary_table_replaces_all(roomy: BagelPipeline) -> None:
     """Graphs read the table they were captured with."""
     model, workspace = roomy.model, Workspace(roomy.model)

@@ -135,10 +135,9 @@ def append_latent(
 ) -> tuple[Context, torch.Tensor]:
     """Append a picture as VAE tokens (time 0) between its markers; see `append_text`."""
     patch = model.config.latent_patch_size
-    height, width = latent.shape[1] // patch, latent.shape[2] // patch
-    grid = to_device(grid_positions(height, width, model.config.latent_grid), model.device)
+    grid = (latent.shape[1] // patch, latent.shape[2] // patch)
     clean = model.embed_times(torch.zeros(1, device=model.device))
-    tokens = model.embed_latents(patchify(latent, patch), clean, model.latent_pos(grid))
+    tokens = model.embed_latents(patchify(latent, patch), clean, grid)
     return _append_picture(model, context, tokens, markers, GEN)
 
 

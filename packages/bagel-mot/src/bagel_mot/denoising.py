@@ -89,7 +89,9 @@ class Denoising:
                 continue
             index, t = job.index, float(job.timesteps[job.index])
             job.index += 1
-            job.latents = view.clone() if job.done else view
+            job.latents = view
+            if job.done:
+                job.finish()
             total = len(job.guided)
             steps.append(Step(job, index, total, t, job.latents, result.branches, result.used))
         return steps

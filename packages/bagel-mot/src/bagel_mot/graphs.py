@@ -88,12 +88,17 @@ class Workspace:
             self._owner = self.on_leave = None
 
     def cache(self, rows: int, kv_heads: int | None = None) -> KVCache:
-        """The KV cache, with room for `rows`. What was in it may be gone."""
-        if self._cache is None or self._cache.capacity < rows:
+        """The KV cache, with room for `rows` of `kv_heads` (default: all of this rank).
+
+        What was in it may be gone.
+        """
+        heads = self.model.kv_heads if kv_heads is None else kv_heads
+        cache = self._cache
+        if cache is None or cache.capacity < rows or cache.kv.shape[3] != heads:
             # All that was made addresses the old one.
             self._forget()
-            self._cache = None
-            self._cache = self.model.new_cache(rows, kv_heads)
+            self._cache = cache = None
+            self._cache = self.model.new_cache(rows, heads)
         return self._cache
 
     def shaped(self, key: Hashable, build: Callable[[], S]) -> S:

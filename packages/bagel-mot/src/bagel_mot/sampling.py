@@ -170,7 +170,7 @@ class ImageJob:
         index: steps made.
         extrapolation: of the velocities between full steps; None without `settings.taylorseer`.
         branches: the contexts whose velocities the guided steps need: main, then (where the
-            settings ask for them) without the last text and without pictures.
+            settings ask for them) without the last text and without pictures. None once it is done.
     """
 
     def __init__(
@@ -210,6 +210,11 @@ class ImageJob:
         if self.done:
             return []
         return self.branches if self.guided[self.index] else self.branches[:1]
+
+    def finish(self) -> None:
+        """Keep nothing but latents of its own: contexts hold gigabytes that decoding may need."""
+        self.latents = self.latents.clone()
+        self.branches, self.extrapolation = [], None
 
     @property
     def is_full_now(self) -> bool:

@@ -1,7 +1,7 @@
 """One denoising step of a batch of images as a fixed computation over fixed memory.
 
 Everything of a step that is alike for all layers or all steps is made beforehand: embeddings of
-all times, rows of the position tables, routing, places in the cache. What is left is the packed
+the times, routing, places in the cache. What is left is the packed
 forward, guidance and Euler update, in one call that a CUDA graph can hold; only what a step needs
 of the schedule is copied into place before it.
 """
@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from bagel_mot.context import Context
 from bagel_mot.graphs import Call, Workspace
-from bagel_mot.images import grid_positions
 from bagel_mot.model.layout import (
     GEN,
     UND,
@@ -146,9 +145,8 @@ class StepRunner:
         self._parallel = parallel
         self._markers = markers
         device, channels = model.device, model.config.latent_token_dim
-        grids = [grid_positions(*job.grid, model.config.latent_grid) for job in shape.jobs]
-        self._positions = model.latent_pos(to_device(torch.cat(grids), device))
-        self.x = torch.zeros(len(self._positions), channels, device=device)
+        tokens = shape.jobs[-1].tokens.stop
+        self.x = torch.zeros(tokens, channels, device=device)
         self.times = markers.new_zeros(len(shape.jobs), markers.shape[1])
         self.controls = torch.zeros(len(shape.jobs), CONTROLS, device=device)
         self._selections: dict[tuple[int, ...], _Selection] = {}
@@ -242,8 +240,8 @@ class StepRunner:
 
     def _embedded(self, i: int) -> torch.Tensor:
         """Input embeddings of an image's latent tokens, (N, D)."""
-        own = self.shape.jobs[i].tokens
-        return self._model.embed_latents(self.x[own], self.times[i : i + 1], self._positions[own])
+        job = self.shape.jobs[i]
+        return self._model.embed_latents(self.x[job.tokens], self.times[i : i + 1], job.grid)
 
 
 @dataclass(frozen=True)

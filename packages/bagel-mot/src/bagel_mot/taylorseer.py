@@ -3,8 +3,8 @@
 TaylorSeer (Liu et al., arXiv:2503.06923), with the rules and settings of the official BAGEL code.
 That one extrapolates features inside the layers; here it is the velocity of every branch.
 Velocities are a linear map of the hidden states after the final norm, and so are their
-extrapolations: it is the same as extrapolating those, with 64 numbers a token instead of thousands a
-layer. An extrapolated step then costs a few passes over the latents, and guidance is applied to
+extrapolations: it is the same as extrapolating those, with 64 numbers a token instead of thousands
+a layer. An extrapolated step then costs a few passes over the latents, and guidance is applied to
 extrapolated branches as to computed ones.
 """
 

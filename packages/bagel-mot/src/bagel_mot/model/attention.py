@@ -120,10 +120,7 @@ class _Flash(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span]
     ) -> torch.Tensor:
-        outputs = [self._attend_span(q[span.packed_rows], k, v, span) for span in spans]
-        if not outputs:
-            return torch.empty_like(q)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return _joined(q, [self._attend_span(q[s.packed_rows], k, v, s) for s in spans])
 
     def _attend_span(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span
@@ -192,14 +189,15 @@ class Sdpa(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span]
     ) -> torch.Tensor:
-        out = torch.empty_like(q)
-        for span in spans:
-            start = span.first_row
-            for segment in span.segments:
-                rows = slice(start, start + segment.rows)
-                out[rows] = self._attend_segment(q[rows], k, v, segment)
-                start = rows.stop
-        return out
+        segments = [segment for span in spans for segment in span.segments]
+        queries = q.split([segment.rows for segment in segments])
+        return _joined(
+            q,
+            [
+                self._attend_segment(own, k, v, segment)
+                for own, segment in zip(queries, segments, strict=True)
+            ],
+        )
 
     def _attend_segment(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment
@@ -412,6 +410,13 @@ def _why_not_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     except RuntimeError as error:
         return f"cuDNN refuses: {str(error).splitlines()[0]}"
     return None
+
+
+def _joined(q: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What was attended for consecutive rows of q, in one; without a copy where it is one."""
+    if not outputs:
+        return torch.empty_like(q)
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -96,19 +96,30 @@ class Bagel(nn.Module):
         return self.time_embedder(t)
 
     def embed_latents(
-        self, latents: torch.Tensor, times: torch.Tensor, positions: torch.Tensor
+        self, latents: torch.Tensor, times: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
         """Latent tokens become input embeddings.
 
         Args:
-            latents: (n, 64).
+            latents: (n, 64), row by row over the grid.
             times: (n, D) or (1, D), from `embed_times`.
-            positions: (n, D), rows of `latent_pos`.
+            grid: (h, w), n = h * w.
 
         Returns:
             (n, D).
+
+        Raises:
+            ValueError: the grid is larger than the position table's.
         """
-        return self.vae2llm(latents.to(self.dtype)) + times + positions
+        side = self.config.latent_grid
+        if max(grid) > side:
+            raise ValueError(
+                f"grid is {grid[0]} x {grid[1]}, but the position table holds {side} x {side}"
+            )
+        tokens = self.vae2llm(latents.to(self.dtype)) + times
+        # A view of the table, which holds the rows of a square grid: nothing is gathered.
+        positions = self.latent_pos.weight.unflatten(0, (side, side))[: grid[0], : grid[1]]
+        return (tokens.unflatten(0, grid) + positions).flatten(0, 1)
 
     def forward(
         self, x: torch.Tensor, layout: Layout | DecodeLayout, cache: KVCache

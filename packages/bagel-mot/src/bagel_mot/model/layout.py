@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 UND, GEN = 0, 1
 
+# Rows that a cache is grown by at most, beyond what is needed.
+_SPARE = 2048
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -352,15 +355,15 @@ class KVCache:
     def grown(self, capacity: int, used: int) -> KVCache:
         """A cache with room for `capacity` rows holding the first `used` of this one.
 
-        Returns self if there is room. Otherwise at least doubles, so that appending n rows one
-        by one copies O(n) rows in all.
+        Returns self if there is room. Otherwise it gets as much again, up to `_SPARE` rows: texts
+        append few rows at a time, and a prompt of pictures is not to take twice its memory.
         """
         if capacity <= self.capacity:
             return self
         layers, _, _, kv_heads, head_dim = self.kv.shape
         larger = KVCache(
             layers,
-            max(capacity, 2 * self.capacity),
+            max(capacity, self.capacity + min(self.capacity, _SPARE)),
             kv_heads,
             head_dim,
             dtype=self.kv.dtype,
