@@ -97,9 +97,9 @@ class Workspace:
         if cache is None or cache.capacity < rows or cache.kv.shape[3] != heads:
             # All that was made addresses the old one.
             self._forget()
-            self._cache = cache = None
-            self._cache = self.model.new_cache(rows, heads)
-        return self._cache
+            self._cache = cache = None  # before there is a new one
+            self._cache = cache = self.model.new_cache(rows, heads)
+        return cache
 
     def shaped(self, key: Hashable, build: Callable[[], S]) -> S:
         """What `build` made for this key, if it is still kept; else what it makes now.
