@@ -241,9 +241,7 @@ class BagelPipeline:
         Each result is what the request would give alone, but for rounding: the requests may
         differ in everything.
         """
-        readings = [self._read(request, cancel=cancel) for request in requests]
-        self._write(readings, cancel)
-        prepared = [reading.prepared(self.config) for reading in readings]
+        prepared = self._prepared([self._read(each, cancel=cancel) for each in requests], cancel)
         self.denoise([job for each in prepared for job in each.jobs], cancel=cancel)
         return [self.finish(each, cancel=cancel) for each in prepared]
 
@@ -257,8 +255,8 @@ class BagelPipeline:
     ) -> Prepared:
         """Read a request's prompt and write its text, if any; see `chat` for the arguments."""
         reading = self._read(request, on_text=on_text, cancel=cancel, noise=noise)
-        self._write([reading], cancel)
-        return reading.prepared(self.config)
+        (prepared,) = self._prepared([reading], cancel)
+        return prepared
 
     def denoise(
         self,
@@ -314,8 +312,10 @@ class BagelPipeline:
             stop=lambda: self._stop_if(cancel),
         )
 
-    def _write(self, readings: Sequence[Reading], cancel: threading.Event | None) -> None:
-        """Write the texts of requests, answers and thoughts, where there are to be any."""
+    def _prepared(
+        self, readings: Sequence[Reading], cancel: threading.Event | None
+    ) -> list[Prepared]:
+        """Write the texts that are to be written, answers and thoughts, together."""
         writing = [
             (reading, reading.text_job(self.tokenizer, lambda: self._stop_if(cancel)))
             for reading in readings
@@ -330,6 +330,7 @@ class BagelPipeline:
         )
         for reading, job in writing:
             reading.text = self.tokenizer.answer(fed_tokens(self.tokenizer, job))
+        return [reading.prepared(self.config) for reading in readings]
 
     def _stop_if(self, cancel: threading.Event | None) -> None:
         # Ranks must stop at the same place, or some would wait for the others for ever.

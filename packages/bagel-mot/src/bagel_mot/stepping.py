@@ -194,6 +194,7 @@ class StepRunner:
         for selection in self._selections.values():
             if selection.call is not None:
                 selection.call.drop()
+            selection.call = None  # it refers to the selection, and to the cache
         self._selections.clear()
 
     def _step(self, selection: _Selection) -> Results:

@@ -379,8 +379,9 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         return None
     if device.type != "cuda":
         return f"it needs a GPU, and the device is {device}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0) or (name == "fa3" and capability >= (10, 0)):
+        return f"it has no kernels for compute capability {capability[0]}.{capability[1]}"
     backend, dtypes, widest = BACKENDS[name], [torch.bfloat16, torch.float16], 128
     if issubclass(backend, _Flash):
         try:
