@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden_data import GOLDEN, relative_error
+from golden_data import GOLDEN, Judge, relative_error
+from golden_requests import paint_and_judge
 from torch import Tensor
+from traced import TracingWorkspace
 
 from bagel_mot import graphs
 from bagel_mot.context import Contexts
@@ -373,3 +375,58 @@ def test_failure_to_capture_is_an_error(capturing: Workspace) -> None:
 def test_math_is_what_gives_rooms(roomy: BagelPipeline) -> None:
     """The tests above would show nothing with a backend that bakes lengths in."""
     assert isinstance(roomy.model.attention, Math) and roomy.model.attention.device_lengths
+
+
+# --- replayed, with traces in place of CUDA graphs
+
+
+@pytest.mark.parametrize("backend", ["math", "sdpa"])
+def test_replays_are_what_is_called(roomy: BagelPipeline, cpu: BagelPipeline, backend: str) -> None:
+    """Nothing that differs between requests of a shape is baked into its graph."""
+    pipeline = roomy if backend == "math" else cpu
+    workspace = TracingWorkspace(pipeline.model)
+    other_scales = {"cfg_text_scale": 7.0, "cfg_renorm_min": 0.3, "timestep_shift": 2.0}
+    requests = [
+        ("a fox", 0, GUIDED),
+        ("a cat", 1, GUIDED.model_copy(update={"num_timesteps": 9})),
+        ("a red fox in the snow, seen from afar", 2, GUIDED),
+        ("an owl", 3, GUIDED.model_copy(update=other_scales)),
+        ("a fox", 0, GUIDED),
+    ]
+    for text, seed, settings in requests:
+        got = paint(pipeline, text, seed, settings=settings, workspace=workspace)
+        assert_close(got, paint(pipeline, text, seed, settings=settings))
+    # Guided and unguided steps; where lengths are baked in, for each length.
+    assert len(workspace.traces) == 2 if backend == "math" else len(workspace.traces) > 2
+    assert all(trace.replays >= 1 for trace in workspace.traces)
+    assert sum(trace.replays for trace in workspace.traces) >= 10
+
+
+def test_batches_in_turn_replayed(roomy: BagelPipeline) -> None:
+    workspace = TracingWorkspace(roomy.model)
+    texts = ("a fox", "a red cat on a mat")
+    for _ in range(2):
+        jobs = [
+            ImageJob(contexts_of(roomy, text), noise_of(i), GRID, GUIDED)
+            for i, text in enumerate(texts)
+        ]
+        batches = [
+            Denoising(roomy.model, roomy.tokenizer, [job], workspace=workspace) for job in jobs
+        ]
+        while not all(job.done for job in jobs):
+            for batch in batches:
+                batch.step()
+        for i, (job, text) in enumerate(zip(jobs, texts, strict=True)):
+            assert_close(job.latents, paint(roomy, text, i))
+    assert len(workspace.traces) == 1  # all their steps are guided
+
+
+@pytest.mark.parametrize("name", ["a2", "b1"])
+def test_golden_image_replayed(roomy: BagelPipeline, name: str) -> None:
+    """A recorded request, from the second time on replayed from its first step."""
+    own = BagelPipeline(roomy.model, roomy.tokenizer)
+    own.workspace = workspace = TracingWorkspace(roomy.model)
+    for _ in range(2):
+        paint_and_judge(own, Judge(torch.float32), GOLDEN.case(name))
+    steps = GOLDEN.case(name).json["params"]["num_timesteps"] - 1
+    assert sum(trace.replays for trace in workspace.traces) >= 2 * steps - 2

@@ -12,6 +12,7 @@ import torch
 from golden_data import GOLDEN, relative_error
 from test_context import forwards
 from torch import Tensor
+from traced import TracingWorkspace
 
 from bagel_mot import text as text_module
 from bagel_mot.context import Context, Contexts, append_text
@@ -195,3 +196,18 @@ def test_run_writes_texts_together(cpu: BagelPipeline) -> None:
 
 def test_no_texts() -> None:
     generate_texts(None, None, [], workspace=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_replays_are_what_is_called(either: BagelPipeline, together: int) -> None:
+    """Prompts, lengths and neighbours are not baked into a graph."""
+    workspace = TracingWorkspace(either.model)
+    for i in range(5):
+        prompts = [PROMPTS[(i + j) % 4] for j in range(together)]
+        jobs = [TextJob(context_of(either, prompt), 20) for prompt in prompts]
+        generate_texts(either.model, either.tokenizer, jobs, workspace=workspace)
+        for job, prompt in zip(jobs, prompts, strict=True):
+            assert fed_tokens(either.tokenizer, job) == alone(either, prompt, max_tokens=20)
+    # SDPA looks at 256 or at 512 rows.
+    assert len(workspace.traces) == (1 if either.model.attention.device_lengths else 2)
+    assert sum(trace.replays for trace in workspace.traces) >= 20
