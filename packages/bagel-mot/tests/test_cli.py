@@ -220,6 +220,13 @@ def test_inspect() -> None:
     assert result.stderr == ""
 
 
+def test_inspect_says_which_attention_runs() -> None:
+    """And why, on this machine."""
+    lines = succeed("inspect", "--model", CHECKPOINT).stdout.splitlines()
+    (line,) = [line for line in lines if "attention, on this machine" in line]
+    assert re.search(r"(fa3|fa2|cudnn|sdpa) \(the fastest for bfloat16 on (cpu|cuda)", line)
+
+
 def test_inspect_dtype() -> None:
     """Memory is what the model would take in that dtype."""
 

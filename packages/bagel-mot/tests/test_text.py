@@ -86,6 +86,16 @@ def test_together_as_alone(cpu: BagelPipeline) -> None:
         assert 1 <= len(job.chosen) <= limit
 
 
+def test_three_texts_are_written_as_four(cpu: BagelPipeline) -> None:
+    """Numbers of texts are rounded up to powers of two; nobody sees the text that is too many."""
+    jobs = [TextJob(context_of(cpu, prompt), 6) for prompt in PROMPTS[:3]]
+    with forwards(cpu.model) as calls:
+        generate_texts(cpu.model, cpu.tokenizer, jobs)
+    assert set(calls) == {4}
+    for job, prompt in zip(jobs, PROMPTS, strict=False):
+        assert fed_tokens(cpu.tokenizer, job) == alone(cpu, prompt, max_tokens=6)
+
+
 def test_a_text_that_is_done_does_not_run_into_its_neighbour(
     cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

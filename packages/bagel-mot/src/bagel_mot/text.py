@@ -25,7 +25,7 @@ from bagel_mot.tokenizer import BagelTokenizer
 _ROOM_STEP = 1024
 # Cache rows of the texts that are written together (of the 7B model, 2 GiB).
 _ROWS_TOGETHER = 40_000
-_TEXTS_TOGETHER = 16
+_TEXTS_TOGETHER = 16  # a power of two
 
 
 @dataclass(eq=False)
@@ -128,8 +128,13 @@ def generate_texts(
     waiting = deque(sorted(jobs, key=lambda job: -job.rows))
     while waiting:
         room = _room(waiting[0])
-        count = max(1, min(_ROWS_TOGETHER // room, _TEXTS_TOGETHER, len(waiting)))
-        _write([waiting.popleft() for _ in range(count)], room, tokenizer, parallel, workspace)
+        most = min(max(_ROWS_TOGETHER // room, 1), _TEXTS_TOGETHER)
+        most = 1 << (most.bit_length() - 1)
+        together = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+        # A power of two: texts that nobody wants cost less than a graph for every number.
+        spare = (1 << (len(together) - 1).bit_length()) - len(together)
+        together += [TextJob(together[0].context, max_tokens=0)] * spare
+        _write(together, room, tokenizer, parallel, workspace)
 
 
 def _room(job: TextJob) -> int:

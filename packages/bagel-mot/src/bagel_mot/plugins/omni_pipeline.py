@@ -132,7 +132,7 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
             self.bagel,
             self.tokenizer,
             self._parallel,
-            cuda_graphs=not getattr(od_config, "enforce_eager", False),
+            cuda_graphs=not od_config.enforce_eager,
         )
         self._together: Denoising | None = None
         self.setup_diffusion_pipeline_profiler(
