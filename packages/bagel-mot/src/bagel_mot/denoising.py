@@ -94,6 +94,8 @@ class Denoising:
                 job.finish()
             total = len(job.guided)
             steps.append(Step(job, index, total, t, job.latents, result.branches, result.used))
+        if all(job.done for job in self.jobs):
+            self._workspace.leave(self._token)
         return steps
 
     def _results(self, runner: StepRunner, counts: list[int]) -> list[JobResult | None]:
@@ -123,7 +125,10 @@ class Denoising:
             heads = slice(0, self.model.kv_heads)
             if self.parallel.sp is not None:
                 heads = self.parallel.sp.cached_heads(self.model.kv_heads)
+            self._runner = None  # an outgrown cache is to go before there is a larger one
             cache = workspace.cache(shape.cache_rows, heads.stop - heads.start)
+            if self.model.attention.needs_finite_rows:
+                cache.kv.zero_()  # others may have left anything
             self._runner = workspace.shaped(
                 shape,
                 lambda: StepRunner(workspace, self._marker_rows(), shape, cache, self.parallel),

@@ -46,10 +46,13 @@ class Backend(ABC):
         name: what `choose_attention` calls it.
         device_lengths: whether `attend` reads the lengths of prefixes from the device, so that
             they may change between replays of a CUDA graph.
+        needs_finite_rows: whether rows behind a segment's must be finite in the cache. Kernels
+            that load whole tiles of K and V multiply those rows by 0, and 0 * NaN is NaN.
     """
 
     name: ClassVar[str]
     device_lengths: ClassVar[bool]
+    needs_finite_rows: ClassVar[bool] = False
 
     @abstractmethod
     def attend(
@@ -100,6 +103,7 @@ class _Flash(Backend):
     """What the two FlashAttention packages have in common."""
 
     device_lengths = True
+    needs_finite_rows = True
     modules: ClassVar[tuple[str, ...]]
 
     def __init__(self) -> None:

@@ -72,7 +72,7 @@ class Bagel(nn.Module):
         return heads
 
     def new_cache(self, capacity: int, kv_heads: int | None = None) -> KVCache:
-        """An uninitialised KV cache with room for `capacity` rows of `kv_heads` (default: all)."""
+        """A KV cache of zeros with room for `capacity` rows of `kv_heads` (default: all)."""
         return KVCache(
             len(self.transformer.layers),
             capacity,

@@ -335,7 +335,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (layers, capacity, 2, kv_heads, head_dim)
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        # Not empty: see `Backend.needs_finite_rows`.
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def k(self) -> torch.Tensor:
