@@ -232,6 +232,7 @@ class _Texts:
             rows.copy_(self._saved[0])
             runner.tokens.copy_(self._saved[1])
             runner.places.copy_(self._saved[2])
+            self._saved = None
         else:
             rows.zero_()  # masked attention multiplies what nobody wrote by 0, and 0 * NaN is NaN
             for i, context in enumerate(self._contexts):
@@ -311,7 +312,7 @@ class _Tokens:
         if tokens.is_cuda:
             self._host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
             self._host.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event(blocking=True)
             self._event.record(torch.cuda.current_stream(tokens.device))
         else:
             self._host = tokens.clone()
