@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from mot_kernels import SILU_MUL, AddResidual, mot_qk_norm_rope
+import torch.nn.functional as F
+from mot_kernels import SILU_MUL, AddResidual, RoutePlan, mot_qk_norm_rope, mot_rms_norm
 from mot_layers import (
     MoTMergedColumnParallelLinear,
     MoTQKVParallelLinear,
@@ -50,13 +51,13 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         layout: Layout | DecodeLayout,
         kv: torch.Tensor,
         rope: torch.Tensor,
         backend: Backend,
     ) -> torch.Tensor:
-        """x, residual (M, D) -> residual + attention output, (M, D)."""
+        """x (M, D) -> attention output, plus the residual (M, D) if there is one; (M, D)."""
         own, own_rows = kv, layout.kv_rows
         if layout.exchange is not None:
             own, own_rows = layout.exchange.place(kv, layout.kv_rows, self.qkv.num_kv_heads)
@@ -75,11 +76,12 @@ class Attention(nn.Module):
             kv_rows=own_rows,
         )
         y = layout.attend(q, own, kv, backend)
-        return self.o(y.flatten(1), layout.plan, epilogue=AddResidual(residual))
+        epilogue = None if residual is None else AddResidual(residual)
+        return self.o(y.flatten(1), layout.plan, epilogue=epilogue)
 
 
 class MLP(nn.Module):
-    """SwiGLU, the activation in the first projection's epilogue."""
+    """SwiGLU; where rows are routed, the activation is in the first projection's epilogue."""
 
     def __init__(self, config: LlmConfig, prefix: str) -> None:
         super().__init__()
@@ -102,7 +104,12 @@ class MLP(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor, layout: Layout | DecodeLayout
     ) -> torch.Tensor:
         """x, residual (M, D) -> residual + MLP output, (M, D)."""
-        h = self.gate_up(x, layout.plan, epilogue=SILU_MUL)
+        if layout.plan is None:
+            # Rounded between the two, unlike in an epilogue, but half the passes over memory.
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            h = F.silu(gate).mul_(up)
+        else:
+            h = self.gate_up(x, layout.plan, epilogue=SILU_MUL)
         return self.down(h, layout.plan, epilogue=AddResidual(residual))
 
 
@@ -125,9 +132,17 @@ class DecoderLayer(nn.Module):
         backend: Backend,
     ) -> torch.Tensor:
         """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache."""
-        h = self.input_norm(x, layout.plan)
-        x = self.attn(h, x, layout, kv, rope, backend)
-        return self.mlp(self.post_norm(x, layout.plan), x, layout)
+        h = _normed(self.input_norm, x, layout.plan)
+        if layout.plan is None:
+            # Dense products have no epilogues: the residual joins in the norm.
+            h = self.attn(h, None, layout, kv, rope, backend)
+            h, x = mot_rms_norm(
+                h, self.post_norm.stacked_weight, eps=self.post_norm.variance_epsilon, residual=x
+            )
+        else:
+            x = self.attn(h, x, layout, kv, rope, backend)
+            h = _normed(self.post_norm, x, layout.plan)
+        return self.mlp(h, x, layout)
 
 
 class Transformer(nn.Module):
@@ -162,4 +177,9 @@ class Transformer(nn.Module):
         """
         for i, layer in enumerate(self.layers):
             x = layer(x, layout, cache.kv[i], rope, backend)
-        return self.norm(x, layout.plan)
+        return _normed(self.norm, x, layout.plan)
+
+
+def _normed(norm: MoTRMSNorm, x: torch.Tensor, plan: RoutePlan | None) -> torch.Tensor:
+    """One launch, also where all rows are und: vLLM's own forward may be written out in torch."""
+    return mot_rms_norm(x, norm.stacked_weight, plan, eps=norm.variance_epsilon)
