@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -430,3 +431,20 @@ def test_golden_image_replayed(roomy: BagelPipeline, name: str) -> None:
         paint_and_judge(own, Judge(torch.float32), GOLDEN.case(name))
     steps = GOLDEN.case(name).json["params"]["num_timesteps"] - 1
     assert sum(trace.replays for trace in workspace.traces) >= 2 * steps - 2
+
+
+def test_what_a_step_launches(cpu: BagelPipeline) -> None:
+    """Seven routed operators and attention a layer; few others, however many layers there are."""
+    workspace = TracingWorkspace(cpu.model)
+    paint(cpu, "a fox", workspace=workspace)
+    launches = workspace.traces[0].launches()
+    layers = cpu.config.llm.num_hidden_layers
+    routed = Counter(name for name in launches if name.startswith("mot."))
+    assert routed == {
+        "mot.rms_norm_.default": 2 * layers + 1,
+        "mot.linear_.default": 4 * layers,
+        "mot.qk_norm_rope_.default": layers,
+    }
+    others = [name for name in launches if not name.startswith("mot.")]
+    # Of SDPA a call for each of two branches, and one to join them.
+    assert len(others) <= 3 * layers + 19, others

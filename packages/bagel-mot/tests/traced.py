@@ -43,6 +43,16 @@ class Trace:
             self.result = body()
         self._calls = recorder.calls
 
+    def launches(self) -> list[str]:
+        """Names of the operators that compute something: no views, no allocations."""
+
+        def is_view(func: Any) -> bool:
+            returned = [value.alias_info for value in func._schema.returns]
+            return any(alias is not None and not alias.is_write for alias in returned)
+
+        names = [str(func) for func, *_ in self._calls if not is_view(func)]
+        return [name for name in names if ".empty" not in name and ".new_empty" not in name]
+
     def replay(self) -> None:
         self.replays += 1
         if self.replays == 1:
