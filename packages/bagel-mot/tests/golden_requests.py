@@ -31,7 +31,7 @@ def pipeline_for(pipeline: BagelPipeline, case: GoldenCase) -> BagelPipeline:
     limits = {name: case.json[name] for name in ("vae_transform", "vit_transform")}
     changed = type(pipeline.config).model_validate(pipeline.config.model_dump() | limits)
     own = BagelPipeline(pipeline.model, pipeline.tokenizer, pipeline.parallel)
-    own.config = changed
+    own.config, own.workspace = changed, pipeline.workspace
     return own
 
 

@@ -79,6 +79,8 @@ def as_options(settings: dict[str, Any]) -> list[str]:
     """A PNG's settings as command line options."""
     options = []
     for name, value in settings.items():
+        if value is None:
+            continue
         values = value if isinstance(value, list) else [value]
         options += [f"--{name.replace('_', '-')}", *map(str, values)]
     return options
@@ -118,12 +120,23 @@ def test_generate_metadata_makes_it_again() -> None:
         "cfg_interval": [0.2, 0.9],
         "cfg_renorm_type": "channel",
         "cfg_renorm_min": 0.1,
+        "taylorseer": None,
     }
     size = ["--height", "64", "--width", "64"]
     again = [first["prompt"], *ON_CPU, *size, "--seed", first["seed"], *as_options(settings)]
     succeed("generate", *again, "-o", "two.png")
     assert_same_picture(opened("two.png"), opened("one.png"))
     assert metadata(Path("two.png")) == first
+
+
+def test_generate_with_taylorseer(cpu: BagelPipeline) -> None:
+    options = ["--num-timesteps", "9", "--taylorseer", "--no-cuda-graphs"]
+    succeed("generate", "a fox", *SMALL, *options, "--seed", "1", "-o", "fox.png")
+    settings = json.loads(metadata(Path("fox.png"))["settings"])
+    assert settings["taylorseer"] == {"interval": 3, "max_order": 6, "first_full": 5}
+    quick = ImageSettings(num_timesteps=9, taylorseer=True)
+    want = cpu.generate("a fox", height=64, width=64, settings=quick, seed=1)
+    assert_same_picture(opened("fox.png"), want.image)
 
 
 def test_generate_several(cpu: BagelPipeline) -> None:
@@ -205,6 +218,13 @@ def test_inspect() -> None:
     # Keys and values, 3 layers, 2 heads of 16 numbers of 2 bytes.
     assert rows["KV cache, a token"].split("│")[2].strip() == "384 bytes"
     assert result.stderr == ""
+
+
+def test_inspect_says_which_attention_runs() -> None:
+    """And why, on this machine."""
+    lines = succeed("inspect", "--model", CHECKPOINT).stdout.splitlines()
+    (line,) = [line for line in lines if "attention, on this machine" in line]
+    assert re.search(r"(fa3|fa2|cudnn|sdpa) \(the fastest for bfloat16 on (cpu|cuda)", line)
 
 
 def test_inspect_dtype() -> None:
@@ -474,7 +494,7 @@ ASK = ["ask", "What is this?", *ON_CPU]
         ),
         pytest.param(
             [*GENERATE, "--attention", "fa9"],
-            r"attention is 'fa9'; known backends are sdpa, math",
+            r"attention is 'fa9'; known backends are fa3, fa2, cudnn, sdpa, math",
             id="attention",
         ),
         pytest.param(

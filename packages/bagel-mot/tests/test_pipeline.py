@@ -788,7 +788,9 @@ def test_bad_call(
         pytest.param({"device": "banana"}, "device is 'banana'; expected", id="device"),
         pytest.param({"device": "cpu:x"}, "device is 'cpu:x'; expected", id="device-index"),
         pytest.param(
-            {"attention": "fa9"}, "attention is 'fa9'; known backends are sdpa", id="attention"
+            {"attention": "fa9"},
+            "attention is 'fa9'; known backends are fa3, fa2, cudnn, sdpa",
+            id="attention",
         ),
     ],
 )

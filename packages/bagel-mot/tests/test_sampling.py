@@ -82,6 +82,7 @@ def test_settings_defaults() -> None:
         "timestep_shift": 3.0,
         "cfg_text_scale": 4.0,
         "cfg_renorm_min": 0.0,
+        "taylorseer": None,
     }
     text_to_image = {
         "cfg_img_scale": 1.0,

@@ -42,7 +42,16 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32."),
 ]
-AttentionOption = Annotated[str | None, typer.Option(help="Attention backend: sdpa or math.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention: fa3, fa2, cudnn, sdpa or math. Default: the fastest; see inspect."
+    ),
+]
+GraphsOption = Annotated[
+    bool,
+    typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, launch each step as one."),
+]
 TpOption = Annotated[int, typer.Option(help="Tensor parallel ranks.")]
 SpOption = Annotated[
     str | None,
@@ -91,6 +100,10 @@ RenormOption = Annotated[
     typer.Option(help="global, channel or text_channel. Default global, edit: last."),
 ]
 RenormMinOption = Annotated[float | None, typer.Option(help="Least renormalisation. Default 0.")]
+TaylorSeerOption = Annotated[
+    bool | None,
+    typer.Option("--taylorseer", help="Extrapolate most steps: faster, and a little different."),
+]
 
 
 @app.command()
@@ -107,6 +120,7 @@ def generate(
     cfg_interval: IntervalOption = None,
     cfg_renorm_type: RenormOption = None,
     cfg_renorm_min: RenormMinOption = None,
+    taylorseer: TaylorSeerOption = None,
     think: ThinkOption = False,
     max_text_tokens: TokensOption = 1000,
     temperature: TemperatureOption = None,
@@ -116,6 +130,7 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
     cfg_parallel: CfgParallelOption = 1,
@@ -131,7 +146,7 @@ def generate(
             settings,
             output,
             overwrite,
-            Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc),
+            Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc),
             height=height,
             width=width,
             think=think,
@@ -159,6 +174,7 @@ def edit(
     cfg_interval: IntervalOption = None,
     cfg_renorm_type: RenormOption = None,
     cfg_renorm_min: RenormMinOption = None,
+    taylorseer: TaylorSeerOption = None,
     think: ThinkOption = False,
     max_text_tokens: TokensOption = 1000,
     temperature: TemperatureOption = None,
@@ -168,6 +184,7 @@ def edit(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
     cfg_parallel: CfgParallelOption = 1,
@@ -183,7 +200,7 @@ def edit(
             settings,
             output,
             overwrite,
-            Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc),
+            Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc),
             height=height,
             width=width,
             think=think,
@@ -208,6 +225,7 @@ def ask(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
     cfg_parallel: CfgParallelOption = 1,
@@ -227,7 +245,7 @@ def ask(
             temperature=temperature,
             seed=seed,
         )
-        place = Place(model, device, dtype, attention, tp, sp, cfg_parallel, nproc)
+        place = Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc)
         place.start_ranks()
         answer = place.load().ask(
             pictures,
@@ -299,6 +317,7 @@ class Place:
     device: str | None
     dtype: str | None
     attention: str | None
+    cuda_graphs: bool
     tp: int
     sp: str | None
     cfg_parallel: int
@@ -347,6 +366,7 @@ class Place:
                 device=self.device,
                 dtype=dtype,
                 attention=self.attention,
+                cuda_graphs=self.cuda_graphs,
                 parallel=ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel),
                 on_tensor=lambda _, elements: advance(elements),
             )

@@ -14,7 +14,7 @@ import torch
 
 from bagel_mot.images import grid_positions, patchify
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import GEN, UND, Block, KVCache, Segment, build_layout
+from bagel_mot.model.layout import GEN, UND, Block, KVCache, Segment, build_layout, to_device
 from bagel_mot.tokenizer import BagelTokenizer
 
 
@@ -124,7 +124,7 @@ def append_text(
     model: Bagel, context: Context, token_ids: list[int]
 ) -> tuple[Context, torch.Tensor]:
     """Append a causal text block; returns the new context and the block's hidden states (n, D)."""
-    ids = torch.tensor(token_ids, device=model.device)
+    ids = to_device(torch.tensor(token_ids), model.device)
     return _append(
         model, context, model.embed_text(ids), causal=True, runs=((UND, len(token_ids)),)
     )
@@ -135,10 +135,9 @@ def append_latent(
 ) -> tuple[Context, torch.Tensor]:
     """Append a picture as VAE tokens (time 0) between its markers; see `append_text`."""
     patch = model.config.latent_patch_size
-    height, width = latent.shape[1] // patch, latent.shape[2] // patch
-    grid = grid_positions(height, width, model.config.latent_grid).to(model.device)
-    t = torch.zeros(1, device=model.device)
-    tokens = model.embed_latents(patchify(latent, patch), t, grid)
+    grid = (latent.shape[1] // patch, latent.shape[2] // patch)
+    clean = model.embed_times(torch.zeros(1, device=model.device))
+    tokens = model.embed_latents(patchify(latent, patch), clean, grid)
     return _append_picture(model, context, tokens, markers, GEN)
 
 
@@ -148,8 +147,8 @@ def append_vit(
     """Append a picture as ViT tokens between its markers; see `append_text`."""
     patch = model.config.vit.patch_size
     height, width = pixels.shape[1] // patch, pixels.shape[2] // patch
-    grid = grid_positions(height, width, model.config.vit_grid).to(model.device)
-    tokens = model.embed_patches(patchify(pixels.to(model.device), patch), grid)
+    grid = to_device(grid_positions(height, width, model.config.vit_grid), model.device)
+    tokens = model.embed_patches(patchify(to_device(pixels, model.device), patch), grid)
     return _append_picture(model, context, tokens, markers, UND)
 
 
@@ -160,7 +159,7 @@ def _append_picture(
     markers: tuple[int, int],
     expert: int,
 ) -> tuple[Context, torch.Tensor]:
-    start, end = model.embed_text(torch.tensor(markers, device=model.device)).split(1)
+    start, end = model.embed_text(to_device(torch.tensor(markers), model.device)).split(1)
     x = torch.cat([start, tokens, end])
     runs = ((UND, 1), (expert, tokens.shape[0]), (UND, 1))
     return _append(model, context, x, causal=False, runs=runs)

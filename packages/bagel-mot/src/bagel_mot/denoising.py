@@ -1,61 +1,33 @@
-"""The denoising step: velocities of all images and contexts in one packed forward.
+"""Denoising images: the steps of all images and contexts in one packed forward each.
 
 Each image's block (start marker, latent tokens, end marker) is packed once per distinct context
 that guides it: a *copy*. Under CFG parallelism a rank has some of the copies, under sequence
 parallelism some rows of each; in the end every rank has all velocities and makes the same step.
+How a step is computed is `stepping.py`'s business.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from bagel_mot.context import Context, Contexts
-from bagel_mot.images import grid_positions
+from bagel_mot.graphs import Workspace
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import GEN, UND, Block, Layout, Segment, build_layout, to_device
-from bagel_mot.model.sequence_parallel import all_gather, chunk
+from bagel_mot.model.layout import to_device
 from bagel_mot.parallel import ALONE, Parallel
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
+from bagel_mot.stepping import CopyShape, JobResult, JobShape, StepRunner, StepShape
 from bagel_mot.tokenizer import BagelTokenizer
 
-
-@dataclass(frozen=True)
-class _Copy:
-    """An image's block behind one of its contexts.
-
-    Attributes:
-        context: what the block attends to.
-        first_token: place of its first latent token among those of all images.
-        tokens: latent tokens.
-        cfg_place: the CFG parallel rank that has it.
-        kv_start: first cache row of its prefix, on that rank.
-    """
-
-    context: Context
-    first_token: int
-    tokens: int
-    cfg_place: int
-    kv_start: int = -1
-
-    @property
-    def rows(self) -> int:
-        return self.tokens + 2
-
-    @property
-    def block(self) -> Block:
-        segment = Segment(self.rows, self.kv_start, self.context.length, causal=False)
-        runs = ((UND, 1), (GEN, self.tokens), (UND, 1))
-        return Block(segment, runs, self.context.position)
-
-    def sources(self) -> torch.Tensor:
-        """(rows,) where each row comes from: 0 start marker, 1 end marker, 2 + token."""
-        tokens = torch.arange(self.tokens) + self.first_token + 2
-        return torch.cat([torch.tensor([0]), tokens, torch.tensor([1])])
+# Prefixes have rooms that are multiples of this where attention reads their lengths on the device:
+# prompts of about the same length then use the same graphs.
+_ROOM_STEP = 256
+# Steps whose times are embedded at once.
+_STEPS_AHEAD = 64
 
 
 class Denoising:
@@ -71,6 +43,7 @@ class Denoising:
         model, tokenizer: what the jobs' contexts were made with.
         jobs: the same ones, in the same order, on every rank.
         parallel: this process among the others.
+        workspace: buffers and CUDA graphs to use; default ones of its own, without graphs.
     """
 
     def __init__(
@@ -79,77 +52,158 @@ class Denoising:
         tokenizer: BagelTokenizer,
         jobs: Sequence[ImageJob],
         parallel: Parallel = ALONE,
+        workspace: Workspace | None = None,
     ) -> None:
         self.model = model
         self.jobs = list(jobs)
         self.parallel = parallel
-        self._copies, self._copy_of_branch = _copies_of(self.jobs, parallel.config.cfg)
-        self._place_in_cache()
-        ids = torch.tensor([tokenizer.vision_start, tokenizer.vision_end], device=model.device)
-        self._markers = model.embed_text(ids)
-        grids = [grid_positions(*job.grid, model.config.latent_grid) for job in self.jobs]
-        self._grid_ids = torch.cat(grids).to(model.device)
-        sizes = torch.tensor([len(grid) for grid in grids])
-        self._job_of_token = torch.arange(len(grids)).repeat_interleave(sizes).to(model.device)
-        self._packings: dict[tuple[int, ...], _Packing] = {}
+        self._markers = (tokenizer.vision_start, tokenizer.vision_end)
+        self._workspace = workspace or Workspace(model)
+        self._shape, self._contexts = _shape_of(model, self.jobs, parallel)
+        self._token = object()
+        self._runner: StepRunner | None = None
+        self._views: list[torch.Tensor] = []
+        self._made = 0
+        self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._pace = _Pace(model.device)
 
     @torch.no_grad()
     def step(self) -> list[Step]:
-        """Advance every unfinished job by one step; returns a `Step` for each of them."""
-        now = [
-            places[: len(job.branches_now)]
-            for job, places in zip(self.jobs, self._copy_of_branch, strict=True)
-        ]
-        active = tuple(sorted({copy for places in now for copy in places}))
-        velocities = dict(zip(active, self._velocities(active), strict=True))
-        return [
-            job.advance(tuple(velocities[copy] for copy in places))
-            for job, places in zip(self.jobs, now, strict=True)
-            if places
-        ]
+        """Advance every unfinished job by one step; returns a `Step` for each of them.
 
-    def _velocities(self, active: tuple[int, ...]) -> Sequence[torch.Tensor]:
-        """Velocities (N, 64) of the given copies."""
-        if active not in self._packings:
-            copies = [self._copies[i] for i in active]
-            self._packings[active] = _Packing.build(copies, self.parallel, self.model.device)
-        packing = self._packings[active]
+        Does not wait for the device, but for the step before the last one. The tensors of the
+        `Step`s are overwritten by the next step; `Step.kept` copies them.
+        """
+        counts = [len(job.branches_now) for job in self.jobs]
+        if not any(counts):
+            return []
+        self._pace.wait()
+        runner = self._moved_in()
+        self._set_controls(runner)
+        results = self._results(runner, counts)
+        self._pace.note()
+        self._made += 1
+        steps = []
+        for job, view, result in zip(self.jobs, self._views, results, strict=True):
+            if result is None:
+                continue
+            index, t = job.index, float(job.timesteps[job.index])
+            job.index += 1
+            job.latents = view
+            if job.done:
+                job.finish()
+            total = len(job.guided)
+            steps.append(Step(job, index, total, t, job.latents, result.branches, result.used))
+        if all(job.done for job in self.jobs):
+            self._workspace.leave(self._token)
+        return steps
+
+    def _results(self, runner: StepRunner, counts: list[int]) -> list[JobResult | None]:
+        """Advance each job by its first `counts` branches, computed or extrapolated."""
+        full = [job.is_full_now for job in self.jobs]
+        computed = tuple(
+            count if is_full else 0 for count, is_full in zip(counts, full, strict=True)
+        )
+        results: list[JobResult | None] = [None] * len(self.jobs)
+        if any(computed):
+            results = list(runner.run(computed, self._contexts, self._token))
+        for i, (job, count) in enumerate(zip(self.jobs, counts, strict=True)):
+            if job.extrapolation is None or not count:
+                continue
+            made = results[i]
+            if made is None:
+                results[i] = runner.advance(i, job.extrapolation.at(job.index, count))
+            else:
+                job.extrapolation.note(job.index, made.branches)
+        return results
+
+    def _moved_in(self) -> StepRunner:
+        """The runner, with this batch's prefixes in the cache and its latents in the buffer."""
+        shape, workspace = self._shape, self._workspace
+        self.model.rope_for(1 + max(context.position for context in self._contexts))
+        if workspace.enter(self._token):
+            heads = slice(0, self.model.kv_heads)
+            if self.parallel.sp is not None:
+                heads = self.parallel.sp.cached_heads(self.model.kv_heads)
+            self._runner = None  # an outgrown cache is to go before there is a larger one
+            cache = workspace.cache(shape.cache_rows, heads.stop - heads.start)
+            if self.model.attention.needs_finite_rows:
+                cache.kv.zero_()  # others may have left anything
+            self._runner = workspace.shaped(
+                shape,
+                lambda: StepRunner(workspace, self._marker_rows(), shape, cache, self.parallel),
+            )
+            self._views = [self._runner.x[job.tokens] for job in shape.jobs]
+            for copy, context in zip(shape.copies, self._contexts, strict=True):
+                if copy.cfg_place == self.parallel.cfg_rank:
+                    cache.copy_rows(context.cache, context.length, copy.kv_start, heads)
+            workspace.on_leave = partial(
+                _save_latents,
+                [(weakref.ref(job), v) for job, v in zip(self.jobs, self._views, strict=True)],
+            )
+        assert self._runner is not None
+        for job, view in zip(self.jobs, self._views, strict=True):
+            if job.latents is not view and not job.done:
+                view.copy_(to_device(job.latents, view.device))
+                job.latents = view
+        return self._runner
+
+    def _set_controls(self, runner: StepRunner) -> None:
+        """Put what the step needs of the schedules into the runner's buffers."""
+        place = self._made % _STEPS_AHEAD
+        if place == 0 or self._ahead is None:
+            self._ahead = self._schedule()
+        times, controls = self._ahead
+        runner.times.copy_(times[place])
+        runner.controls.copy_(controls[place])
+
+    def _schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedded times (steps, jobs, D) and controls (steps, jobs, 4) of the next steps."""
+        steps = range(_STEPS_AHEAD)
+        times = torch.zeros(len(steps), len(self.jobs))
+        controls = torch.zeros(len(steps), len(self.jobs), 4)
+        for j, job in enumerate(self.jobs):
+            settings = job.settings
+            scales = (settings.cfg_text_scale, settings.cfg_img_scale, settings.cfg_renorm_min)
+            ahead = job.timesteps[job.index : job.index + len(steps) + 1].double()
+            dt = ahead[:-1] - ahead[1:]
+            times[: len(dt), j] = ahead[:-1].float()
+            controls[: len(dt), j, 0] = dt.float()
+            controls[:, j, 1:] = torch.tensor(scales)
         device = self.model.device
-        channels = self.jobs[0].latents.shape[1]
-        own = torch.empty(0, channels, device=device)
-        if packing.layout is not None:
-            latents = torch.cat([job.latents.to(device) for job in self.jobs])
-            # A finished job's tokens are embedded but not packed: its last time does no harm.
-            now = torch.stack([job.timesteps[job.index] for job in self.jobs]).to(device)
-            tokens = self.model.embed_latents(latents, now, self._grid_ids, self._job_of_token)
-            rows = torch.cat([self._markers, tokens])[packing.sources]
-            hidden = self.model(rows, packing.layout, self._cache)
-            own = self.model.velocity(hidden[packing.gen_rows])
-        if self.parallel.peers is not None:
-            padded = torch.zeros(packing.most_tokens, channels, device=device)
-            padded[: len(own)] = own
-            everyone = dist.get_world_size(self.parallel.peers)
-            gathered = padded.new_empty(everyone * packing.most_tokens, channels)
-            all_gather(gathered, padded, self.parallel.peers)
-            own = gathered[packing.assembly]
-        return own.split(packing.sizes)
+        embedded = self.model.embed_times(to_device(times.flatten(), device))
+        return embedded.unflatten(0, times.shape), to_device(controls, device)
 
-    def _place_in_cache(self) -> None:
-        """Give each of this rank's copies its cache rows and copy its prefix there."""
-        sp = self.parallel.sp
-        length = 0
-        for i, copy in enumerate(self._copies):
-            if copy.cfg_place == self.parallel.cfg_rank:
-                self._copies[i] = replace(copy, kv_start=length)
-                length += copy.context.length + (sp.cache_rows(copy.rows) if sp else copy.rows)
-        heads = slice(0, self.model.kv_heads)
-        if sp is not None:
-            heads = sp.cached_heads(self.model.kv_heads)
-        self._cache = self.model.new_cache(length, heads.stop - heads.start)
-        for copy in self._copies:
-            if copy.kv_start >= 0:
-                prefix = copy.context
-                self._cache.copy_rows(prefix.cache, prefix.length, copy.kv_start, heads)
+    def _marker_rows(self) -> torch.Tensor:
+        ids = to_device(torch.tensor(self._markers), self.model.device)
+        return self.model.embed_text(ids)
+
+
+def _save_latents(views: list[tuple[weakref.ref[ImageJob], torch.Tensor]]) -> None:
+    """Give jobs latents of their own where they still read the buffers."""
+    for reference, view in views:
+        job = reference()
+        if job is not None and job.latents is view:
+            job.latents = view.clone()
+
+
+class _Pace:
+    """Keeps the host at most one step ahead of a GPU: callbacks and cancelling stay in time."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._device = device
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(2)] if on_gpu else []
+        self._noted = 0
+
+    def wait(self) -> None:
+        if self._events and self._noted >= 2:
+            self._events[self._noted % 2].synchronize()
+
+    def note(self) -> None:
+        if self._events:
+            self._events[self._noted % 2].record(torch.cuda.current_stream(self._device))
+            self._noted += 1
 
 
 @torch.no_grad()
@@ -160,121 +214,59 @@ def denoise(
     grid: tuple[int, int],
     settings: ImageSettings,
     on_step: Callable[[Step], None] | None = None,
+    workspace: Workspace | None = None,
 ) -> torch.Tensor:
     """Turn the noise of one image into its latent tokens; see `ImageJob` for the arguments.
 
     Args:
         on_step: called after each step; an exception of its ends the denoising.
+        workspace: see `Denoising`.
 
     Returns:
         (N, 64) float32 on the model's device.
     """
     job = ImageJob(contexts, noise, grid, settings)
-    denoising = Denoising(model, contexts.tokenizer, [job])
+    denoising = Denoising(model, contexts.tokenizer, [job], workspace=workspace)
     while not job.done:
         (step,) = denoising.step()
         if on_step is not None:
-            on_step(step)
+            on_step(step.kept())
     return job.latents
 
 
-def _copies_of(jobs: Sequence[ImageJob], cfg_places: int) -> tuple[list[_Copy], list[list[int]]]:
-    """All jobs' copies, spread over the CFG parallel ranks, and the copy each branch reads."""
-    copies: list[_Copy] = []
-    copy_of_branch: list[list[int]] = []
-    load = [0] * cfg_places
+def _shape_of(
+    model: Bagel, jobs: Sequence[ImageJob], parallel: Parallel
+) -> tuple[StepShape, list[Context]]:
+    """All jobs' copies, spread over the CFG parallel ranks and placed in the cache."""
+    rounds = model.attention.device_lengths and parallel.config.world_size == 1
+    job_shapes: list[JobShape] = []
+    copies: list[CopyShape] = []
+    contexts: list[Context] = []
+    load = [0] * parallel.config.cfg  # packed rows of each rank
+    used = [0] * parallel.config.cfg  # cache rows of each rank
     first_token = 0
-    for job in jobs:
+    for i, job in enumerate(jobs):
         tokens = job.grid[0] * job.grid[1]
-        distinct: list[Context] = []
+        first_copy = len(copies)
         places = []
         for context in job.branches:
+            distinct = contexts[first_copy:]
             if context not in distinct:
-                distinct.append(context)
-                cfg_place = load.index(min(load))
-                copies.append(_Copy(context, first_token, tokens, cfg_place))
-                load[cfg_place] += copies[-1].rows
-            places.append(len(copies) - len(distinct) + distinct.index(context))
-        copy_of_branch.append(places)
+                room = context.length
+                if rounds:
+                    room = -(-room // _ROOM_STEP) * _ROOM_STEP
+                place = load.index(min(load))
+                copy = CopyShape(i, tokens, room, place, used[place])
+                rows = parallel.sp.cache_rows(copy.rows) if parallel.sp else copy.rows
+                load[place] += copy.rows
+                used[place] += room + rows
+                copies.append(copy)
+                contexts.append(context)
+                distinct = contexts[first_copy:]
+            places.append(first_copy + distinct.index(context))
+        job_shapes.append(
+            JobShape(job.grid, first_token, tuple(places), job.settings.cfg_renorm_type)
+        )
         first_token += tokens
-    return copies, copy_of_branch
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """How the embedded tokens of all images become packed rows, and rows become velocities.
-
-    Attributes:
-        layout: of this rank's packed rows; None if it has no copy to compute.
-        sources: (M,) int64, where each row comes from, see `_Copy.sources`.
-        gen_rows: (n,) int64, the rows of latent tokens.
-        sizes: latent tokens of each active copy, of all ranks.
-        most_tokens: the most latent tokens a rank computes.
-        assembly: int64, for each latent token of each active copy its place in what all ranks
-            computed, `most_tokens` each; None if there are no other ranks.
-    """
-
-    layout: Layout | None
-    sources: torch.Tensor
-    gen_rows: torch.Tensor
-    sizes: list[int]
-    most_tokens: int
-    assembly: torch.Tensor | None
-
-    @classmethod
-    def build(cls, copies: Sequence[_Copy], parallel: Parallel, device: torch.device) -> Self:
-        sp, parts = parallel.sp, parallel.config.sequence
-        mine = [copy for copy in copies if copy.cfg_place == parallel.cfg_rank]
-        sp_rank = sp.rank if sp else 0
-        sources = torch.cat(
-            [torch.empty(0, dtype=torch.int64)]
-            + [copy.sources()[_rows_of(copy, parts, sp_rank)] for copy in mine]
-        )
-        layout = None
-        if mine:
-            blocks = [copy.block for copy in mine]
-            if sp is None:
-                layout = build_layout(blocks, device)
-            else:
-                layout = build_layout(sp.local(blocks), device, sp.exchange(blocks, device))
-        assembly, most = None, 0
-        if parallel.peers is not None:
-            assembly, most = _assembly(copies, parallel)
-            assembly = to_device(assembly, device)
-        return cls(
-            layout,
-            to_device(sources, device),
-            to_device(torch.nonzero(sources >= 2).flatten(), device),
-            [copy.tokens for copy in copies],
-            most,
-            assembly,
-        )
-
-
-def _rows_of(copy: _Copy, parts: int, sp_rank: int) -> slice:
-    rows = chunk(copy.rows, parts, sp_rank)
-    return slice(rows.start, rows.stop)
-
-
-def _assembly(copies: Sequence[_Copy], parallel: Parallel) -> tuple[torch.Tensor, int]:
-    """`_Packing.assembly` and `most_tokens`; ranks compute their copies in this order."""
-    parts = parallel.config.sequence
-    computed: list[list[tuple[int, torch.Tensor]]] = []
-    for cfg_place in range(parallel.config.cfg):
-        for sp_rank in range(parts):
-            computed.append(
-                [
-                    (i, tokens[tokens >= 2])
-                    for i, copy in enumerate(copies)
-                    if copy.cfg_place == cfg_place
-                    for tokens in [copy.sources()[_rows_of(copy, parts, sp_rank)]]
-                ]
-            )
-    most = max(sum(len(tokens) for _, tokens in own) for own in computed)
-    places = [torch.empty(copy.tokens, dtype=torch.int64) for copy in copies]
-    for peer, own in enumerate(computed):
-        at = peer * most
-        for i, tokens in own:
-            places[i][tokens - 2 - copies[i].first_token] = at + torch.arange(len(tokens))
-            at += len(tokens)
-    return torch.cat(places), most
+    cache_rows = used[parallel.cfg_rank]
+    return StepShape(tuple(job_shapes), tuple(copies), cache_rows), contexts

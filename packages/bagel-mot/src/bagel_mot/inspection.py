@@ -13,6 +13,7 @@ import torch
 from bagel_mot import checkpoint
 from bagel_mot.checkpoint import CheckpointError, StoredTensor, Target
 from bagel_mot.config import BagelConfig
+from bagel_mot.model.attention import choose_attention
 from bagel_mot.model.vae import AutoEncoder
 
 # Bytes an element takes once loaded.
@@ -31,6 +32,7 @@ class Report:
         targets: where each expected tensor goes.
         problems: why it would not load; empty if it would.
         width: bytes an element takes in memory.
+        attention: the attention backend that would run here, and why.
     """
 
     config: BagelConfig
@@ -38,6 +40,7 @@ class Report:
     targets: dict[str, Target]
     problems: list[str]
     width: int
+    attention: str
 
     def component_of(self, name: str) -> str:
         """Part of the model a checkpoint tensor belongs to."""
@@ -82,6 +85,7 @@ class Report:
                 ("largest image", f"{side} x {side} pixels, a multiple of {unit} each side"),
                 ("KV cache, a token", f"{self.kv_bytes_per_row():,} bytes"),
                 ("KV cache, largest image, 3 contexts", _gib(3 * tokens * self.kv_bytes_per_row())),
+                ("attention, on this machine", self.attention),
             ],
         )
         if with_names:
@@ -121,7 +125,12 @@ def inspect_checkpoint(path: str | os.PathLike[str], dtype: str = "bfloat16") ->
         checkpoint.check_names(stored, targets)
     except CheckpointError as error:
         problems = str(error).splitlines()
-    return Report(config, stored, targets, problems, _WIDTHS[dtype])
+    attention = choose_attention(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=getattr(torch, dtype),
+        head_dim=config.llm.head_dim,
+    )
+    return Report(config, stored, targets, problems, _WIDTHS[dtype], str(attention))
 
 
 def _gib(size: float) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +15,9 @@ from PIL import Image
 
 from bagel_mot import checkpoint
 from bagel_mot.config import BagelConfig
-from bagel_mot.context import Contexts
 from bagel_mot.denoising import Denoising
-from bagel_mot.images import resize, to_image, to_rgb, to_tensor, unpatchify
+from bagel_mot.graphs import Workspace
+from bagel_mot.images import to_image, unpatchify
 from bagel_mot.model.attention import choose_attention
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.parallel import (
@@ -27,58 +27,58 @@ from bagel_mot.parallel import (
     start,
     world_size_from_environment,
 )
-from bagel_mot.request import Noise, Part, Request, Result, image_size
+from bagel_mot.reading import Prepared, Reading, read_prompt
+from bagel_mot.request import Noise, Part, Request, Result
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
-from bagel_mot.text import generate_text
+from bagel_mot.text import fed_tokens, generate_texts
 from bagel_mot.tokenizer import BagelTokenizer
+
+logger = logging.getLogger(__name__)
 
 # Packed rows at which images are no longer denoised together: a GPU is full with fewer, and the
 # activations of more would only take memory.
 _ROWS_TOGETHER = 16384
-
-# The model's own interface texts for think mode, exactly as it was trained with them.
-SYSTEM_PROMPT_UNDERSTANDING = (
-    "You should first think about the reasoning process in the mind and then provide the user "
-    "with the answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. "
-    "<think> reasoning process here </think> answer here"
-)
-SYSTEM_PROMPT_GENERATION = (
-    "You should first think about the planning process in the mind and then generate the image. "
-    "\nThe planning process is enclosed within <think> </think> tags, i.e. "
-    "<think> planning process here </think> image here"
-)
 
 
 class Cancelled(RuntimeError):
     """The caller's `cancel` event was set; nothing was kept."""
 
 
-@dataclass
-class Prepared:
-    """A request whose prompt has been read (and its text written): images are left to paint.
-
-    Attributes:
-        jobs: one for each image; empty if text was asked for.
-        seeds: the seed of each job.
-        text: answer or thought.
-    """
-
-    jobs: list[ImageJob]
-    seeds: list[int]
-    text: str | None
-
-
 class BagelPipeline:
     """A loaded BAGEL and the requests one can make of it.
 
     The methods are not to be called from several threads at once.
+
+    Args:
+        model, tokenizer: belong together.
+        parallel: this process among the others.
+        cuda_graphs: on a GPU, capture denoising steps and text decoding in CUDA graphs. They
+            keep the buffers of the last few shapes of requests.
+
+    Attributes:
+        workspace: where steps run: buffers, and the graphs.
     """
 
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, parallel: Parallel = ALONE) -> None:
+    def __init__(
+        self,
+        model: Bagel,
+        tokenizer: BagelTokenizer,
+        parallel: Parallel = ALONE,
+        *,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.parallel = parallel
         self.config = model.config
+        on_gpu = model.device.type == "cuda"
+        if cuda_graphs and on_gpu and parallel.config.world_size > 1:
+            logger.warning(
+                "steps run launch by launch: with several ranks they are not captured in CUDA "
+                "graphs"
+            )
+        capture = cuda_graphs and on_gpu and parallel.config.world_size == 1
+        self.workspace = Workspace(model, capture=capture)
 
     @classmethod
     def from_pretrained(
@@ -89,6 +89,7 @@ class BagelPipeline:
         dtype: str | torch.dtype = torch.bfloat16,
         attention: str | None = None,
         parallel: ParallelConfig | None = None,
+        cuda_graphs: bool = True,
         on_tensor: Callable[[str, int], None] | None = None,
     ) -> Self:
         """Load a checkpoint folder in the official layout.
@@ -100,6 +101,7 @@ class BagelPipeline:
             attention: attention backend, see `bagel_mot.model.attention`.
             parallel: how several processes share the work; each of them makes the same calls and
                 gets the same results. Default: this process alone.
+            cuda_graphs: see `BagelPipeline`.
             on_tensor: called with name and element count of each loaded tensor.
 
         Raises:
@@ -121,8 +123,10 @@ class BagelPipeline:
                 f"{config.llm.vocab_size} rows; the files belong to different models"
             )
         parallel.check(config.llm, world_size_from_environment())
-        choose_attention(attention)  # an unknown name is an error before anything is loaded
         place = _parse_device(device)
+        if attention is not None:
+            # A backend that cannot be used is an error before anything is loaded.
+            choose_attention(attention, device=place, dtype=dtype, head_dim=config.llm.head_dim)
         joined = start(parallel, place.type)
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
@@ -130,7 +134,7 @@ class BagelPipeline:
         targets = checkpoint.model_targets(config) | checkpoint.vae_targets(model.vae)
         checkpoint.check_names(stored, targets)
         checkpoint.load_checkpoint(model, stored, targets, on_tensor)
-        return cls(model, tokenizer, joined)
+        return cls(model, tokenizer, joined, cuda_graphs=cuda_graphs)
 
     def generate(
         self,
@@ -232,16 +236,15 @@ class BagelPipeline:
     def run(
         self, requests: Sequence[Request], *, cancel: threading.Event | None = None
     ) -> list[Result]:
-        """Answer several requests; their images are denoised together.
+        """Answer several requests; texts are written together, then images denoised together.
 
-        Each result is what the request would give alone, but for rounding: the images may differ
-        in size, settings and contexts. Texts are written one after the other.
+        Each result is what the request would give alone, but for rounding: the requests may
+        differ in everything.
         """
-        prepared = [self.prepare(request, cancel=cancel) for request in requests]
+        prepared = self._prepared([self._read(each, cancel=cancel) for each in requests], cancel)
         self.denoise([job for each in prepared for job in each.jobs], cancel=cancel)
         return [self.finish(each, cancel=cancel) for each in prepared]
 
-    @torch.no_grad()
     def prepare(
         self,
         request: Request,
@@ -251,59 +254,9 @@ class BagelPipeline:
         noise: Noise | None = None,
     ) -> Prepared:
         """Read a request's prompt and write its text, if any; see `chat` for the arguments."""
-        wants_image = request.output == "image"
-        pictures = [
-            resize(to_rgb(part), self.config.vae_transform)
-            for part in request.parts
-            if not isinstance(part, str)
-        ]
-        height = width = 0
-        if wants_image:
-            last = pictures[-1] if pictures else None
-            height, width = image_size(self.config, request.height, request.width, last)
-        seed = request.seed
-        if seed is None:
-            seed = self.parallel.agree(secrets.randbelow(2**31))
-        noise = noise or Noise(seed)
-
-        settings = request.settings
-        guided = any(settings.guided(settings.timesteps()))
-        contexts = Contexts(
-            self.model,
-            self.tokenizer,
-            needs_no_image=wants_image and guided and settings.cfg_img_scale > 1,
-        )
-        if request.think:
-            contexts.add_system(
-                SYSTEM_PROMPT_GENERATION if wants_image else SYSTEM_PROMPT_UNDERSTANDING
-            )
-        remaining = iter(pictures)
-        for part in request.parts:
-            self._stop_if(cancel)
-            if isinstance(part, str):
-                contexts.add_text(part)
-            else:
-                self._add_picture(contexts, next(remaining), noise, with_vae=wants_image)
-        if request.negative_prompt and wants_image and guided:
-            contexts.add_negative(request.negative_prompt)
-
-        text = None
-        if request.think or not wants_image:
-            text = self._write(contexts, request, noise, on_text, cancel)
-        if not wants_image:
-            return Prepared([], [], text)
-        if text is not None:
-            contexts.add_thought(text)
-        unit = self.config.latent_token_pixels
-        grid = (height // unit, width // unit)
-        seeds = [seed + i for i in range(request.num_images)]
-        sources = [noise, *(Noise(own) for own in seeds[1:])]
-        channels = self.config.latent_token_dim
-        jobs = [
-            ImageJob(contexts, source.normal(grid[0] * grid[1], channels), grid, settings)
-            for source in sources
-        ]
-        return Prepared(jobs, seeds, text)
+        reading = self._read(request, on_text=on_text, cancel=cancel, noise=noise)
+        (prepared,) = self._prepared([reading], cancel)
+        return prepared
 
     def denoise(
         self,
@@ -318,12 +271,14 @@ class BagelPipeline:
             together = [waiting.pop(0)]
             while waiting and sum(map(_rows, [*together, waiting[0]])) <= _ROWS_TOGETHER:
                 together.append(waiting.pop(0))
-            denoising = Denoising(self.model, self.tokenizer, together, self.parallel)
+            denoising = Denoising(
+                self.model, self.tokenizer, together, self.parallel, self.workspace
+            )
             while not all(job.done for job in together):
                 self._stop_if(cancel)
                 for step in denoising.step():
                     if on_step is not None:
-                        on_step(step)
+                        on_step(step.kept())
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, *, cancel: threading.Event | None = None) -> Result:
@@ -334,47 +289,48 @@ class BagelPipeline:
             images.append(self._decode(job))
         return Result(tuple(images), tuple(prepared.seeds), prepared.text)
 
-    def _add_picture(
-        self, contexts: Contexts, picture: Image.Image, noise: Noise, *, with_vae: bool
-    ) -> None:
-        latent = None
-        if with_vae:
-            pixels = to_tensor(resize(picture, self.config.vae_transform))
-            pixels = pixels.to(self.model.device)
-            z, down = self.config.vae.z_channels, self.config.vae.downsample
-            shape = (1, z, pixels.shape[1] // down, pixels.shape[2] // down)
-            # Pixels, noise and latents stay float32 outside the VAE's convolutions.
-            latent = self.model.vae.encode(pixels[None], noise.normal(*shape).to(pixels))[0]
-        contexts.add_picture(latent, to_tensor(resize(picture, self.config.vit_transform)))
-
-    def _write(
+    def _read(
         self,
-        contexts: Contexts,
         request: Request,
-        noise: Noise,
-        on_text: Callable[[str], None] | None,
-        cancel: threading.Event | None,
-    ) -> str:
-        tokens = [self.tokenizer.bos]
-
-        def token_chosen(token: int) -> None:
-            self._stop_if(cancel)
-            tokens.append(token)
-            # Of `max_text_tokens` chosen tokens the last is not fed, and so not in the answer.
-            if on_text is not None and len(tokens) <= request.max_text_tokens:
-                on_text(self.tokenizer.answer(tokens))
-
-        fed = generate_text(
+        *,
+        on_text: Callable[[str], None] | None = None,
+        cancel: threading.Event | None = None,
+        noise: Noise | None = None,
+    ) -> Reading:
+        """A request's prompt becomes contexts."""
+        seed = request.seed
+        if seed is None:
+            seed = self.parallel.agree(secrets.randbelow(2**31))
+        return read_prompt(
             self.model,
             self.tokenizer,
-            contexts.main,
-            max_tokens=request.max_text_tokens,
-            temperature=request.temperature,
-            generator=noise.generator,
-            parallel=self.parallel,
-            on_token=token_chosen,
+            self.config,
+            request,
+            seed=seed,
+            noise=noise or Noise(seed),
+            on_text=on_text,
+            stop=lambda: self._stop_if(cancel),
         )
-        return self.tokenizer.answer(fed)
+
+    def _prepared(
+        self, readings: Sequence[Reading], cancel: threading.Event | None
+    ) -> list[Prepared]:
+        """Write the texts that are to be written, answers and thoughts, together."""
+        writing = [
+            (reading, reading.text_job(self.tokenizer, lambda: self._stop_if(cancel)))
+            for reading in readings
+            if reading.writes
+        ]
+        generate_texts(
+            self.model,
+            self.tokenizer,
+            [job for _, job in writing],
+            parallel=self.parallel,
+            workspace=self.workspace,
+        )
+        for reading, job in writing:
+            reading.text = self.tokenizer.answer(fed_tokens(self.tokenizer, job))
+        return [reading.prepared(self.config) for reading in readings]
 
     def _stop_if(self, cancel: threading.Event | None) -> None:
         # Ranks must stop at the same place, or some would wait for the others for ever.

@@ -5,13 +5,14 @@ How the velocities come about is `denoising.py`'s business.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bagel_mot.context import Context, Contexts
+from bagel_mot.taylorseer import Extrapolation, TaylorSeer
 
 
 class ImageSettings(BaseModel):
@@ -31,6 +32,8 @@ class ImageSettings(BaseModel):
             over everything ("global"), per token ("channel"), or per token between the text and
             the image guidance ("text_channel").
         cfg_renorm_min: least scale the renormalisation may give, 0..1.
+        taylorseer: compute only some steps in full and extrapolate the others; True stands for
+            the official settings, None or False for no such thing. The images change a little.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -42,6 +45,12 @@ class ImageSettings(BaseModel):
     cfg_interval: tuple[float, float] = (0.4, 1.0)
     cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
     cfg_renorm_min: float = Field(0.0, ge=0, le=1)
+    taylorseer: TaylorSeer | None = None
+
+    @field_validator("taylorseer", mode="before")
+    @classmethod
+    def _official_taylorseer(cls, value: object) -> object:
+        return {True: TaylorSeer(), False: None}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> Self:
@@ -73,8 +82,21 @@ class ImageSettings(BaseModel):
         return ((timesteps > low) & (timesteps <= high))[:-1].tolist()
 
 
+class Guidance(NamedTuple):
+    """What `guide` reads of `ImageSettings`, with the scales as tensors: a CUDA graph is then good
+    for all scales."""
+
+    cfg_renorm_type: str
+    cfg_text_scale: torch.Tensor
+    cfg_img_scale: torch.Tensor
+    cfg_renorm_min: torch.Tensor
+
+
 def guide(
-    settings: ImageSettings, v: torch.Tensor, v_text: torch.Tensor, v_img: torch.Tensor | None
+    settings: ImageSettings | Guidance,
+    v: torch.Tensor,
+    v_text: torch.Tensor,
+    v_img: torch.Tensor | None,
 ) -> torch.Tensor:
     """Combine velocities, all (N, 64) float32, of one image.
 
@@ -93,12 +115,12 @@ def guide(
     return g
 
 
-def _renorm(settings: ImageSettings, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def _renorm(settings: ImageSettings | Guidance, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     if settings.cfg_renorm_type == "global":
         ratio = v.norm() / (g.norm() + 1e-8)
     else:
         ratio = v.norm(dim=-1, keepdim=True) / (g.norm(dim=-1, keepdim=True) + 1e-8)
-    return ratio.clamp(settings.cfg_renorm_min, 1.0)
+    return ratio.clamp(max=1.0).clamp(min=settings.cfg_renorm_min)
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,7 @@ class Step:
     """One denoising step as a callback sees it, after its update.
 
     Attributes:
+        job: the image's.
         index: from 0.
         total: number of steps.
         t: time the velocity was taken at.
@@ -114,12 +137,22 @@ class Step:
         velocity: (N, 64) float32, the one used.
     """
 
+    job: ImageJob
     index: int
     total: int
     t: float
     latents: torch.Tensor
     velocities: tuple[torch.Tensor, ...]
     velocity: torch.Tensor
+
+    def kept(self) -> Step:
+        """The same with tensors of its own, which the next step does not overwrite."""
+        return replace(
+            self,
+            latents=self.latents.clone(),
+            velocities=tuple(velocity.clone() for velocity in self.velocities),
+            velocity=self.velocity.clone(),
+        )
 
 
 class ImageJob:
@@ -131,10 +164,13 @@ class ImageJob:
         grid: (h, w) latent tokens, N = h * w.
 
     Attributes:
-        latents: (N, 64) float32, x as it is now; on the model's device once a step was made.
+        latents: (N, 64) float32, x as it is now; on the model's device once a step was made. Until
+            the job is done that may be a buffer which the next step overwrites. Another tensor may
+            be put in its place between steps.
         index: steps made.
+        extrapolation: of the velocities between full steps; None without `settings.taylorseer`.
         branches: the contexts whose velocities the guided steps need: main, then (where the
-            settings ask for them) without the last text and without pictures.
+            settings ask for them) without the last text and without pictures. None once it is done.
     """
 
     def __init__(
@@ -156,6 +192,7 @@ class ImageJob:
         self.timesteps = settings.timesteps()
         self.guided = settings.guided(self.timesteps)
         self.index = 0
+        self.extrapolation = Extrapolation(settings.taylorseer) if settings.taylorseer else None
         self.branches = [contexts.main]
         if any(self.guided):
             self.branches.append(contexts.no_text)
@@ -174,13 +211,13 @@ class ImageJob:
             return []
         return self.branches if self.guided[self.index] else self.branches[:1]
 
-    def advance(self, velocities: tuple[torch.Tensor, ...]) -> Step:
-        """Make one step with the velocities of `branches_now`, (N, 64) float32 each."""
-        v = velocities[0]
-        if self.guided[self.index]:
-            v_img = velocities[2] if len(velocities) > 2 else None
-            v = guide(self.settings, v, velocities[1], v_img)
-        t, following = self.timesteps[self.index : self.index + 2].tolist()
-        self.latents = self.latents.to(v.device) - v * (t - following)
-        self.index += 1
-        return Step(self.index - 1, len(self.guided), t, self.latents, velocities, v)
+    def finish(self) -> None:
+        """Keep nothing but latents of its own: contexts hold gigabytes that decoding may need."""
+        self.latents = self.latents.clone()
+        self.branches, self.extrapolation = [], None
+
+    @property
+    def is_full_now(self) -> bool:
+        """Whether the next step computes the velocities that it needs; it may extrapolate them."""
+        count = len(self.branches_now)
+        return self.extrapolation is None or self.extrapolation.is_full(self.index, count)

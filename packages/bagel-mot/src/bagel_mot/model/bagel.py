@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from bagel_mot.config import BagelConfig
-from bagel_mot.model.attention import Attend, choose_attention
+from bagel_mot.model.attention import Backend, choose_attention
 from bagel_mot.model.embeddings import TimeEmbedder, rope_table
-from bagel_mot.model.layout import KVCache, Layout
+from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
 from bagel_mot.model.transformer import Transformer
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.model.vit import MlpConnector, VisionTransformer
+
+logger = logging.getLogger(__name__)
 
 # The rotary table grows in steps of this many positions.
 _ROPE_STEP = 4096
@@ -30,7 +34,6 @@ class Bagel(nn.Module):
     def __init__(self, config: BagelConfig, attention: str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.attend: Attend = choose_attention(attention)
         hidden = config.llm.hidden_size
         latent = config.vae.z_channels * config.latent_patch_size**2
         self.embed_tokens = nn.Embedding(config.llm.vocab_size, hidden)
@@ -46,6 +49,11 @@ class Bagel(nn.Module):
         self.vae = AutoEncoder(config.vae)
         self._rope: torch.Tensor | None = None
         self.requires_grad_(False)
+        choice = choose_attention(
+            attention, device=self.device, dtype=self.dtype, head_dim=config.llm.head_dim
+        )
+        logger.info("attention: %s", choice)
+        self.attention: Backend = choice.backend
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +72,7 @@ class Bagel(nn.Module):
         return heads
 
     def new_cache(self, capacity: int, kv_heads: int | None = None) -> KVCache:
-        """An uninitialised KV cache with room for `capacity` rows of `kv_heads` (default: all)."""
+        """A KV cache of zeros with room for `capacity` rows of `kv_heads` (default: all)."""
         return KVCache(
             len(self.transformer.layers),
             capacity,
@@ -83,32 +91,42 @@ class Bagel(nn.Module):
         features = self.vit(patches.to(self.dtype), grid_ids)
         return self.connector(features) + self.vit_pos(grid_ids)
 
+    def embed_times(self, t: torch.Tensor) -> torch.Tensor:
+        """(T,) times in [0, 1], 0 for a clean picture -> (T, D)."""
+        return self.time_embedder(t)
+
     def embed_latents(
-        self,
-        latents: torch.Tensor,
-        t: torch.Tensor,
-        grid_ids: torch.Tensor,
-        t_index: torch.Tensor | None = None,
+        self, latents: torch.Tensor, times: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
         """Latent tokens become input embeddings.
 
         Args:
-            latents: (n, 64).
-            t: (T,) times in [0, 1]; 0 for a clean picture.
-            grid_ids: (n,) rows of the position table.
-            t_index: (n,) which time each token has; may be None if there is but one.
+            latents: (n, 64), row by row over the grid.
+            times: (n, D) or (1, D), from `embed_times`.
+            grid: (h, w), n = h * w.
 
         Returns:
             (n, D).
-        """
-        time = self.time_embedder(t)
-        if t_index is not None and len(t) > 1:
-            time = time[t_index]
-        return self.vae2llm(latents.to(self.dtype)) + time + self.latent_pos(grid_ids)
 
-    def forward(self, x: torch.Tensor, layout: Layout, cache: KVCache) -> torch.Tensor:
+        Raises:
+            ValueError: the grid is larger than the position table's.
+        """
+        side = self.config.latent_grid
+        if max(grid) > side:
+            raise ValueError(
+                f"grid is {grid[0]} x {grid[1]}, but the position table holds {side} x {side}"
+            )
+        tokens = self.vae2llm(latents.to(self.dtype)) + times
+        # A view of the table, which holds the rows of a square grid: nothing is gathered.
+        positions = self.latent_pos.weight.unflatten(0, (side, side))[: grid[0], : grid[1]]
+        return (tokens.unflatten(0, grid) + positions).flatten(0, 1)
+
+    def forward(
+        self, x: torch.Tensor, layout: Layout | DecodeLayout, cache: KVCache
+    ) -> torch.Tensor:
         """Packed embeddings (M, D) -> final-normed hidden states (M, D); fills `cache`."""
-        return self.transformer(x, layout, cache, self._rope_for(layout), self.attend)
+        rope = self.rope_for(layout.positions_end)
+        return self.transformer(x, layout, cache, rope, self.attention)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, D) -> (n, vocabulary), float32."""
@@ -118,10 +136,15 @@ class Bagel(nn.Module):
         """Hidden states of latent tokens (..., D) -> velocity (..., 64), float32."""
         return self.llm2vae(hidden).float()
 
-    def _rope_for(self, layout: Layout) -> torch.Tensor:
-        """The rotary table, grown to hold every position of the layout."""
-        if self._rope is None or layout.positions_end > self._rope.shape[0]:
-            rows = -(-layout.positions_end // _ROPE_STEP) * _ROPE_STEP
+    @property
+    def rope(self) -> torch.Tensor:
+        """The rotary table as it is now, (P, head size) float32."""
+        return self.rope_for(1)
+
+    def rope_for(self, positions_end: int) -> torch.Tensor:
+        """The rotary table, grown (a new tensor) if it has less than `positions_end` rows."""
+        if self._rope is None or positions_end > self._rope.shape[0]:
+            rows = -(-positions_end // _ROPE_STEP) * _ROPE_STEP
             llm = self.config.llm
             self._rope = rope_table(rows, llm.head_dim, llm.rope_theta, self.device)
         return self._rope

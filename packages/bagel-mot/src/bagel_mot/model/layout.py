@@ -10,9 +10,13 @@ import torch
 from mot_kernels import RoutePlan
 
 if TYPE_CHECKING:
+    from bagel_mot.model.attention import Backend
     from bagel_mot.model.sequence_parallel import Exchange
 
 UND, GEN = 0, 1
+
+# Rows that a cache is grown by at most, beyond what is needed.
+_SPARE = 2048
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Segment:
         causal: row i sees own rows 0..i (text); otherwise the whole block (pictures).
         first: place of the first row in its block; not 0 where other ranks have other rows.
         block_rows: rows of the whole block, on all ranks; 0 means `rows`.
+        room: cache rows that are set aside for the prefix: another may come in its place, so long
+            as it is not longer; 0 means `prefix`.
     """
 
     rows: int
@@ -34,6 +40,7 @@ class Segment:
     causal: bool
     first: int = 0
     block_rows: int = 0
+    room: int = 0
 
     @property
     def own_rows(self) -> slice:
@@ -45,6 +52,58 @@ class Segment:
     def kv_rows(self) -> slice:
         """Cache rows the segment attends to: context and own block."""
         return slice(self.kv_start, self.own_rows.stop)
+
+    @property
+    def region(self) -> slice:
+        """Cache rows that are the segment's, whatever prefix it gets."""
+        extra = max(self.room - self.prefix, 0)
+        return slice(self.kv_start, self.own_rows.stop + extra)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive segments that one call of a variable-length kernel can attend for.
+
+    They are all causal or all not, and lie in the cache in their own order. Example: two segments
+    of 4 rows, one behind 3 rows at cache row 0, the other behind 2 rows at cache row 10::
+
+        row_bounds   [0, 4, 4, 8]
+        kv_bounds    [0, 7, 10, 16]
+
+    Entries 2i and 2i + 1 of `kv_bounds` are where segment i's keys begin and end; what lies
+    between two segments looks to a kernel like a sequence of keys without queries.
+
+    Attributes:
+        segments: at least one, all with rows.
+        first_row: place of the first row among all packed rows.
+        row_bounds: (2n,) int32 on the device, counted from `first_row`.
+        kv_bounds: (2n,) int32 on the device.
+    """
+
+    segments: tuple[Segment, ...]
+    first_row: int
+    row_bounds: torch.Tensor
+    kv_bounds: torch.Tensor
+
+    @property
+    def causal(self) -> bool:
+        """Whether its segments are causal."""
+        return self.segments[0].causal
+
+    @property
+    def packed_rows(self) -> slice:
+        """Its packed rows."""
+        return slice(self.first_row, self.first_row + sum(s.rows for s in self.segments))
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest segment."""
+        return max(segment.rows for segment in self.segments)
+
+    @property
+    def most_keys(self) -> int:
+        """Keys a segment has at most, whatever prefix it gets."""
+        return max(s.region.stop - s.region.start for s in self.segments)
 
 
 @dataclass(frozen=True)
@@ -88,8 +147,9 @@ class Layout:
         plan: which expert owns which row; None if all rows are und.
         positions: (M,) int32, RoPE position of each row.
         kv_rows: (M,) int32, cache row that each row's K and V are written to.
-        segments: attention segments, in row order.
+        spans: the attention segments, in row order.
         positions_end: one more than the largest position, on the host.
+        packed: int32, holds `positions`, `kv_rows` and the spans' bounds one after the other.
         exchange: how ranks that hold other rows of these blocks attend together; None if all
             rows are here.
     """
@@ -97,14 +157,74 @@ class Layout:
     plan: RoutePlan | None
     positions: torch.Tensor
     kv_rows: torch.Tensor
-    segments: tuple[Segment, ...]
+    spans: tuple[Span, ...]
     positions_end: int
+    packed: torch.Tensor
     exchange: Exchange | None = None
 
-    @property
-    def rows(self) -> int:
-        """M, the number of packed rows."""
-        return sum(segment.rows for segment in self.segments)
+    def attend(
+        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
+    ) -> torch.Tensor:
+        """Attention of the rows in one layer.
+
+        Args:
+            q: (M, H, D).
+            own: where K and V of these rows were written; `kv`, or what the exchange gave.
+            kv: (S, 2, Hkv, D), the layer's cache.
+            backend: what computes it.
+
+        Returns:
+            (M, H, D).
+        """
+        if self.exchange is not None:
+            return self.exchange.attend(q, own, kv, backend)
+        return backend.attend(q, kv[:, 0], kv[:, 1], self.spans)
+
+    def load(self, blocks: Sequence[Block]) -> None:
+        """Take over other blocks' positions and places in the cache.
+
+        They must differ from these in no more than position and length of prefix, each prefix
+        within the room of its segment here.
+        """
+        host = _pack(blocks, _split_into_spans([block.segment for block in blocks]))
+        if len(host) != len(self.packed):
+            raise ValueError(
+                f"the blocks need {len(host)} table entries, this layout has {len(self.packed)}; "
+                "only blocks of the same shape can take the place of others"
+            )
+        self.packed.copy_(to_device(host, self.packed.device))
+
+
+@dataclass(frozen=True)
+class DecodeLayout:
+    """One row of each of B texts, which have equal room in the cache, one behind the other.
+
+    Its tensors may change between passes; the rotary table must hold their positions.
+
+    Attributes:
+        positions: (B,) int32, RoPE position of each row.
+        kv_rows: (B,) int32, cache row that each row's K and V are written to.
+        lengths: (B,) int32, rows each text has, this one included.
+        room: cache rows of each text.
+        reach: no length is above it; see `Backend.reach`.
+    """
+
+    positions: torch.Tensor
+    kv_rows: torch.Tensor
+    lengths: torch.Tensor
+    room: int
+    reach: int
+    plan: None = None
+    exchange: None = None
+    positions_end: int = 1
+
+    def attend(
+        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
+    ) -> torch.Tensor:
+        """See `Layout.attend`."""
+        texts = len(self.lengths)
+        k, v = kv[: texts * self.room].unflatten(0, (texts, self.room)).unbind(2)
+        return backend.attend_rows(q, k, v, self.lengths, self.reach)
 
 
 def build_layout(
@@ -112,6 +232,32 @@ def build_layout(
 ) -> Layout:
     """Lay out blocks (or this rank's parts of them) one after the other."""
     runs = [run for block in blocks for run in block.runs]
+    segments = [block.segment for block in blocks]
+    spans = _split_into_spans(segments)
+    packed = to_device(_pack(blocks, spans), device)
+    rows = sum(segment.rows for segment in segments)
+    plan = None
+    if any(expert != UND and length for expert, length in runs):
+        plan = RoutePlan.from_runs(runs, num_experts=2, device=device)
+    return Layout(
+        plan,
+        packed[:rows],
+        packed[rows : 2 * rows],
+        _spans_over(spans, packed[2 * rows :]),
+        max((block.positions_end for block in blocks), default=0),
+        packed,
+        exchange,
+    )
+
+
+def build_spans(segments: Sequence[Segment], device: torch.device) -> tuple[Span, ...]:
+    """The spans of segments whose rows are packed one after the other."""
+    spans = _split_into_spans(segments)
+    return _spans_over(spans, to_device(_bounds(spans), device))
+
+
+def _pack(blocks: Sequence[Block], spans: Sequence[Sequence[Segment]]) -> torch.Tensor:
+    """`Layout.packed`, on the host."""
     positions = [torch.empty(0, dtype=torch.int32)]
     kv_rows = [torch.empty(0, dtype=torch.int32)]
     for block in blocks:
@@ -119,23 +265,52 @@ def build_layout(
         count = torch.arange(segment.rows, dtype=torch.int32)
         positions.append(block.position + (count if segment.causal else count * 0))
         kv_rows.append(segment.own_rows.start + segment.first + count)
-    packed = to_device(torch.stack([torch.cat(positions), torch.cat(kv_rows)]), device)
-    plan = None
-    if any(expert != UND and length for expert, length in runs):
-        plan = RoutePlan.from_runs(runs, num_experts=2, device=device)
-    return Layout(
-        plan,
-        packed[0],
-        packed[1],
-        tuple(block.segment for block in blocks),
-        max((block.positions_end for block in blocks), default=0),
-        exchange,
-    )
+    return torch.cat([*positions, *kv_rows, _bounds(spans)])
+
+
+def _split_into_spans(segments: Sequence[Segment]) -> list[list[Segment]]:
+    spans: list[list[Segment]] = []
+    for segment in segments:
+        if not segment.rows:
+            continue
+        before = spans[-1][-1] if spans else None
+        if (
+            before is None
+            or before.causal != segment.causal
+            or segment.kv_start < before.region.stop
+        ):
+            spans.append([])
+        spans[-1].append(segment)
+    return spans
+
+
+def _bounds(spans: Sequence[Sequence[Segment]]) -> torch.Tensor:
+    """`row_bounds`, then `kv_bounds`, of one span after the other; int32."""
+    bounds: list[int] = []
+    for span in spans:
+        row = 0
+        for segment in span:
+            bounds += [row, row + segment.rows]
+            row += segment.rows
+        for segment in span:
+            bounds += [segment.kv_rows.start, segment.kv_rows.stop]
+    return torch.tensor(bounds, dtype=torch.int32)
+
+
+def _spans_over(split: Sequence[Sequence[Segment]], bounds: torch.Tensor) -> tuple[Span, ...]:
+    """Spans whose bounds are views of `bounds`, which holds those of all."""
+    spans: list[Span] = []
+    first_row = 0
+    tables = bounds.split([2 * len(own) for own in split for _ in range(2)])
+    for i, own in enumerate(split):
+        spans.append(Span(tuple(own), first_row, tables[2 * i], tables[2 * i + 1]))
+        first_row += sum(segment.rows for segment in own)
+    return tuple(spans)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a small host tensor without making the host wait (from pinned memory to a GPU)."""
-    if device.type == "cuda":
+    """Copy a host tensor without making the host wait (from pinned memory to a GPU)."""
+    if device.type == "cuda" and not host.is_cuda:
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
 
@@ -160,7 +335,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (layers, capacity, 2, kv_heads, head_dim)
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        # Not empty: see `Backend.needs_finite_rows`.
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def k(self) -> torch.Tensor:
@@ -180,15 +356,15 @@ class KVCache:
     def grown(self, capacity: int, used: int) -> KVCache:
         """A cache with room for `capacity` rows holding the first `used` of this one.
 
-        Returns self if there is room. Otherwise at least doubles, so that appending n rows one
-        by one copies O(n) rows in all.
+        Returns self if there is room. Otherwise it gets as much again, up to `_SPARE` rows: texts
+        append few rows at a time, and a prompt of pictures is not to take twice its memory.
         """
         if capacity <= self.capacity:
             return self
         layers, _, _, kv_heads, head_dim = self.kv.shape
         larger = KVCache(
             layers,
-            max(capacity, 2 * self.capacity),
+            max(capacity, self.capacity + min(self.capacity, _SPARE)),
             kv_heads,
             head_dim,
             dtype=self.kv.dtype,

@@ -22,8 +22,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from bagel_mot.model.attention import Attend, attend_with_lse, merge
-from bagel_mot.model.layout import Block, Segment, to_device
+from bagel_mot.model.attention import Backend, merge
+from bagel_mot.model.layout import Block, Segment, build_spans, to_device
 
 
 def all_gather(out: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -63,7 +63,7 @@ class Exchange(Protocol):
         ...
 
     def attend(
-        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, attend: Attend
+        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
     ) -> torch.Tensor:
         """Attention of this rank's rows, q (M, H, D), once `own` (from `place`) is written."""
         ...
@@ -116,16 +116,19 @@ class SequenceParallel:
     def exchange(self, blocks: Sequence[Block], device: torch.device) -> Exchange:
         """How the rows of these (whole) blocks attend."""
         if self.gathers:
-            return _AllGatherKV(self, [block.segment for block in self.local(blocks)])
+            return _AllGatherKV(self, [block.segment for block in self.local(blocks)], device)
         return _UlyssesRing(self, [block.segment for block in blocks], device)
 
 
 class _AllGatherKV:
     """Every rank gets all K and V of the blocks; the cache is where they are gathered."""
 
-    def __init__(self, sp: SequenceParallel, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self, sp: SequenceParallel, segments: Sequence[Segment], device: torch.device
+    ) -> None:
         self.sp = sp
         self.segments = segments
+        self.spans = build_spans(segments, device)
 
     def place(
         self, kv: torch.Tensor, kv_rows: torch.Tensor, kv_heads: int
@@ -133,7 +136,7 @@ class _AllGatherKV:
         return kv, kv_rows
 
     def attend(
-        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, attend: Attend
+        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
     ) -> torch.Tensor:
         for segment in self.segments:
             # Equal chunks, one behind the other: gathering them *is* writing the block's rows.
@@ -143,7 +146,7 @@ class _AllGatherKV:
             whole = kv[start : start + size * self.sp.size]
             mine = whole[self.sp.rank * size : (self.sp.rank + 1) * size]
             all_gather(whole, mine.clone(), self.sp.group)
-        return attend(q, kv[:, 0], kv[:, 1], self.segments)
+        return backend.attend(q, kv[:, 0], kv[:, 1], self.spans)
 
 
 class _UlyssesRing:
@@ -177,6 +180,7 @@ class _UlyssesRing:
             replace(segment, rows=len(rows), block_rows=len(rows))
             for segment, rows in zip(segments, self.held[self.here], strict=True)
         ]
+        self.spans = build_spans(self.segments, device)
         to_held, cache_rows = [], []  # in arrival order
         for own in chunks:
             before = 0
@@ -195,7 +199,7 @@ class _UlyssesRing:
         return kv.new_empty(len(kv_rows), 2, kv_heads, kv.shape[-1]), None
 
     def attend(
-        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, attend: Attend
+        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
     ) -> torch.Tensor:
         heads = q.shape[1] // self.sp.ulysses
         arrived = self._spread_heads(q, own, kv.shape[2])
@@ -203,9 +207,9 @@ class _UlyssesRing:
         query = torch.empty_like(arrived[:, :heads])
         query[self.to_held] = arrived[:, :heads]
         if self.groups == 1:
-            y = attend(query, kv[:, 0], kv[:, 1], self.segments)
+            y = backend.attend(query, kv[:, 0], kv[:, 1], self.spans)
         else:
-            y = self._attend_in_ring(query, kv)
+            y = self._attend_in_ring(query, kv, backend)
         return self._collect_heads(y[self.to_held], len(q))
 
     def _spread_heads(self, q: torch.Tensor, own: torch.Tensor, cached: int) -> torch.Tensor:
@@ -239,7 +243,7 @@ class _UlyssesRing:
         )
         return received
 
-    def _attend_in_ring(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def _attend_in_ring(self, q: torch.Tensor, kv: torch.Tensor, backend: Backend) -> torch.Tensor:
         """Attend to prefix and held rows, then to the other groups' rows as they come around."""
         group = self.sp.ring_group
         assert group is not None
@@ -251,7 +255,7 @@ class _UlyssesRing:
         travelling[: len(mine)] = mine
         queries = q.split([segment.rows for segment in self.segments])
         parts = [
-            attend_with_lse(query, kv[segment.kv_rows, 0], kv[segment.kv_rows, 1])
+            backend.attend_with_lse(query, kv[segment.kv_rows, 0], kv[segment.kv_rows, 1])
             for query, segment in zip(queries, self.segments, strict=True)
         ]
         for hop in range(1, self.groups):
@@ -268,7 +272,7 @@ class _UlyssesRing:
             held = self.held[(self.here - hop) % self.groups]
             blocks = travelling[: sum(map(len, held))].split([len(rows) for rows in held])
             parts = [
-                merge(part, attend_with_lse(query, block[:, 0], block[:, 1]))
+                merge(part, backend.attend_with_lse(query, block[:, 0], block[:, 1]))
                 if len(block)
                 else part
                 for part, query, block in zip(parts, queries, blocks, strict=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from mot_kernels import SILU_MUL, AddResidual, mot_qk_norm_rope
+import torch.nn.functional as F
+from mot_kernels import SILU_MUL, AddResidual, RoutePlan, mot_qk_norm_rope, mot_rms_norm
 from mot_layers import (
     MoTMergedColumnParallelLinear,
     MoTQKVParallelLinear,
@@ -13,8 +14,8 @@ from mot_layers import (
 from torch import nn
 
 from bagel_mot.config import LlmConfig
-from bagel_mot.model.attention import Attend
-from bagel_mot.model.layout import KVCache, Layout
+from bagel_mot.model.attention import Backend
+from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
 
 
 class Attention(nn.Module):
@@ -50,13 +51,13 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        residual: torch.Tensor,
-        layout: Layout,
+        residual: torch.Tensor | None,
+        layout: Layout | DecodeLayout,
         kv: torch.Tensor,
         rope: torch.Tensor,
-        attend: Attend,
+        backend: Backend,
     ) -> torch.Tensor:
-        """x, residual (M, D) -> residual + attention output, (M, D)."""
+        """x (M, D) -> attention output, plus the residual (M, D) if there is one; (M, D)."""
         own, own_rows = kv, layout.kv_rows
         if layout.exchange is not None:
             own, own_rows = layout.exchange.place(kv, layout.kv_rows, self.qkv.num_kv_heads)
@@ -74,15 +75,13 @@ class Attention(nn.Module):
             v_out=own[:, 1],
             kv_rows=own_rows,
         )
-        if layout.exchange is not None:
-            y = layout.exchange.attend(q, own, kv, attend)
-        else:
-            y = attend(q, kv[:, 0], kv[:, 1], layout.segments)
-        return self.o(y.flatten(1), layout.plan, epilogue=AddResidual(residual))
+        y = layout.attend(q, own, kv, backend)
+        epilogue = None if residual is None else AddResidual(residual)
+        return self.o(y.flatten(1), layout.plan, epilogue=epilogue)
 
 
 class MLP(nn.Module):
-    """SwiGLU, the activation in the first projection's epilogue."""
+    """SwiGLU; where rows are routed, the activation is in the first projection's epilogue."""
 
     def __init__(self, config: LlmConfig, prefix: str) -> None:
         super().__init__()
@@ -101,9 +100,16 @@ class MLP(nn.Module):
             prefix=f"{prefix}.down",
         )
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, layout: Layout | DecodeLayout
+    ) -> torch.Tensor:
         """x, residual (M, D) -> residual + MLP output, (M, D)."""
-        h = self.gate_up(x, layout.plan, epilogue=SILU_MUL)
+        if layout.plan is None:
+            # Rounded between the two, unlike in an epilogue, but half the passes over memory.
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            h = F.silu(gate).mul_(up)
+        else:
+            h = self.gate_up(x, layout.plan, epilogue=SILU_MUL)
         return self.down(h, layout.plan, epilogue=AddResidual(residual))
 
 
@@ -120,15 +126,23 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        layout: Layout,
+        layout: Layout | DecodeLayout,
         kv: torch.Tensor,
         rope: torch.Tensor,
-        attend: Attend,
+        backend: Backend,
     ) -> torch.Tensor:
         """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache."""
-        h = self.input_norm(x, layout.plan)
-        x = self.attn(h, x, layout, kv, rope, attend)
-        return self.mlp(self.post_norm(x, layout.plan), x, layout)
+        h = _normed(self.input_norm, x, layout.plan)
+        if layout.plan is None:
+            # Dense products have no epilogues: the residual joins in the norm.
+            h = self.attn(h, None, layout, kv, rope, backend)
+            h, x = mot_rms_norm(
+                h, self.post_norm.stacked_weight, eps=self.post_norm.variance_epsilon, residual=x
+            )
+        else:
+            x = self.attn(h, x, layout, kv, rope, backend)
+            h = _normed(self.post_norm, x, layout.plan)
+        return self.mlp(h, x, layout)
 
 
 class Transformer(nn.Module):
@@ -144,10 +158,10 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        layout: Layout,
+        layout: Layout | DecodeLayout,
         cache: KVCache,
         rope: torch.Tensor,
-        attend: Attend,
+        backend: Backend,
     ) -> torch.Tensor:
         """Run the packed rows through all layers.
 
@@ -156,11 +170,16 @@ class Transformer(nn.Module):
             layout: routing, positions and attention segments of the M rows.
             cache: holds the segments' prefixes; each layer writes the rows' own K and V there.
             rope: (P, head size) float32, see `rope_table`; P above every position in `layout`.
-            attend: attention backend.
+            backend: attention backend.
 
         Returns:
             (M, D), after the final norm.
         """
         for i, layer in enumerate(self.layers):
-            x = layer(x, layout, cache.kv[i], rope, attend)
-        return self.norm(x, layout.plan)
+            x = layer(x, layout, cache.kv[i], rope, backend)
+        return _normed(self.norm, x, layout.plan)
+
+
+def _normed(norm: MoTRMSNorm, x: torch.Tensor, plan: RoutePlan | None) -> torch.Tensor:
+    """One launch, also where all rows are und: vLLM's own forward may be written out in torch."""
+    return mot_rms_norm(x, norm.stacked_weight, plan, eps=norm.variance_epsilon)

@@ -52,7 +52,7 @@ class Painting:
     def note(self, step: Step) -> bool:
         """Take notice of a step that was just made, if it was of one of these images."""
         for i, job in enumerate(self.jobs):
-            if job.latents is step.latents:
+            if job is step.job:
                 latents = step.latents
                 if self.schedulers[i] is not None:
                     latents = self._moved(i, self.latents[i], step.velocity, step.index)

@@ -128,7 +128,12 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
         self.vae = self.bagel.vae
         self._targets = loaded.targets(self.vae)
         self.weights_sources = loaded.sources()
-        self._core = BagelPipeline(self.bagel, self.tokenizer, self._parallel)
+        self._core = BagelPipeline(
+            self.bagel,
+            self.tokenizer,
+            self._parallel,
+            cuda_graphs=not od_config.enforce_eager,
+        )
         self._together: Denoising | None = None
         self.setup_diffusion_pipeline_profiler(
             enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
@@ -204,7 +209,9 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
                 painting.set_latents(state.latents)
                 jobs += painting.jobs
         if jobs and (self._together is None or self._together.jobs != jobs):
-            self._together = Denoising(self.bagel, self.tokenizer, jobs, self._parallel)
+            self._together = Denoising(
+                self.bagel, self.tokenizer, jobs, self._parallel, self._core.workspace
+            )
         made = iter(self._together.step() if jobs and self._together else ())
         velocities: list[torch.Tensor] = []
         for state in states:

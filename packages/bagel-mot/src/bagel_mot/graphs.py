@@ -1,0 +1,190 @@
+"""Memory with fixed addresses for forward passes of a fixed shape, and CUDA graphs over it.
+
+At 512x512 the GPU has computed a step before Python has launched it. A step whose tensors keep
+their addresses is captured in a CUDA graph once and then launched as one. `Workspace` owns what
+graphs need: one KV cache that all of them address, one pool of memory for what they compute, and
+the bounds on how many there are.
+
+The code that runs is the same without capture (on a CPU, with several ranks, or switched off):
+static buffers, and bodies that are called instead of replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+
+from bagel_mot.model.bagel import Bagel
+from bagel_mot.model.layout import KVCache
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Shaped(Protocol):
+    """Buffers of one shape, and calls over them."""
+
+    def close(self) -> None:
+        """Drop the graphs; nobody will use it any more."""
+        ...
+
+
+S = TypeVar("S", bound=Shaped)
+
+# Shapes (of a batch of images, say) whose buffers are kept, and graphs over all of them. A graph
+# costs some MB besides the pool, which is as large as the largest graph needs.
+_SHAPES = 8
+_GRAPHS = 16
+
+
+class Workspace:
+    """What forward passes of fixed shapes share.
+
+    One user at a time has its rows in the KV cache: `enter` says whose they are now.
+
+    Args:
+        model: whose passes these are.
+        capture: make CUDA graphs. Without, bodies are called each time.
+    """
+
+    def __init__(self, model: Bagel, *, capture: bool = False) -> None:
+        if capture and model.device.type != "cuda":
+            raise ValueError(f"capture is True, but the model is on {model.device}, not on a GPU")
+        self.model = model
+        self.capture = capture
+        self._cache: KVCache | None = None
+        self._shapes: OrderedDict[Hashable, Shaped] = OrderedDict()
+        self._graphs: OrderedDict[int, Call[Any]] = OrderedDict()
+        self._pool: Any = None
+        self._owner: object = None
+        self.on_leave: Callable[[], None] | None = None
+        self._rope = model.rope
+
+    def enter(self, owner: object) -> bool:
+        """Make the workspace `owner`'s (a token); True if it was not, and nothing of it is there.
+
+        Who enters sets `on_leave`, which is called before another one enters: to save what is in
+        static buffers.
+        """
+        if self._owner is owner:
+            return False
+        if self.on_leave is not None:
+            self.on_leave()
+        self._owner, self.on_leave = owner, None
+        if self.model.rope is not self._rope:
+            # Graphs read the old rotary table, which a longer prompt has outgrown.
+            self._forget()
+            self._rope = self.model.rope
+        return True
+
+    def leave(self, owner: object) -> None:
+        """Say that nothing of `owner` is needed any more."""
+        if self._owner is owner:
+            self._owner = self.on_leave = None
+
+    def cache(self, rows: int, kv_heads: int | None = None) -> KVCache:
+        """The KV cache, with room for `rows` of `kv_heads` (default: all of this rank).
+
+        What was in it may be gone.
+        """
+        heads = self.model.kv_heads if kv_heads is None else kv_heads
+        cache = self._cache
+        if cache is None or cache.capacity < rows or cache.kv.shape[3] != heads:
+            # All that was made addresses the old one.
+            self._forget()
+            self._cache = cache = None  # before there is a new one
+            self._cache = cache = self.model.new_cache(rows, heads)
+        return cache
+
+    def shaped(self, key: Hashable, build: Callable[[], S]) -> S:
+        """What `build` made for this key, if it is still kept; else what it makes now.
+
+        Ask again after each `enter` that was answered with True.
+        """
+        if key not in self._shapes:
+            while len(self._shapes) >= _SHAPES:
+                _, oldest = self._shapes.popitem(last=False)
+                oldest.close()
+            self._shapes[key] = build()
+        self._shapes.move_to_end(key)
+        return cast(S, self._shapes[key])
+
+    def call(self, body: Callable[[], T]) -> Call[T]:
+        """A call of `body` that is captured if this workspace captures."""
+        return Call(body, self)
+
+    def _capture(self, call: Call[T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        while len(self._graphs) >= _GRAPHS:
+            _, oldest = self._graphs.popitem(last=False)
+            oldest.drop()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the GPU meanwhile.
+            with (
+                torch.cuda.device(self.model.device),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                result = call.body()
+        except Exception as error:
+            raise RuntimeError(
+                f"capturing a CUDA graph failed: {error}. Without graphs (cuda_graphs=False, "
+                "--no-cuda-graphs) the same computation runs launch by launch"
+            ) from error
+        self._graphs[id(call)] = call
+        return graph, result
+
+    def _used(self, call: Call[Any]) -> None:
+        self._graphs.move_to_end(id(call))
+
+    def _dropped(self, call: Call[Any]) -> None:
+        self._graphs.pop(id(call), None)
+
+    def _forget(self) -> None:
+        for shaped in self._shapes.values():
+            shaped.close()
+        self._shapes.clear()
+
+
+class Call(Generic[T]):
+    """A function without arguments over memory that stays: captured at its second call.
+
+    The first call runs as it is, which compiles kernels and fills caches; many calls are not made
+    a second time. The tensors of a result are overwritten by the next call of any `Call` of the
+    workspace.
+    """
+
+    def __init__(self, body: Callable[[], T], workspace: Workspace) -> None:
+        self.body = body
+        self._workspace = workspace
+        self._captured: tuple[torch.cuda.CUDAGraph, T] | None = None
+        self._rope: torch.Tensor | None = None  # the graph reads it, whatever the model has now
+        self._was_called = False
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether there is a graph."""
+        return self._captured is not None
+
+    def __call__(self) -> T:
+        if not self._workspace.capture or not self._was_called:
+            self._was_called = True
+            return self.body()
+        if self._captured is None:
+            self._captured = self._workspace._capture(self)
+            self._rope = self._workspace.model.rope
+        graph, result = self._captured
+        self._workspace._used(self)
+        graph.replay()
+        return result
+
+    def drop(self) -> None:
+        """Give the graph up; the next call captures it anew."""
+        self._captured = None
+        self._workspace._dropped(self)
