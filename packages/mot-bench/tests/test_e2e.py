@@ -72,7 +72,7 @@ def test_texts_do_not_end_at_the_end_token() -> None:
     model, eos = pipeline.model, pipeline.tokenizer.eos
     certain = torch.zeros(1, TINY.llm.vocab_size)
     certain[0, eos] = 1
-    model.logits = lambda hidden: certain
+    model.logits = lambda hidden: certain.expand(len(hidden), -1)
     assert write_texts(pipeline, read_texts(pipeline, ["a", "red fox"]), 7) == 14
     assert pipeline.tokenizer.eos == eos
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from bagel_mot.context import Context, Contexts
 from bagel_mot.denoising import Denoising
+from bagel_mot.graphs import Workspace
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Noise, image_size
 from bagel_mot.sampling import ImageJob, ImageSettings
 from bagel_mot.synthetic import SIZES, random_pipeline
-from bagel_mot.text import generate_text
+from bagel_mot.text import TextJob, generate_texts
 from bagel_mot.tokenizer import BagelTokenizer
 
 from mot_bench.environment import version_of
@@ -91,8 +92,8 @@ def denoising(
         eagerly: without CUDA graphs, for a baseline that changes what a step computes: a graph
             captured earlier would go on computing what it was captured with.
     """
-    del eagerly  # there is no other way yet
-    return Denoising(pipeline.model, pipeline.tokenizer, jobs, pipeline.parallel)
+    workspace = Workspace(pipeline.model) if eagerly else pipeline.workspace
+    return Denoising(pipeline.model, pipeline.tokenizer, jobs, pipeline.parallel, workspace)
 
 
 def check_size(pipeline: BagelPipeline, option: str, height: int, width: int) -> None:
@@ -172,7 +173,6 @@ def write_texts(pipeline: BagelPipeline, contexts: Sequence[Context], tokens: in
     """Continue every context by so many tokens; returns how many were written in all."""
     tokenizer = copy.copy(pipeline.tokenizer)
     tokenizer.eos = -1  # no token ends a text early
-    return sum(
-        len(generate_text(pipeline.model, tokenizer, context, max_tokens=tokens))
-        for context in contexts
-    )
+    jobs = [TextJob(context, max_tokens=tokens) for context in contexts]
+    generate_texts(pipeline.model, tokenizer, jobs, workspace=pipeline.workspace)
+    return sum(len(job.chosen) for job in jobs)

@@ -19,7 +19,6 @@ from typing import Any
 
 import bagel_mot.model.transformer
 import mot_layers.linear
-import mot_layers.norm
 import torch
 import torch.nn.functional as F
 from mot_kernels import AddResidual, Epilogue, RoutePlan, SiluMul
@@ -49,24 +48,25 @@ class GatherScatter:
         Raises:
             MeasurementError: the model looks an operation up somewhere else by now.
         """
-        places = {
-            "mot_linear": (mot_layers.linear, self.linear),
-            "mot_rms_norm": (mot_layers.norm, self.rms_norm),
-            "mot_qk_norm_rope": (bagel_mot.model.transformer, self.qk_norm_rope),
-        }
-        kept = {}
+        model = bagel_mot.model.transformer
+        places = (
+            (mot_layers.linear, "mot_linear", self.linear),
+            (model, "mot_rms_norm", self.rms_norm),
+            (model, "mot_qk_norm_rope", self.qk_norm_rope),
+        )
+        kept = []
         try:
-            for name, (module, function) in places.items():
+            for module, name, function in places:
                 if not hasattr(module, name):
                     raise MeasurementError(
                         f"{module.__name__} has no {name} that gather-scatter could replace"
                     )
-                kept[name] = getattr(module, name)
+                kept.append((module, name, getattr(module, name)))
                 setattr(module, name, function)
             yield
         finally:
-            for name, original in kept.items():
-                setattr(places[name][0], name, original)
+            for module, name, original in kept:
+                setattr(module, name, original)
 
     def linear(
         self,
