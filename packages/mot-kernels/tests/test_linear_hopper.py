@@ -32,7 +32,7 @@ CONFIG = CONFIGS[0]
 @pytest.mark.parametrize("steps", [1, 2, 7, 56, 296])
 @pytest.mark.parametrize("programs", [1, 8, 132])
 def test_deal(programs: int, steps: int) -> None:
-    """Whole waves stay whole; what is cut gets at least a program a unit and 8 steps a program."""
+    """Whole waves stay whole; of the rest every unit is cut into the same number of parts."""
     for units in range(1, 3 * programs + 2):
         whole, parts = deal(units, steps, programs)
         rest = units - whole
@@ -40,17 +40,19 @@ def test_deal(programs: int, steps: int) -> None:
         assert 0 <= rest < programs
         assert 1 <= parts <= programs
         if rest:
-            assert parts >= rest
+            assert parts % rest == 0
+            assert parts >= 2 * rest
             shares = [part * rest * steps // parts for part in range(parts + 1)]
-            assert min(b - a for a, b in pairwise(shares)) >= 1
-            assert parts == rest or rest * steps // parts >= 8
+            assert min(b - a for a, b in pairwise(shares)) >= 11
 
 
-def test_deal_cuts_a_wave_that_is_half_empty() -> None:
-    assert deal(132 + 48, 56, 132) == (132, 132)
-    assert deal(132 + 131, 56, 132) == (263, 1)
+def test_deal_cuts_where_that_is_shorter() -> None:
+    assert deal(132 + 48, 56, 132) == (132, 96)
+    assert deal(132 + 67, 56, 132) == (199, 1)
+    assert deal(132 + 30, 56, 132) == (132, 60)  # into four would take longer to add up
+    assert deal(132 + 30, 296, 132) == (132, 120)
     assert deal(2 * 132, 56, 132) == (264, 1)
-    assert deal(4, 16, 132) == (0, 8)
+    assert deal(4, 16, 132) == (4, 1)
 
 
 # --- when it may run
@@ -91,15 +93,19 @@ REFUSED = {
     ),
     "x_transposed": (
         {"x": torch.zeros(128, 8, dtype=torch.float16).T},
-        "rows of x are not contiguous and 16-byte aligned",
+        "rows of x are not contiguous, 16-byte aligned and a multiple of 16 elements apart",
     ),
     "x_unaligned": (
-        {"x": torch.zeros(8, 132, dtype=torch.float16)[:, 4:]},
-        "rows of x are not contiguous and 16-byte aligned",
+        {"x": torch.zeros(8, 144, dtype=torch.float16)[:, 4:132]},
+        "rows of x are not contiguous, 16-byte aligned",
+    ),
+    "x_rows_apart": (
+        {"x": torch.zeros(8, 136, dtype=torch.float16)[:, 8:]},
+        "a multiple of 16 elements apart (strides (136, 1))",
     ),
     "weight_unaligned": (
         {"weight": torch.zeros(2, 32, 132, dtype=torch.float16)[..., :128]},
-        "rows of weight are not contiguous and 16-byte aligned",
+        "rows of weight are not contiguous, 16-byte aligned and a multiple of 8 elements apart",
     ),
     "out": (
         {"out": torch.zeros(8, 64, dtype=torch.float16)[:, ::2]},
@@ -122,7 +128,7 @@ def test_why_not(name: str) -> None:
 @pytest.mark.usefixtures("hopper")
 def test_why_not_accepts() -> None:
     assert why_not_hopper(**question()) is None  # type: ignore[arg-type]
-    rows_apart = torch.zeros(8, 136, dtype=torch.float16)[:, 8:]
+    rows_apart = torch.zeros(8, 144, dtype=torch.float16)[:, 16:]
     assert why_not_hopper(**question(x=rows_apart)) is None  # type: ignore[arg-type]
 
 
@@ -195,8 +201,8 @@ def test_mot_linear_hopper_in_place_and_strided(device: torch.device) -> None:
     need_hopper(device)
     torch.manual_seed(0)
     plan = ROUTES["three_branches"].plan(device)
-    whole = torch.randint(-2, 3, (plan.num_rows, 264), device=device).bfloat16()
-    x, kept = whole[:, 8:], whole[:, :8].clone()
+    whole = torch.randint(-2, 3, (plan.num_rows, 272), device=device).bfloat16()
+    x, kept = whole[:, 16:], whole[:, :16].clone()
     weight = torch.randint(-1, 2, (2, 320, 256), device=device).bfloat16()
     weight *= torch.arange(256, device=device) % 4 == 0  # 64 terms: sums stay exact
     stream = torch.randint(-2, 3, (plan.num_rows, 400), device=device).bfloat16()
@@ -206,7 +212,7 @@ def test_mot_linear_hopper_in_place_and_strided(device: torch.device) -> None:
     assert torch.equal(residual, wanted)
     assert torch.equal(stream[:, :40], around[:, :40])
     assert torch.equal(stream[:, 360:], around[:, 360:])
-    assert torch.equal(whole[:, :8], kept)
+    assert torch.equal(whole[:, :16], kept)
 
 
 @pytest.mark.gpu

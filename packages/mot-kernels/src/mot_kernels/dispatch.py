@@ -104,10 +104,14 @@ def why_not_hopper(
         return f"K={x.shape[1]} is not a multiple of {HOPPER_BLOCK_K}"
     if weight.stride(0) != weight.shape[1] * weight.stride(1):
         return f"the experts' weights do not follow each other (strides {weight.stride()})"
-    for name, t in (("x", x), ("weight", weight)):
-        strides = [stride * t.element_size() for stride in t.stride()[:-1]]
-        if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 16 for s in strides):
-            return f"rows of {name} are not contiguous and 16-byte aligned (strides {t.stride()})"
+    # Descriptors need strides of whole 16 bytes. Triton copies gathered rows 16 bytes at a time
+    # only where it knows that the stride is a multiple of 16 elements.
+    for name, t, unit in (("x", x, 16), ("weight", weight, 8)):
+        if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % unit for s in t.stride()[:-1]):
+            return (
+                f"rows of {name} are not contiguous, 16-byte aligned and a multiple of {unit} "
+                f"elements apart (strides {t.stride()})"
+            )
     for name, other in (("out", out), ("bias", bias), ("residual", residual)):
         if other is not None and other.shape[-1] > 1 and other.stride(-1) != 1:
             return f"rows of {name} are not contiguous (strides {other.stride()})"
