@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from mot_kernels import AddResidual, Epilogue, RoutePlan, SiluMul
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mot_bench.compiled import compiled_per_shape
 from mot_bench.errors import MeasurementError
 
 
@@ -184,8 +185,7 @@ def _put(y: torch.Tensor, rows: torch.Tensor | None, part: torch.Tensor) -> None
 
 @functools.cache
 def _compiled() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-    # Dynamic: compiled once for all shapes, see `mot_bench.linear`.
-    return torch.compile(_silu_mul, dynamic=True), torch.compile(_rotate, dynamic=True)
+    return compiled_per_shape(_silu_mul), compiled_per_shape(_rotate)
 
 
 def _silu_mul(y: torch.Tensor) -> torch.Tensor:

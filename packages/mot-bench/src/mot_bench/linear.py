@@ -17,6 +17,7 @@ from mot_kernels import SILU_MUL, AddResidual, Epilogue, RoutePlan, TileConfig, 
 from mot_kernels.testing import linear_in_order, looped_linear
 
 from mot_bench.cases import LinearCase
+from mot_bench.compiled import compiled_per_shape
 from mot_bench.inputs import Draw, path_note, plan_of
 from mot_bench.protocol import Variant, first_line, measure, stopwatch_for
 from mot_bench.registry import Operation, Outputs, Ready, Unavailable
@@ -290,7 +291,4 @@ def _silu_mul(y: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _compiled_silu_mul() -> Callable[[torch.Tensor], torch.Tensor]:
-    # Dynamic: compiled once for all shapes. Per shape it would soon reach dynamo's limit of
-    # recompilations, beyond which it silently runs eagerly.
-    compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(_silu_mul, dynamic=True)
-    return compiled
+    return compiled_per_shape(_silu_mul)
