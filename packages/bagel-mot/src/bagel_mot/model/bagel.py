@@ -79,7 +79,7 @@ class Bagel(nn.Module):
         return self.embed_tokens(token_ids)
 
     def embed_patches(self, patches: torch.Tensor, grid_ids: torch.Tensor) -> torch.Tensor:
-        """ViT tokens of one picture: patches (n, 588), table rows (n,) -> (n, D)."""
+        """ViT tokens of a picture: patches (n, 588), table rows (n,) -> (n, D); or (B, n, ...)."""
         features = self.vit(patches.to(self.dtype), grid_ids)
         return self.connector(features) + self.vit_pos(grid_ids)
 

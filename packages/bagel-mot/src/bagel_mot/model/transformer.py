@@ -52,15 +52,15 @@ class Attention(nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor,
         layout: Layout,
-        kv: torch.Tensor,
+        kv: torch.Tensor | None,
         rope: torch.Tensor,
         attend: Attend,
     ) -> torch.Tensor:
         """x, residual (M, D) -> residual + attention output, (M, D)."""
         own, own_rows = kv, layout.kv_rows
-        if layout.exchange is not None:
+        if kv is not None and layout.exchange is not None:
             own, own_rows = layout.exchange.place(kv, layout.kv_rows, self.qkv.num_kv_heads)
-        q, _, _ = mot_qk_norm_rope(
+        q, k, v = mot_qk_norm_rope(
             self.qkv(x, layout.plan),
             self.q_norm.stacked_weight,
             self.k_norm.stacked_weight,
@@ -70,14 +70,14 @@ class Attention(nn.Module):
             num_heads=self.qkv.num_heads,
             num_kv_heads=self.qkv.num_kv_heads,
             eps=self.eps,
-            k_out=own[:, 0],
-            v_out=own[:, 1],
-            kv_rows=own_rows,
+            k_out=None if own is None else own[:, 0],
+            v_out=None if own is None else own[:, 1],
+            kv_rows=None if own is None else own_rows,
         )
-        if layout.exchange is not None:
+        if kv is not None and layout.exchange is not None:
             y = layout.exchange.attend(q, own, kv, attend)
         else:
-            y = attend(q, kv[:, 0], kv[:, 1], layout.segments)
+            y = attend(q, k, v, layout.segments)
         return self.o(y.flatten(1), layout.plan, epilogue=AddResidual(residual))
 
 
@@ -121,11 +121,11 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         layout: Layout,
-        kv: torch.Tensor,
+        kv: torch.Tensor | None,
         rope: torch.Tensor,
         attend: Attend,
     ) -> torch.Tensor:
-        """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache."""
+        """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache, or None."""
         h = self.input_norm(x, layout.plan)
         x = self.attn(h, x, layout, kv, rope, attend)
         return self.mlp(self.post_norm(x, layout.plan), x, layout)
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         self,
         x: torch.Tensor,
         layout: Layout,
-        cache: KVCache,
+        cache: KVCache | None,
         rope: torch.Tensor,
         attend: Attend,
     ) -> torch.Tensor:
@@ -155,6 +155,8 @@ class Transformer(nn.Module):
             x: (M, D) input embeddings.
             layout: routing, positions and attention segments of the M rows.
             cache: holds the segments' prefixes; each layer writes the rows' own K and V there.
+                None, for training: nothing is kept, `attend` gets the K and V of the M rows in
+                row order, and gradients flow.
             rope: (P, head size) float32, see `rope_table`; P above every position in `layout`.
             attend: attention backend.
 
@@ -162,5 +164,6 @@ class Transformer(nn.Module):
             (M, D), after the final norm.
         """
         for i, layer in enumerate(self.layers):
-            x = layer(x, layout, cache.kv[i], rope, attend)
+            kv = None if cache is None else cache.kv[i]
+            x = layer(x, layout, kv, rope, attend)
         return self.norm(x, layout.plan)

@@ -40,6 +40,8 @@ _SPECK = 0.06
 # The least overlap (intersection over union) with the drawing of its shape that a thing must have.
 _LEAST_FIT = 0.7
 BLOB = "blob"
+# A pixel and its four neighbours, as offsets into a picture padded by one.
+_CROSS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
 # How far a thing that an edit leaves alone may move, and how much it may grow or shrink.
 _STAYS_WITHIN = 0.08
 _SAME_SIZE = (0.8, 1.25)
@@ -131,7 +133,9 @@ def grade_painting(image: Image.Image, caption: Caption) -> Grade:
         points["relation"] = (
             first is not None and second is not None and lies(first, second, caption.relation)
         )
-    why += [f"wrong {name}" for name in ("sizes", "place", "relation") if not points.get(name, True)]
+    why += [
+        f"wrong {name}" for name in ("sizes", "place", "relation") if not points.get(name, True)
+    ]
     return Grade(points, tuple(why))
 
 
@@ -261,8 +265,7 @@ def _median(pixels: Pixels) -> Pixels:
     """Median of each pixel's cross of five, channel by channel: takes single wrong pixels out."""
     padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     height, width, _ = pixels.shape
-    shifts = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
-    around = [padded[dy : dy + height, dx : dx + width] for dy, dx in shifts]
+    around = [padded[dy : dy + height, dx : dx + width] for dy, dx in _CROSS]
     return np.median(np.stack(around), axis=0)
 
 
@@ -277,14 +280,12 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
     """The parts of a mask that hang together by their sides, as masks."""
+    height, width = mask.shape
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes the largest label around it until nothing changes
         padded = np.pad(labels, 1)
-        around = np.maximum.reduce(
-            [padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2]]
-            + [padded[1:-1, 2:]]
-        )
-        spread = np.where(mask, around, 0)
+        around = [padded[dy : dy + height, dx : dx + width] for dy, dx in _CROSS]
+        spread = np.where(mask, np.maximum.reduce(around), 0)
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]
         labels = spread

@@ -177,9 +177,8 @@ def caption_text(
     relation: str | None = None,
 ) -> str:
     """The words of a caption; see `Caption`."""
-    phrases = [
-        noun_phrase(kind, size) for kind, size in zip(kinds, sizes or [None] * len(kinds))
-    ]
+    sizes = sizes or [None] * len(kinds)
+    phrases = [noun_phrase(kind, size) for kind, size in zip(kinds, sizes, strict=True)]
     text = f" {relation} ".join(phrases) if relation else _listed(phrases)
     if place is not None:
         text += f" {place}"

@@ -33,7 +33,7 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 704
-    vocabulary: int = 640
+    vocabulary: int = 480
     vit_hidden: int = 128
     vit_layers: int = 4
     vit_heads: int = 4

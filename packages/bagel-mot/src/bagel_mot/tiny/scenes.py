@@ -51,7 +51,12 @@ PLACES: dict[str, tuple[int | None, int | None]] = {
 _CELLS = ((0.0, 0.36), (0.38, 0.62), (0.64, 1.0))
 
 # Which way the second thing lies from the first: "a red circle above a blue square".
-RELATIONS = {"to the left of": (1, 0), "to the right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+RELATIONS = {
+    "to the left of": (1, 0),
+    "to the right of": (-1, 0),
+    "above": (0, 1),
+    "below": (0, -1),
+}
 
 # Radius as a share of the picture's shorter side: said in words, or left open.
 RADII = {"small": (0.125, 0.145), None: (0.15, 0.195), "big": (0.21, 0.25)}
