@@ -25,6 +25,7 @@ from bagel_mot.cli_io import (
     save_png,
     user_errors,
 )
+from bagel_mot.demo import demo
 from bagel_mot.tiny.command import train_tiny
 
 app = typer.Typer(
@@ -278,6 +279,7 @@ def inspect(
         raise typer.Exit(1)
 
 
+app.command()(demo)
 app.command()(train_tiny)
 
 
