@@ -69,9 +69,8 @@ def test_a_tenth_is_held_out() -> None:
 
 
 def test_held_out_is_about_what_not_where() -> None:
-    one = Scene(
-        64, 64, "white", (Thing("red", "circle", 20, 20, 8), Thing("blue", "star", 45, 45, 8))
-    )
+    things = (Thing("red", "circle", 20, 20, 8), Thing("blue", "star", 45, 45, 8))
+    one = Scene(64, 64, "white", things)
     other = Scene(128, 64, "white", tuple(reversed(one.things)))
     assert one.kinds == other.kinds
     assert one.held_out == other.held_out

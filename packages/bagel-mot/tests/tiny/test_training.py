@@ -1,8 +1,9 @@
-"""Training on a CPU in small: losses fall, runs resume, the result is a checkpoint like any other."""
+"""Training on a CPU in small: losses fall, runs resume, the result is an ordinary checkpoint."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_train_from_nothing_to_a_checkpoint(tmp_path: Path) -> None:
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
     train(tmp_path, PLAN, device=CPU, minutes=0, say=lambda _: None)
-    with pytest.raises(ValueError, match="is of a run with .* choose another folder"):
+    with pytest.raises(ValueError, match=r"is of a run with .* choose another folder"):
         train(tmp_path, replace(PLAN, seed=1), device=CPU, minutes=0)
 
 
@@ -76,13 +77,12 @@ def test_pools_do_not_depend_on_the_workers(folder: Path) -> None:
         assert torch.equal(pool.tokens, other.tokens)
         assert torch.equal(pool.scenes.places, other.scenes.places)
         assert torch.equal(pool.sources.looks, other.sources.looks)
-    assert not torch.equal(
-        alone["paint"][0].tokens, make_pools(folder, 5, [(64, 64)], seed=2)["paint"][0].tokens
-    )
+    (reseeded,) = make_pools(folder, 5, [(64, 64)], seed=2)["paint"]
+    assert not torch.equal(alone["paint"][0].tokens, reseeded.tokens)
 
 
 @pytest.fixture
-def stage_of(model: Bagel, tokenizer: BagelTokenizer, folder: Path):  # type: ignore[no-untyped-def]
+def stage_of(model: Bagel, tokenizer: BagelTokenizer, folder: Path) -> Callable[[Path], Stage]:
     """Stages that start from the same weights, each in a folder of its own."""
     objectives = Objectives(model, tokenizer)
     learning = leaves(model)
@@ -103,8 +103,8 @@ def stage_of(model: Bagel, tokenizer: BagelTokenizer, folder: Path):  # type: ig
 
 
 def test_resumed_is_uninterrupted(
-    stage_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # type: ignore[no-untyped-def]
+    stage_of: Callable[[Path], Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole = stage_of(tmp_path / "whole")
@@ -128,8 +128,8 @@ def test_resumed_is_uninterrupted(
 
 
 def test_a_crash_while_saving_keeps_the_old_state(
-    stage_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # type: ignore[no-untyped-def]
+    stage_of: Callable[[Path], Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = stage_of(tmp_path)
     stage.save()
     before = (tmp_path / "model.pt").read_bytes()
@@ -192,12 +192,12 @@ def test_overfitted_model_paints_what_it_was_shown(
     objectives = Objectives(model, tokenizer)
     pool = make_pools(folder, 2, [(64, 64)], seed=5)["paint"][0]
     assert pool.scenes.ground[0].tolist() != pool.scenes.ground[1].tolist()
-    eight = pool.select(torch.arange(2).repeat(8))
+    many = pool.select(torch.arange(2).repeat(6))
 
     def loss(step: int) -> dict[str, Tensor]:
-        return {"paint": objectives.paint(eight, torch.Generator().manual_seed(step))}
+        return {"paint": objectives.paint(many, torch.Generator().manual_seed(step))}
 
-    stage = Stage("model", leaves(model), loss, Schedule(250, 4e-3, warmup=20), tmp_path)
+    stage = Stage("model", leaves(model), loss, Schedule(200, 4e-3, warmup=20), tmp_path)
     stage.run()
     with torch.no_grad():
         latents = model.vae.encode(draw(pool.scenes, 64, 64), torch.zeros(2, 16, 8, 8))
@@ -210,12 +210,11 @@ def test_overfitted_model_paints_what_it_was_shown(
             painted = denoise(model, contexts, noise, (4, 4), settings)
             distances = [float((painted - other).norm()) for other in wanted]
             apart = float((wanted[0] - wanted[1]).norm())
-            assert distances[i] < 0.3 * apart, (i, distances, apart)
-            assert distances[1 - i] > 0.7 * apart
+            assert distances[i] < 0.5 * apart, (i, distances, apart)
+            assert distances[1 - i] > 0.8 * apart
 
 
 def test_saved_checkpoint_is_the_model(model: Bagel, folder: Path, tmp_path: Path) -> None:
-    Path(tmp_path, "x").mkdir()
     values = {name: torch.full_like(leaf, 0.5) for name, leaf in vae_leaves(model).items()}
     weight = model.lm_head.weight.detach().clone()
     before = model.vae.decoder.conv_out.weight.detach().clone()
@@ -227,10 +226,8 @@ def test_saved_checkpoint_is_the_model(model: Bagel, folder: Path, tmp_path: Pat
     rest = load_file(tmp_path / "ema.safetensors")
     assert torch.equal(rest["language_model.lm_head.weight"], weight.bfloat16())
     layer = model.transformer.layers[1]
-    q, k, v = (
-        rest[f"language_model.model.layers.1.self_attn.{name}_proj_moe_gen.weight"]
-        for name in "qkv"
-    )
+    prefix = "language_model.model.layers.1.self_attn"
+    q, k, v = (rest[f"{prefix}.{name}_proj_moe_gen.weight"] for name in "qkv")
     fused = layer.attn.qkv.gen_exp.weight
     assert torch.equal(torch.cat([q, k, v]), fused.bfloat16())
 

@@ -103,7 +103,7 @@ class Bagel(nn.Module):
         """
         time = self.time_embedder(t)
         if t_index is not None and len(t) > 1:
-            time = time[t_index]
+            time = time.index_select(0, t_index)
         return self.vae2llm(latents.to(self.dtype)) + time + self.latent_pos(grid_ids)
 
     def forward(self, x: torch.Tensor, layout: Layout, cache: KVCache) -> torch.Tensor:
