@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import hypot
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from bagel_mot.tiny.scenes import (
     lies,
 )
 
-Pixels = np.ndarray  # (H, W, 3) float32, levels 0..255
+Pixels: TypeAlias = np.ndarray  # (H, W, 3) float32, levels 0..255
 
 # A pixel this far from the background's colour (Euclidean, levels) is part of something.
 _DISTINCT = 40.0
@@ -147,7 +148,7 @@ def grade_edit(image: Image.Image, edit: Edit) -> Grade:
     kept = [thing for thing in edit.after.things if thing in before]
     changed = [thing for thing in edit.after.things if thing not in before]
     left = [found.thing for found in seen.found]
-    why = []
+    why: list[str] = []
     stays = True
     for thing in kept:
         stays &= _take(left, thing, side, why)

@@ -158,9 +158,9 @@ def draw_question(
         held_out, size: as in `draw_painting`.
         told: the scene is described in words, not shown.
     """
-    makers = (_ask_colour, _ask_shape, _ask_count, _ask_count, _ask_background, _ask_exists)
+    makers = [_ask_colour, _ask_shape, _ask_count, _ask_count, _ask_background, _ask_exists]
     if not told:
-        makers = (*makers, _ask_description)
+        makers.append(_ask_description)
     while True:
         scene = draw_painting(random, held_out=held_out, size=size).scene
         task, text, answer = random.choice(makers)(random, scene)
