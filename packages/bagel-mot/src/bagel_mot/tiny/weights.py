@@ -50,11 +50,18 @@ def vae_leaves(model: Bagel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def initialise(model: Bagel, seed: int) -> None:
-    """Give every weight but the VAE's a start value; the VAE keeps torch's own."""
+    """Give every weight a start value; the VAE keeps torch's own but for its latents.
+
+    With those its noise would be much stronger than its means, and it would learn to ignore them.
+    """
     generator = torch.Generator().manual_seed(seed)
     layers = len(model.transformer.layers)
     for name, leaf in leaves(model).items():
         leaf.copy_(_start(name, leaf, layers, generator))
+    out, means = model.vae.encoder.conv_out, model.config.vae.z_channels
+    out.weight[:means] *= 4
+    out.weight[means:] *= 0.1
+    out.bias[means:] = -5
 
 
 @torch.no_grad()
