@@ -173,7 +173,7 @@ def test_vae_learns(model: Bagel, tokenizer: BagelTokenizer, folder: Path, tmp_p
 
     def loss(step: int) -> dict[str, Tensor]:
         noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(step))
-        return {"pixels": objectives.reconstruct(pool.scenes, pool.size, noise)}
+        return objectives.reconstruct(pool.scenes, pool.size, noise)
 
     first = float(loss(0)["pixels"].detach())
     Stage("vae", vae_leaves(model), loss, Schedule(25, 2e-3, warmup=5), tmp_path).run()

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
 
+import torch
 from bagel_mot import BagelPipeline, ImageSettings, Request
+from bagel_mot.images import to_image, to_tensor
 from bagel_mot.tiny.drawing import draw_image
-from bagel_mot.tiny.grading import Grade, grade_answer, grade_edit, grade_painting
+from bagel_mot.tiny.grading import Grade, grade_answer, grade_edit, grade_painting, grade_scene
 from bagel_mot.tiny.language import Question, draw_edit, draw_painting, draw_question
 from PIL import Image
 
@@ -25,6 +27,7 @@ _TOGETHER = 50
 # Task -> what must be right for a sample to count, and the share that we want, in percent.
 TARGETS: dict[str, tuple[tuple[str, ...], float | None]] = {
     "images: shapes, colours, counts": (("things",), 90.0),
+    "reconstructions: the VAE alone": (("things", "background"), None),
     "images: everything the caption says": ((), None),
     "edits: done, and the rest left alone": (("done", "rest"), 80.0),
     "edits: done": (("done",), None),
@@ -128,6 +131,8 @@ def measure(
             for k, each in enumerate(painting)
         ]
         for each, result in zip(painting, pipeline.run(requests), strict=True):
+            drawn = through_vae(pipeline, draw_image(each.scene))
+            grades["reconstructions: the VAE alone"].append(grade_scene(drawn, each.scene))
             note(images, each.caption.text, grade_painting(result.image, each.caption))
             pictures.append((each.caption.text, (result.image,)))
 
@@ -154,6 +159,16 @@ def measure(
         answer = pipeline.ask(shown, question.prompt, max_text_tokens=40)
         note([task], question.prompt, grade_answer(answer, question))
     return Quality([_result(task, grades[task]) for task in TARGETS], failures, pictures)
+
+
+@torch.no_grad()
+def through_vae(pipeline: BagelPipeline, image: Image.Image) -> Image.Image:
+    """A picture encoded and decoded: no painting can be better."""
+    vae = pipeline.model.vae
+    pixels = to_tensor(image)[None].to(pipeline.model.device)
+    moments = vae.moments(pixels)
+    latent = vae.encode(pixels, torch.zeros_like(moments[:, : vae.cfg.z_channels]).float())
+    return to_image(vae.decode(latent)[0])
 
 
 def contact_sheet(pictures: Sequence[tuple[Image.Image, ...]], columns: int = 8) -> Image.Image:

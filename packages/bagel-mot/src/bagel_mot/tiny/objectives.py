@@ -91,8 +91,10 @@ class Objectives:
         )
         return (losses * answer.flatten()).sum() / answer.sum()
 
-    def reconstruct(self, scenes: SceneArrays, size: tuple[int, int], noise: Tensor) -> Tensor:
-        """The VAE's loss: errors of pixels and of their differences, small KL.
+    def reconstruct(
+        self, scenes: SceneArrays, size: tuple[int, int], noise: Tensor
+    ) -> dict[str, Tensor]:
+        """The VAE's losses: `pixels`, `edges` and `latents`.
 
         Args:
             noise: (n, 16, H/8, W/8) standard normal.
@@ -112,7 +114,7 @@ class Objectives:
         kl = 0.5 * (centre.square() + variance - 1 - variance.log()).mean()
         channels = latent.transpose(0, 1).flatten(1)
         moments = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
-        return pixels + _EDGES * edges + _KL * kl + _MOMENTS * moments
+        return {"pixels": pixels, "edges": _EDGES * edges, "latents": _KL * kl + _MOMENTS * moments}
 
     def _flow(
         self,

@@ -10,10 +10,12 @@ import multiprocessing
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +77,11 @@ class Pool:
         return replace(self, **parts)
 
 
+# A part of a pool on its way from a worker: by value, as numpy arrays go. Tensors would each take
+# a file descriptor of the receiving process.
+_Arrays: TypeAlias = dict[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class _Job:
     """A part of a pool: samples `first` to `first + count`."""
@@ -109,7 +116,7 @@ def make_pools(
         for first in range(0, samples, _CHUNK)
     ]
     with ExitStack() as stack:
-        parts: Iterable[Pool] = map(_make, jobs)
+        parts: Iterable[_Arrays] = map(_make, jobs)
         if workers:
             # Not forked: torch's threads do not survive that.
             context = multiprocessing.get_context("spawn")
@@ -118,15 +125,14 @@ def make_pools(
         made = list(zip(jobs, parts, strict=True))
     return {
         task: [
-            _joined([part for job, part in made if (job.task, job.size) == (task, size)])
+            _joined(size, [part for job, part in made if (job.task, job.size) == (task, size)])
             for size in sizes
         ]
         for task in TASKS
     }
 
 
-def _make(job: _Job) -> Pool:
-    torch.set_num_threads(1)
+def _make(job: _Job) -> _Arrays:
     tokenizer = BagelTokenizer.from_folder(job.folder)
     scenes: list[Scene] = []
     sources: list[Scene] = []
@@ -156,38 +162,39 @@ def _make(job: _Job) -> Pool:
         said.append(block + answer)
         answers.append(len(block) if answer else 0)
         shown.append(picture)
-    longest = max(map(len, said))
-    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in said])
-    drawn = SceneArrays.of(scenes)
-    return Pool(
-        job.size,
-        drawn,
-        drawn if sources == scenes else SceneArrays.of(sources),
-        tokens,
-        torch.tensor([len(ids) for ids in said]),
-        torch.tensor(answers),
-        torch.tensor(shown),
+    tokens = np.zeros((job.count, max(map(len, said))), dtype=np.int64)
+    for row, ids in zip(tokens, said, strict=True):
+        row[: len(ids)] = ids
+    arrays = {
+        "tokens": tokens,
+        "lengths": np.array([len(ids) for ids in said]),
+        "answers": np.array(answers),
+        "shown": np.array(shown),
+    }
+    for name, drawn in (("scenes", scenes), ("sources", sources)):
+        packed = SceneArrays.of(drawn)
+        for field in fields(packed):
+            arrays[f"{name}.{field.name}"] = getattr(packed, field.name).numpy()
+    return arrays
+
+
+def _joined(size: tuple[int, int], parts: Sequence[_Arrays]) -> Pool:
+    """One pool of the parts, in order."""
+    longest = max(part["tokens"].shape[1] for part in parts)
+    for part in parts:
+        filling = longest - part["tokens"].shape[1]
+        part["tokens"] = np.pad(part["tokens"], ((0, 0), (0, filling)))
+    whole = {name: torch.from_numpy(np.concatenate([p[name] for p in parts])) for name in parts[0]}
+    scenes, sources = (
+        SceneArrays(**{each.name: whole[f"{name}.{each.name}"] for each in fields(SceneArrays)})
+        for name in ("scenes", "sources")
     )
-
-
-def _joined(parts: Sequence[Pool]) -> Pool:
-    longest = max(part.tokens.shape[1] for part in parts)
-
-    def arrays(name: str) -> SceneArrays:
-        several = [getattr(part, name) for part in parts]
-        return SceneArrays(
-            *(
-                torch.cat([getattr(each, field) for each in several])
-                for field in ("ground", "places", "looks")
-            )
-        )
-
     return Pool(
-        parts[0].size,
-        arrays("scenes"),
-        arrays("sources"),
-        torch.cat(
-            [torch.nn.functional.pad(p.tokens, (0, longest - p.tokens.shape[1])) for p in parts]
-        ),
-        *(torch.cat([getattr(p, name) for p in parts]) for name in ("lengths", "answers", "shown")),
+        size,
+        scenes,
+        sources,
+        whole["tokens"],
+        whole["lengths"],
+        whole["answers"],
+        whole["shown"],
     )

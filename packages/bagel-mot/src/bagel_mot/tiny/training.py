@@ -144,8 +144,7 @@ def _vae_loss(
         index = _index(len(pool), batch, generator)
         shape = (batch, channels, height // 8, width // 8)
         noise = torch.randn(shape, generator=generator, device=generator.device)
-        scenes = pool.scenes.select(index)
-        return {"pixels": objectives.reconstruct(scenes, pool.size, noise)}
+        return objectives.reconstruct(pool.scenes.select(index), pool.size, noise)
 
     return loss
 
