@@ -89,7 +89,6 @@ def train(
     torch.manual_seed(plan.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     model = build_model(plan.recipe.config(checkpoint), device=device, dtype=torch.float32)
     initialise(model, plan.seed)
