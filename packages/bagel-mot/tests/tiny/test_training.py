@@ -46,7 +46,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 def test_train_from_nothing_to_a_checkpoint(tmp_path: Path) -> None:
     said: list[str] = []
-    assert not train(tmp_path, PLAN, device=CPU, minutes=0, say=said.append)
+    assert not train(tmp_path, PLAN, device=CPU, deadline=0, say=said.append)
     assert "time is up" in said[-1]
     assert train(tmp_path, PLAN, device=CPU, say=said.append)
     assert "done: step 8 of 8" in said[-1]
@@ -64,9 +64,9 @@ def test_train_from_nothing_to_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
-    train(tmp_path, PLAN, device=CPU, minutes=0, say=lambda _: None)
+    train(tmp_path, PLAN, device=CPU, deadline=0, say=lambda _: None)
     with pytest.raises(ValueError, match=r"is of a run with .* choose another folder"):
-        train(tmp_path, replace(PLAN, seed=1), device=CPU, minutes=0)
+        train(tmp_path, replace(PLAN, seed=1), device=CPU, deadline=0)
 
 
 def test_pools_do_not_depend_on_the_workers(folder: Path) -> None:

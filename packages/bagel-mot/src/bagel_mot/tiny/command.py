@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,7 @@ def train_tiny(
     ] = None,
 ) -> None:
     """Train the tiny model that paints coloured shapes; see docs/tiny.md."""
+    began = time.monotonic()  # before torch and vLLM are imported, which may take a minute
     with user_errors():
         import torch
 
@@ -58,7 +60,7 @@ def train_tiny(
             run,
             plan,
             device=place,
-            minutes=float("inf") if minutes is None else minutes,
+            deadline=float("inf") if minutes is None else began + 60 * minutes,
             workers=(os.cpu_count() or 1) if workers is None else workers,
             say=lambda line: console.print(line, markup=False, highlight=False),
         )

@@ -10,7 +10,6 @@ A run lives in one folder:
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,11 +63,16 @@ def train(
     plan: Plan,
     *,
     device: torch.device,
-    minutes: float = float("inf"),
+    deadline: float = float("inf"),
     workers: int = 0,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Train, or go on training, until the plan is done or time is up.
+
+    Args:
+        deadline: when to stop, as `time.monotonic()` counts.
+        workers: processes that draw the samples; 0 draws them in this one.
+        say: told in a line what goes on.
 
     Returns:
         Whether the plan is done. `folder/checkpoint` holds the model either way, unless time was
@@ -77,7 +81,6 @@ def train(
     Raises:
         ValueError: the folder holds a run with another recipe or seed.
     """
-    deadline = time.monotonic() + 60 * minutes
     checkpoint = folder / CHECKPOINT
     _begin(folder, plan)
     tokenizer = BagelTokenizer.from_folder(checkpoint)
