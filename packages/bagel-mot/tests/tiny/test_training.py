@@ -63,6 +63,22 @@ def test_train_from_nothing_to_a_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint" / "ema.safetensors").read_bytes() == before
 
 
+def test_start_from_a_checkpoint(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, PLAN, device=CPU, say=lambda _: None)
+    weights = first / "checkpoint"
+    schedule = replace(PLAN.model, steps=1, rate=0.0)
+    said: list[str] = []
+    for _ in range(2):  # and again, as a run that is resumed
+        plan = replace(PLAN, model=schedule)
+        assert train(second, plan, device=CPU, start_from=weights, say=said.append)
+    assert not any(line.startswith("VAE") for line in said)
+    for name in ("ae.safetensors", "ema.safetensors"):
+        want = load_file(weights / name)
+        for key, tensor in load_file(second / "checkpoint" / name).items():
+            assert torch.equal(tensor, want[key]), key
+
+
 def test_another_run_is_refused(tmp_path: Path) -> None:
     train(tmp_path, PLAN, device=CPU, deadline=0, say=lambda _: None)
     with pytest.raises(ValueError, match=r"is of a run with .* choose another folder"):

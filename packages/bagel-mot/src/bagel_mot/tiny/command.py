@@ -31,6 +31,10 @@ def train_tiny(
     rows: Annotated[
         float, typer.Option(min=0, help="Scales the batches; 1 is meant for a large GPU.")
     ] = 1.0,
+    start_from: Annotated[
+        Path | None,
+        typer.Option("--from", help="Checkpoint folder to begin with; its VAE stays as it is."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that draw samples. Default: the cores.")
@@ -60,6 +64,7 @@ def train_tiny(
             run,
             plan,
             device=place,
+            start_from=start_from,
             deadline=float("inf") if minutes is None else began + 60 * minutes,
             workers=(os.cpu_count() or 1) if workers is None else workers,
             say=lambda line: console.print(line, markup=False, highlight=False),

@@ -10,6 +10,7 @@ A run lives in one folder:
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from bagel_mot import checkpoint
+from bagel_mot.model.bagel import Bagel
 from bagel_mot.parallel import ParallelConfig, start
 from bagel_mot.pipeline import build_model
 from bagel_mot.tiny.objectives import Objectives
@@ -63,6 +66,7 @@ def train(
     plan: Plan,
     *,
     device: torch.device,
+    start_from: Path | None = None,
     deadline: float = float("inf"),
     workers: int = 0,
     say: Callable[[str], None] = print,
@@ -70,6 +74,8 @@ def train(
     """Train, or go on training, until the plan is done or time is up.
 
     Args:
+        start_from: a checkpoint folder to begin with; its VAE stays as it is. Give it again when
+            the run is resumed.
         deadline: when to stop, as `time.monotonic()` counts.
         workers: processes that draw the samples; 0 draws them in this one.
         say: told in a line what goes on.
@@ -81,11 +87,11 @@ def train(
     Raises:
         ValueError: the folder holds a run with another recipe or seed.
     """
-    checkpoint = folder / CHECKPOINT
-    _begin(folder, plan)
-    tokenizer = BagelTokenizer.from_folder(checkpoint)
+    place = folder / CHECKPOINT
+    _begin(folder, plan, start_from)
+    tokenizer = BagelTokenizer.from_folder(place)
     say(f"drawing {plan.samples} samples per task and size with {workers or 1} processes")
-    pools = make_pools(checkpoint, plan.samples, plan.sizes, seed=plan.seed, workers=workers)
+    pools = make_pools(place, plan.samples, plan.sizes, seed=plan.seed, workers=workers)
     pools = {task: [pool.to(device) for pool in several] for task, several in pools.items()}
 
     start(ParallelConfig(), device.type)
@@ -93,34 +99,59 @@ def train(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    model = build_model(plan.recipe.config(checkpoint), device=device, dtype=torch.float32)
+    model = build_model(plan.recipe.config(place), device=device, dtype=torch.float32)
     initialise(model, plan.seed)
     objectives = Objectives(model, tokenizer)
 
-    vae = Stage("vae", vae_leaves(model), _vae_loss(objectives, plan, pools), plan.vae, folder)
-    say(f"VAE: step {vae.step} of {plan.vae.steps}")
-    if not vae.run(deadline):
-        say(f"time is up at step {vae.step} of the VAE; the same command goes on")
+    if start_from is not None:
+        _load(model, start_from)
+    elif not _train_vae(objectives, plan, pools, folder, deadline, say):
         return False
-    with torch.no_grad():
-        for name, leaf in vae.leaves.items():
-            leaf.copy_(vae.average[name])
     model.vae.requires_grad_(False)
 
     stage = Stage("model", leaves(model), _loss(objectives, plan, pools), plan.model, folder)
     say(f"model: step {stage.step} of {plan.model.steps}")
     done = stage.run(deadline)
-    save_checkpoint(model, checkpoint, stage.average)
+    save_checkpoint(model, place, stage.average)
     state = "done" if done else "time is up; the same command goes on"
-    say(f"{state}: step {stage.step} of {plan.model.steps}, the model is in {checkpoint}")
+    say(f"{state}: step {stage.step} of {plan.model.steps}, the model is in {place}")
     return done
 
 
-def _begin(folder: Path, plan: Plan) -> None:
+def _train_vae(
+    objectives: Objectives,
+    plan: Plan,
+    pools: dict[str, list[Pool]],
+    folder: Path,
+    deadline: float,
+    say: Callable[[str], None],
+) -> bool:
+    """The first stage; leaves the VAE with its average weights. Returns whether it is done."""
+    loss = _vae_loss(objectives, plan, pools)
+    stage = Stage("vae", vae_leaves(objectives.model), loss, plan.vae, folder)
+    say(f"VAE: step {stage.step} of {plan.vae.steps}")
+    if not stage.run(deadline):
+        say(f"time is up at step {stage.step} of the VAE; the same command goes on")
+        return False
+    with torch.no_grad():
+        for name, leaf in stage.leaves.items():
+            leaf.copy_(stage.average[name])
+    return True
+
+
+def _load(model: Bagel, folder: Path) -> None:
+    """Fill all weights from a checkpoint of the same recipe."""
+    stored = checkpoint.read_headers(folder)
+    targets = checkpoint.model_targets(model.config) | checkpoint.vae_targets(model.vae)
+    checkpoint.check_names(stored, targets)
+    checkpoint.load_checkpoint(model, stored, targets)
+
+
+def _begin(folder: Path, plan: Plan, start_from: Path | None) -> None:
     """Write what does not change during a run, or check that it is the same run."""
     identity = {"recipe": asdict(plan.recipe), "seed": plan.seed}
     identity = json.loads(json.dumps(identity))
-    file, checkpoint = folder / "run.json", folder / CHECKPOINT
+    file, place = folder / "run.json", folder / CHECKPOINT
     if file.is_file():
         found = json.loads(file.read_text())
         if found != identity:
@@ -128,8 +159,11 @@ def _begin(folder: Path, plan: Plan) -> None:
                 f"{file} is of a run with {found}, not {identity}; choose another folder"
             )
         return
-    plan.recipe.write_configs(checkpoint)
-    write_tokenizer(checkpoint, plan.recipe.vocabulary)
+    if start_from is None:
+        plan.recipe.write_configs(place)
+        write_tokenizer(place, plan.recipe.vocabulary)
+    else:
+        shutil.copytree(start_from, place)
     file.write_text(json.dumps(identity, indent=1) + "\n")
 
 
