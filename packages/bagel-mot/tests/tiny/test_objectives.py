@@ -20,6 +20,7 @@ from bagel_mot.sampling import ImageJob, ImageSettings
 from bagel_mot.tiny.drawing import SceneArrays, draw, draw_image
 from bagel_mot.tiny.language import draw_painting
 from bagel_mot.tiny.objectives import Objectives
+from bagel_mot.tiny.packing import plan_for, run_together
 from bagel_mot.tiny.pool import Pool, make_pools
 from bagel_mot.tiny.weights import leaves
 from bagel_mot.tokenizer import BagelTokenizer
@@ -58,9 +59,11 @@ def packed_velocity(
     noisy = packing.embed_latents(model, noise.expand(len(pool), -1, -1), t, markers)
     everywhere = torch.ones(len(pool), dtype=torch.bool)
     rope = rope_table(64, model.config.llm.head_dim, model.config.llm.rope_theta)
-    hidden = packing.run(
-        model, rope, [*parts, noisy], pool.lengths, everywhere & has_picture, everywhere & has_text
+    packed = packing.pack(
+        [*parts, noisy], pool.lengths, everywhere & has_picture, everywhere & has_text
     )
+    plan = plan_for([packing], model.device)
+    (hidden,) = run_together(model, rope, plan, [packed])
     return model.velocity(hidden[:, packing.image_rows])
 
 
@@ -141,9 +144,8 @@ def test_ask_like_inference(
             target = torch.tensor([following])
             losses += float(torch.nn.functional.cross_entropy(model.logits(hidden), target))
             counts += 1
-    assert float(objectives.ask(pool, torch.Generator())) == pytest.approx(
-        losses / counts, rel=1e-4
-    )
+    loss = objectives.losses({"ask": pool}, torch.Generator())["ask"]
+    assert float(loss) == pytest.approx(losses / counts, rel=1e-4)
 
 
 def test_resizing_is_nearly_pillows() -> None:
@@ -166,7 +168,8 @@ def test_gradients_reach_every_weight(
     task: str, model: Bagel, tokenizer: BagelTokenizer, pools: dict[str, Pool]
 ) -> None:
     learning = leaves(model)
-    loss = Objectives(model, tokenizer).of(task)(pools[task], torch.Generator().manual_seed(0))
+    batch, generator = {task: pools[task]}, torch.Generator().manual_seed(0)
+    loss = Objectives(model, tokenizer).losses(batch, generator)[task]
     loss.backward()
     silent = {name for name, leaf in learning.items() if leaf.grad is None or not leaf.grad.any()}
     generating = {"time_embedder", "vae2llm", "latent_pos", "llm2vae"}
@@ -181,13 +184,40 @@ def test_gradients_reach_every_weight(
     assert {name.split(".")[0] for name in silent} == unused
 
 
+def test_tasks_together_are_tasks_alone(
+    model: Bagel, tokenizer: BagelTokenizer, pools: dict[str, Pool]
+) -> None:
+    """Batches that share a pass do not see each other: losses and gradients add up."""
+    learning, objectives = leaves(model), Objectives(model, tokenizer)
+    # One task's noise must not depend on the tasks before it.
+    alone = {}
+    for task, pool in pools.items():
+        state = torch.Generator().manual_seed(0)
+        for before in list(pools)[: list(pools).index(task)]:
+            objectives.losses({before: pools[before]}, state)
+        alone[task] = objectives.losses({task: pool}, state)[task]
+    together = objectives.losses(pools, torch.Generator().manual_seed(0))
+    for task in pools:
+        torch.testing.assert_close(together[task], alone[task], rtol=1e-5, atol=1e-6)
+    names, tensors = list(learning), list(learning.values())
+    want = torch.autograd.grad(sum(alone.values()), tensors)
+    got = torch.autograd.grad(sum(together.values()), tensors)
+    for name, one, other in zip(names, got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_gradient_of_both_experts(
     model: Bagel, tokenizer: BagelTokenizer, pools: dict[str, Pool]
 ) -> None:
     """Along a random direction, the loss changes as the gradient says."""
     learning = leaves(model)
     objectives = Objectives(model, tokenizer)
-    loss = objectives.edit(pools["edit"], torch.Generator().manual_seed(0))
+
+    def edit_loss() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return objectives.losses({"edit": pools["edit"]}, generator)["edit"]
+
+    loss = edit_loss()
     loss.backward()
     generator = torch.Generator().manual_seed(7)
     stacks = {name: leaf for name, leaf in learning.items() if "stacked" in name}
@@ -204,7 +234,7 @@ def test_gradient_of_both_experts(
             with torch.no_grad():
                 for name, leaf in stacks.items():
                     leaf.add_(moves[name], alpha=sign * step)
-                ends.append(float(objectives.edit(pools["edit"], torch.Generator().manual_seed(0))))
+                ends.append(float(edit_loss()))
                 for name, leaf in stacks.items():
                     leaf.add_(moves[name], alpha=-sign * step)
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02, abs=1e-3)

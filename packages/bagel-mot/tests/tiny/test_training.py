@@ -106,7 +106,7 @@ def stage_of(model: Bagel, tokenizer: BagelTokenizer, folder: Path) -> Callable[
     pool = make_pools(folder, 4, [(64, 64)], seed=0)["edit"][0]
 
     def loss(step: int) -> dict[str, Tensor]:
-        return {"edit": objectives.edit(pool, torch.Generator().manual_seed(step))}
+        return objectives.losses({"edit": pool}, torch.Generator().manual_seed(step))
 
     def make(place: Path) -> Stage:
         with torch.no_grad():
@@ -209,7 +209,7 @@ def test_overfitted_model_paints_what_it_was_shown(
     many = pool.select(torch.arange(2).repeat(6))
 
     def loss(step: int) -> dict[str, Tensor]:
-        return {"paint": objectives.paint(many, torch.Generator().manual_seed(step))}
+        return objectives.losses({"paint": many}, torch.Generator().manual_seed(step))
 
     stage = Stage("model", leaves(model), loss, Schedule(200, 4e-3, warmup=20), tmp_path)
     stage.run()

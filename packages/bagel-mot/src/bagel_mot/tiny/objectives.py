@@ -1,20 +1,29 @@
-"""What the tiny model is trained for: the losses, one batch of one task at a time."""
+"""What the tiny model is trained for: the losses of batches of all tasks."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
+from mot_kernels import RoutePlan
 from torch import Tensor
 
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.embeddings import rope_table
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.tiny.drawing import SceneArrays, draw
-from bagel_mot.tiny.packing import Packing, Shape, patchify_all
+from bagel_mot.tiny.packing import (
+    Packed,
+    Packing,
+    Shape,
+    patchify_all,
+    plan_for,
+    run_together,
+)
 from bagel_mot.tiny.pool import Pool
 from bagel_mot.tokenizer import BagelTokenizer
 
@@ -32,6 +41,9 @@ _LEAST_NOISE = 0.15
 # neighbours, because edges tell the shapes apart; and a little absolute error, for flat colours.
 _SQUARES, _EDGES, _ABSOLUTE = 4.0, 2.0, 0.1
 
+# A batch ready to run, and its loss given its hidden states (B, rows, D).
+_Prepared: TypeAlias = tuple[Packed, Callable[[Tensor], Tensor]]
+
 
 class Objectives:
     """The losses of a model on batches of `Pool` samples.
@@ -48,20 +60,31 @@ class Objectives:
         markers = [tokenizer.vision_start, tokenizer.vision_end]
         self._markers = torch.tensor(markers, device=model.device)
         self._packings: dict[Shape, Packing] = {}
+        self._plans: dict[tuple[Shape, ...], RoutePlan] = {}
         self._encoder: AutoEncoder | None = None
 
-    def of(self, task: str) -> Callable[[Pool, torch.Generator], Tensor]:
-        """The loss of a task: `paint`, `edit` or `ask`."""
-        return {"paint": self.paint, "edit": self.edit, "ask": self.ask}[task]
+    def losses(self, batches: Mapping[str, Pool], generator: torch.Generator) -> dict[str, Tensor]:
+        """The loss of each task (`paint`, `edit`, `ask`), from one pass through the model."""
+        makers = {"paint": self._paint, "edit": self._edit, "ask": self._ask}
+        made = {task: makers[task](batch, generator) for task, batch in batches.items()}
+        packed = [batch for batch, _ in made.values()]
+        shapes = tuple(batch.packing.shape for batch in packed)
+        if shapes not in self._plans:
+            packings = [batch.packing for batch in packed]
+            self._plans[shapes] = plan_for(packings, self.model.device)
+        hidden = run_together(self.model, self._rope, self._plans[shapes], packed)
+        return {
+            task: loss(rows) for (task, (_, loss)), rows in zip(made.items(), hidden, strict=True)
+        }
 
-    def paint(self, batch: Pool, generator: torch.Generator) -> Tensor:
+    def _paint(self, batch: Pool, generator: torch.Generator) -> _Prepared:
         """Rectified flow from a text: mean square error of the velocity."""
         packing = self.packing("paint", batch)
         has_text = _share(len(batch), 1 - _NO_TEXT, generator)
         text = packing.embed_text(self.model, batch.tokens)
         return self._flow(packing, batch, [text], has_text, has_text, generator)
 
-    def edit(self, batch: Pool, generator: torch.Generator) -> Tensor:
+    def _edit(self, batch: Pool, generator: torch.Generator) -> _Prepared:
         """Rectified flow from a picture and an instruction."""
         packing = self.packing("edit", batch)
         pixels = draw(batch.sources, *batch.size)
@@ -76,7 +99,7 @@ class Objectives:
         has_picture = _share(len(batch), 1 - _NO_PICTURE, generator)
         return self._flow(packing, batch, parts, has_picture, has_text, generator)
 
-    def ask(self, batch: Pool, generator: torch.Generator) -> Tensor:
+    def _ask(self, batch: Pool, generator: torch.Generator) -> _Prepared:
         """Cross-entropy of the answer's tokens, after a picture and a question or a text alone."""
         packing = self.packing("ask", batch)
         pixels = draw(batch.scenes, *batch.size)
@@ -84,16 +107,19 @@ class Objectives:
             packing.embed_vit(self.model, pixels, self._embedded_markers()),
             packing.embed_text(self.model, batch.tokens),
         ]
-        everywhere = torch.ones_like(batch.shown)
-        hidden = packing.run(self.model, self._rope, parts, batch.lengths, batch.shown, everywhere)
-        place = torch.arange(batch.tokens.shape[1] - 1, device=hidden.device)
+        tokens, everywhere = batch.tokens, torch.ones_like(batch.shown)
+        place = torch.arange(tokens.shape[1] - 1, device=tokens.device)
         answer = (place >= batch.answers[:, None]) & (place < batch.lengths[:, None] - 1)
-        rows = hidden[:, packing.text_slice][:, : len(place)]
-        # Selecting the answers' rows would wait for the device to count them.
-        losses = F.cross_entropy(
-            self.model.logits(rows).flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
-        )
-        return (losses * answer.flatten()).sum() / answer.sum()
+
+        def loss(hidden: Tensor) -> Tensor:
+            logits = self.model.logits(hidden[:, packing.text_slice][:, : len(place)])
+            # Selecting the answers' rows would wait for the device to count them.
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+            )
+            return (losses * answer.flatten()).sum() / answer.sum()
+
+        return packing.pack(parts, batch.lengths, batch.shown, everywhere), loss
 
     def reconstruct(
         self, scenes: SceneArrays, size: tuple[int, int], noise: Tensor
@@ -128,18 +154,19 @@ class Objectives:
         has_picture: Tensor,
         has_text: Tensor,
         generator: torch.Generator,
-    ) -> Tensor:
+    ) -> _Prepared:
         """Predict eps - x0 at x_t = (1 - t) x0 + t eps, where `parts` are the context."""
         x0 = self._encode(draw(batch.scenes, *batch.size), generator)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         t = _times(len(batch), generator)
         x_t = torch.lerp(x0, eps, t[:, None, None])
         noisy = packing.embed_latents(self.model, x_t, t, self._embedded_markers())
-        hidden = packing.run(
-            self.model, self._rope, [*parts, noisy], batch.lengths, has_picture, has_text
-        )
-        velocity = self.model.velocity(hidden[:, packing.image_rows])
-        return F.mse_loss(velocity, eps - x0)
+
+        def loss(hidden: Tensor) -> Tensor:
+            velocity = self.model.velocity(hidden[:, packing.image_rows])
+            return F.mse_loss(velocity, eps - x0)
+
+        return packing.pack([*parts, noisy], batch.lengths, has_picture, has_text), loss
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,8 @@
-"""Many samples of one shape in one forward pass of the model, with one attention mask.
+"""Many samples in one forward pass of the model, with one attention mask for all of one shape.
 
-Every sample has the same parts in the same order, [picture's latents] [picture's ViT tokens]
-[text, filled up] [image's latents], each only if its task has it; so routing is a constant, rows
-reshape to (samples, rows, ...), and what a sample lacks is masked. What rows see and which
+Every sample of a shape has the same parts in the same order: [picture's latents] [picture's ViT
+tokens] [text, filled up] [image's latents], each only if its task has it. So routing is a constant,
+rows reshape to (samples, rows, ...), and what a sample lacks is masked. What rows see and which
 position they have is as in `bagel_mot.context`: a block sees everything before it and itself, a
 text only backwards.
 """
@@ -51,7 +51,7 @@ class Shape:
 
 
 class Packing:
-    """Routing, positions and masks for batches of one `Shape`; made once, used every time."""
+    """Positions and masks for batches of one `Shape`; made once, used every time."""
 
     def __init__(self, config: BagelConfig, shape: Shape, device: torch.device) -> None:
         height, width = shape.size
@@ -85,7 +85,7 @@ class Packing:
         for part, rows in parts:
             middle = GEN if part in (_LATENTS, _IMAGE) else UND
             runs += [(UND, 1), (middle, rows - 2), (UND, 1)]
-        self._plan = RoutePlan.from_runs(runs * shape.batch, num_experts=2, device=device)
+        self.runs = runs * shape.batch
         part_of = torch.tensor([part for part, rows in parts for _ in range(rows)])
         place = torch.cat([torch.arange(rows) for _, rows in parts])
         same = part_of[:, None] == part_of
@@ -96,40 +96,26 @@ class Packing:
         self._place = place.to(device)
         self._self = torch.eye(self.rows, dtype=torch.bool, device=device)
 
-    def run(
+    def pack(
         self,
-        model: Bagel,
-        rope: Tensor,
         parts: Sequence[Tensor],
         lengths: Tensor,
         has_picture: Tensor,
         has_text: Tensor,
-    ) -> Tensor:
-        """Hidden states (B, rows, D) of embedded parts, (B, part's rows, D) each.
+    ) -> Packed:
+        """Make a batch ready to run.
 
         Args:
-            rope: as `Transformer.forward` takes it.
+            parts: embedded, (B, part's rows, D) each.
             lengths: (B,) tokens of each text.
             has_picture, has_text: (B,) bool; what a sample lacks is not seen, and takes no
                 positions.
         """
-        batch = self.shape.batch
         mask, positions = self._mask_and_positions(lengths, has_picture, has_text)
-        bias = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+        x = torch.cat(list(parts), dim=1)
+        bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill_(~mask, float("-inf")).unsqueeze(1)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, _: Sequence[Segment]) -> Tensor:
-            groups = q.shape[1] // k.shape[1]
-            q, k, v = (t.view(batch, self.rows, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
-            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            return y.transpose(1, 2).flatten(0, 1)
-
-        x = torch.cat(list(parts), dim=1).flatten(0, 1)
-        nothing = torch.empty(0, dtype=torch.int32, device=x.device)  # no cache is written
-        layout = Layout(self._plan, positions.flatten(), nothing, (), rope.shape[0])
-        hidden = model.transformer(x, layout, None, rope, attend)
-        return hidden.unflatten(0, (batch, self.rows))
+        return Packed(self, x.flatten(0, 1), positions.flatten(), bias)
 
     def embed_text(self, model: Bagel, tokens: Tensor) -> Tensor:
         """(B, T) ids, filled up to the text's rows -> (B, text rows, D)."""
@@ -168,6 +154,65 @@ class Packing:
         positions = torch.where(is_text, pictures + place, positions)
         positions = torch.where(part == _IMAGE, pictures + spoken, positions)
         return mask, positions.int()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of one shape, as rows.
+
+    Attributes:
+        packing: how they are laid out.
+        x: (B * rows, D) embeddings.
+        positions: (B * rows,) int32.
+        bias: (B, 1, rows, rows), 0 where a row (third) sees a row (fourth), else -inf.
+    """
+
+    packing: Packing
+    x: Tensor
+    positions: Tensor
+    bias: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within the samples; (B * rows, heads, head size) each."""
+        batch, groups = self.packing.shape.batch, q.shape[1] // k.shape[1]
+        q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return y.transpose(1, 2).flatten(0, 1)
+
+
+def plan_for(packings: Sequence[Packing], device: torch.device) -> RoutePlan:
+    """The routing of several batches that run together, in this order."""
+    runs = [run for packing in packings for run in packing.runs]
+    return RoutePlan.from_runs(runs, num_experts=2, device=device)
+
+
+def run_together(
+    model: Bagel, rope: Tensor, plan: RoutePlan, batches: Sequence[Packed]
+) -> list[Tensor]:
+    """Hidden states of several batches, (B, rows, D) each, from one pass through the layers.
+
+    Of different shapes, they differ for attention only: everything else is one operation for all.
+
+    Args:
+        rope: as `Transformer.forward` takes it.
+        plan: `plan_for` these batches.
+    """
+    rows = [len(batch.x) for batch in batches]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: Sequence[Segment]) -> Tensor:
+        each = zip(batches, q.split(rows), k.split(rows), v.split(rows), strict=True)
+        return torch.cat([batch.attend(*qkv) for batch, *qkv in each])
+
+    positions = torch.cat([batch.positions for batch in batches])
+    nothing = torch.empty(0, dtype=torch.int32, device=positions.device)  # no cache is written
+    layout = Layout(plan, positions, nothing, (), rope.shape[0])
+    x = torch.cat([batch.x for batch in batches])
+    hidden = model.transformer(x, layout, None, rope, attend).split(rows)
+    return [
+        part.unflatten(0, (batch.packing.shape.batch, -1))
+        for batch, part in zip(batches, hidden, strict=True)
+    ]
 
 
 def _between(markers: Tensor, tokens: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def _vae_loss(
 def _loss(
     objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]
 ) -> Callable[[int], dict[str, Tensor]]:
-    """Each step has a batch of every task, each of a size of its own."""
+    """Each step has a batch of every task, all with pictures of one size."""
     batches = {
         task: [max(rows // _rows_of(objectives, task, pool), 1) for pool in pools[task]]
         for task, rows in zip(TASKS, plan.rows, strict=True)
@@ -197,13 +197,17 @@ def _loss(
     def loss(step: int) -> dict[str, Tensor]:
         generator = _generator(plan.seed, "model", step, objectives.model.device)
         random = Random(f"{plan.seed}/model/{step}")
-        losses = {}
-        for task, weight in zip(TASKS, plan.weights, strict=True):
-            number = random.randrange(len(pools[task]))
-            pool, batch = pools[task][number], batches[task][number]
-            samples = pool.select(_index(len(pool), batch, generator))
-            losses[task] = weight * objectives.of(task)(samples, generator)
-        return losses
+        number = random.randrange(len(plan.sizes))
+        samples = {
+            task: several[number].select(
+                _index(len(several[number]), batches[task][number], generator)
+            )
+            for task, several in pools.items()
+        }
+        losses = objectives.losses(samples, generator)
+        return {
+            task: weight * losses[task] for task, weight in zip(TASKS, plan.weights, strict=True)
+        }
 
     return loss
 
