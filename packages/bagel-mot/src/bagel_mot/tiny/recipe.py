@@ -24,8 +24,7 @@ _VIT_LIMITS = (126, 56, 14)
 class Recipe:
     """What the tiny model is made of; everything else is as in the release.
 
-    The VAE has one width on all levels: its GroupNorms have 32 groups whatever the width, and a
-    group of few channels forgets how bright a picture is as a whole.
+    The VAE has one width on all levels, a multiple of 32: its GroupNorms have 32 groups.
     """
 
     hidden: int = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mot_layers.stacking import StackedExperts
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bagel_mot import checkpoint
 from bagel_mot.model.bagel import Bagel
@@ -113,8 +113,3 @@ def _sinusoids(side: int, width: int) -> Tensor:
     angles = places[:, None] * frequencies
     table = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.cat([table.repeat(side, 1), table.repeat_interleave(side, dim=0)], dim=1)
-
-
-def count(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
