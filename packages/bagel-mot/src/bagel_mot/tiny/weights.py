@@ -103,6 +103,8 @@ def _start(name: str, leaf: Tensor, layers: int, generator: torch.Generator) -> 
         spread = 0.5
     elif ".o." in name or ".down." in name or ".out." in name or ".mlp.fc2." in name:
         spread /= (2 * layers) ** 0.5  # what is added to the residual stream
+    elif name == "time_embedder.fc1.weight":
+        spread *= 3  # times lie in 0..1, and of its 256 inputs all but a few hardly change there
     return torch.randn(leaf.shape, generator=generator) * spread
 
 
