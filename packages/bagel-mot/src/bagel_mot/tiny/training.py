@@ -54,8 +54,8 @@ class Plan:
     seed: int = 0
     sizes: tuple[tuple[int, int], ...] = SIZES
     samples: int = 25_000
-    vae: Schedule = field(default_factory=lambda: Schedule(5_000, 1e-3))
-    model: Schedule = field(default_factory=lambda: Schedule(14_000, 1e-3, warmup=500))
+    vae: Schedule = field(default_factory=lambda: Schedule(6_000, 1e-3))
+    model: Schedule = field(default_factory=lambda: Schedule(20_000, 1e-3, warmup=500))
     pixels: int = 128 * 64 * 64
     rows: tuple[int, ...] = (16_384, 16_384, 8_192)
     weights: tuple[float, ...] = (1.0, 1.0, 0.5)
