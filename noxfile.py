@@ -40,10 +40,14 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 LINTERS = ("ruff==0.17.6", "mypy==2.4.1")
 TYPED = ("httpx", "pillow", "pydantic", "rich", "typer")  # libraries whose types mypy reads
 
+# The trained tiny model, from when it is there on; docs/tiny.md says how it is made.
+TINY = PACKAGES / "bagel-mot" / "src" / "bagel_mot" / "tiny" / "checkpoint"
+TINY_FILES = tuple(f"bagel_mot/tiny/checkpoint/{file.name}" for file in sorted(TINY.glob("*")))
+
 PACKAGE_DATA = {  # what each wheel must hold
     "mot-kernels": ("mot_kernels/py.typed", "mot_kernels/tuning/configs/README.md"),
     "mot-layers": ("mot_layers/py.typed",),
-    "bagel-mot": ("bagel_mot/py.typed",),
+    "bagel-mot": ("bagel_mot/py.typed", *TINY_FILES),
     "mot-bench": ("mot_bench/py.typed",),
 }
 FIRST_LINE = {  # what a program that uses the package begins with

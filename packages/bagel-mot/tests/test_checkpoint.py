@@ -250,6 +250,19 @@ def test_every_weight_lands(cpu: BagelPipeline) -> None:
     assert [name for name in got if not torch.equal(got[name], want[name])] == []
 
 
+def test_model_tensors_are_the_files(cpu: BagelPipeline) -> None:
+    """Loading and saving are each other's reverse, for every tensor of the golden checkpoint."""
+    targets = model_targets(cpu.config) | vae_targets(cpu.model.vae)
+    saved = checkpoint.model_tensors(cpu.model, targets, torch.float32)
+    files = {
+        **load_file(GOLDEN.checkpoint / "ema.safetensors"),
+        **load_file(GOLDEN.checkpoint / "ae.safetensors"),
+    }
+    assert saved.keys() == files.keys()
+    for name, tensor in files.items():
+        assert torch.equal(saved[name], tensor.float()), name
+
+
 def test_kernels_read_the_loaded_weights(cpu: BagelPipeline) -> None:
     """The stacked tensors that the routed kernels read: expert 0 is und, expert 1 gen."""
     want = dict(expected_parameters())

@@ -280,6 +280,26 @@ def fill(parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None)
         parameter[shard * rows : (shard + 1) * rows].copy_(tensor)
 
 
+@torch.no_grad()
+def model_tensors(
+    model: nn.Module, targets: dict[str, Target], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The model's tensors under their checkpoint names, copied to the CPU: what is to be saved.
+
+    The reverse of `load_checkpoint`, for a model that is not split over ranks.
+    """
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {}
+    taken: dict[str, int] = {}
+    for name, target in targets.items():
+        # The parts of a fused parameter follow each other in it as they do in the table.
+        start = taken.get(target.parameter, 0)
+        taken[target.parameter] = end = start + target.shape[0]
+        part = parameters[target.parameter][start:end]
+        tensors[name] = part.to("cpu", dtype, copy=True).contiguous()
+    return tensors
+
+
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if index.exists():

@@ -1,4 +1,4 @@
-"""The command `bagel-mot`: generate, edit, ask, inspect."""
+"""The command `bagel-mot`: generate, edit, ask, inspect, demo, train-tiny."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bagel_mot import __version__
 from bagel_mot.cli_io import (
     IS_FIRST_RANK,
     console,
+    find_model,
     open_images,
     output_files,
     progress,
@@ -24,6 +25,8 @@ from bagel_mot.cli_io import (
     save_png,
     user_errors,
 )
+from bagel_mot.demo import demo
+from bagel_mot.tiny.command import train_tiny
 
 app = typer.Typer(
     add_completion=False,
@@ -32,7 +35,13 @@ app = typer.Typer(
     help="Paint, edit and answer with BAGEL on routed kernels.",
 )
 ModelOption = Annotated[
-    Path, typer.Option("--model", "-m", help="Checkpoint folder in the official layout.")
+    Path,
+    typer.Option(
+        "--model",
+        "-m",
+        callback=find_model,
+        help="Checkpoint folder in the official layout, or tiny: the model shipped with us.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -286,6 +295,10 @@ def inspect(
         console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
+
+
+app.command()(demo)
+app.command()(train_tiny)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bagel_mot.tiny import model_folder
+
 # vLLM's advice about its engine, which does not run here, would bury our own messages.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -48,6 +50,12 @@ def require_text(name: str, text: str) -> None:
 def require_folder(model: Path) -> None:
     if not model.is_dir():
         raise FileNotFoundError(f"--model {model}: no such folder; give a BAGEL checkpoint folder")
+
+
+def find_model(model: Path) -> Path:
+    """The folder behind --model; a callback of the option."""
+    with user_errors():
+        return model_folder(model)
 
 
 def output_files(output: Path, count: int, overwrite: bool) -> list[Path]:

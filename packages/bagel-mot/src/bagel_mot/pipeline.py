@@ -7,7 +7,6 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -31,6 +30,7 @@ from bagel_mot.reading import Prepared, Reading, read_prompt
 from bagel_mot.request import Noise, Part, Request, Result
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
 from bagel_mot.text import fed_tokens, generate_texts
+from bagel_mot.tiny import model_folder
 from bagel_mot.tokenizer import BagelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class BagelPipeline:
         """Load a checkpoint folder in the official layout.
 
         Args:
-            path: folder with `llm_config.json`, `ema.safetensors`, `ae.safetensors`, tokenizer.
+            path: folder with `llm_config.json`, `ema.safetensors`, `ae.safetensors`, tokenizer;
+                or "tiny", the small model that is shipped with this package.
             device: default "cuda" if there is one, else "cpu".
             dtype: what the model computes in: bfloat16, float16 or float32.
             attention: attention backend, see `bagel_mot.model.attention`.
@@ -110,7 +111,7 @@ class BagelPipeline:
             ValueError: a config value, device, dtype, attention backend or parallel size makes no
                 sense.
         """
-        folder = Path(path)
+        folder = model_folder(path)
         dtype = _parse_dtype(dtype)
         parallel = parallel or ParallelConfig()
         config = BagelConfig.from_folder(folder)

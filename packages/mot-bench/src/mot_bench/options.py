@@ -39,6 +39,15 @@ def shares(option: str, text: str | None) -> list[float]:
     return values
 
 
+def settings(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE pairs; what the names and values may be is for their reader to say."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, sign, _) in zip(texts, pairs, strict=True):
+        if not name or not sign:
+            raise UsageError(f"{option} is {text!r}; expected NAME=VALUE, e.g. cfg_text_scale=3")
+    return {name: value for name, _, value in pairs}
+
+
 def one_of(option: str, value: str, known: Sequence[str]) -> str:
     """One of a few words."""
     if value not in known:

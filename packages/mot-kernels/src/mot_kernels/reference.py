@@ -42,7 +42,9 @@ def mot_linear(
     else:
         parts = []
         for e, rows in enumerate(torch.split(plan.row_ids.long(), list(plan.counts))):
-            parts.append(F.linear(x[rows], weight[e], None if bias is None else bias[e]))
+            # Not x[rows]: the backward of an index sorts, that of index_select adds.
+            gathered = x.index_select(0, rows)
+            parts.append(F.linear(gathered, weight[e], None if bias is None else bias[e]))
         y = x.new_empty(x.shape[0], weight.shape[1])
         y = y.index_copy(0, plan.row_ids.long(), torch.cat(parts))
     match epilogue:
@@ -101,7 +103,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 def _row_weight(weight: torch.Tensor, plan: Routing | None, rows: int) -> torch.Tensor:
     if plan is None:
         return _wide(weight[:1]).expand(rows, -1)
-    return _wide(weight)[plan.expert_ids.long()]
+    return _wide(weight).index_select(0, plan.expert_ids.long())
 
 
 def _rms_norm(wide: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Bagel(nn.Module):
         return self.embed_tokens(token_ids)
 
     def embed_patches(self, patches: torch.Tensor, grid_ids: torch.Tensor) -> torch.Tensor:
-        """ViT tokens of one picture: patches (n, 588), table rows (n,) -> (n, D)."""
+        """ViT tokens of a picture: patches (n, 588), table rows (n,) -> (n, D); or (B, n, ...)."""
         features = self.vit(patches.to(self.dtype), grid_ids)
         return self.connector(features) + self.vit_pos(grid_ids)
 
@@ -101,12 +101,12 @@ class Bagel(nn.Module):
         """Latent tokens become input embeddings.
 
         Args:
-            latents: (n, 64), row by row over the grid.
-            times: (n, D) or (1, D), from `embed_times`.
+            latents: (n, 64), row by row over the grid; or (B, n, 64).
+            times: (n, D) or (1, D), from `embed_times`; or (B, 1, D).
             grid: (h, w), n = h * w.
 
         Returns:
-            (n, D).
+            (n, D); or (B, n, D).
 
         Raises:
             ValueError: the grid is larger than the position table's.
@@ -119,7 +119,7 @@ class Bagel(nn.Module):
         tokens = self.vae2llm(latents.to(self.dtype)) + times
         # A view of the table, which holds the rows of a square grid: nothing is gathered.
         positions = self.latent_pos.weight.unflatten(0, (side, side))[: grid[0], : grid[1]]
-        return (tokens.unflatten(0, grid) + positions).flatten(0, 1)
+        return (tokens.unflatten(-2, grid) + positions).flatten(-3, -2)
 
     def forward(
         self, x: torch.Tensor, layout: Layout | DecodeLayout, cache: KVCache

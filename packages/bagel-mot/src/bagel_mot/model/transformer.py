@@ -53,15 +53,15 @@ class Attention(nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor | None,
         layout: Layout | DecodeLayout,
-        kv: torch.Tensor,
+        kv: torch.Tensor | None,
         rope: torch.Tensor,
         backend: Backend,
     ) -> torch.Tensor:
         """x (M, D) -> attention output, plus the residual (M, D) if there is one; (M, D)."""
         own, own_rows = kv, layout.kv_rows
-        if layout.exchange is not None:
+        if kv is not None and layout.exchange is not None:
             own, own_rows = layout.exchange.place(kv, layout.kv_rows, self.qkv.num_kv_heads)
-        q, _, _ = mot_qk_norm_rope(
+        q, k, v = mot_qk_norm_rope(
             self.qkv(x, layout.plan),
             self.q_norm.stacked_weight,
             self.k_norm.stacked_weight,
@@ -71,10 +71,12 @@ class Attention(nn.Module):
             num_heads=self.qkv.num_heads,
             num_kv_heads=self.qkv.num_kv_heads,
             eps=self.eps,
-            k_out=own[:, 0],
-            v_out=own[:, 1],
-            kv_rows=own_rows,
+            k_out=None if own is None else own[:, 0],
+            v_out=None if own is None else own[:, 1],
+            kv_rows=None if own is None else own_rows,
         )
+        if own is None:
+            own = kv = torch.stack([k, v], dim=1)
         y = layout.attend(q, own, kv, backend)
         epilogue = None if residual is None else AddResidual(residual)
         return self.o(y.flatten(1), layout.plan, epilogue=epilogue)
@@ -127,11 +129,11 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         layout: Layout | DecodeLayout,
-        kv: torch.Tensor,
+        kv: torch.Tensor | None,
         rope: torch.Tensor,
         backend: Backend,
     ) -> torch.Tensor:
-        """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache."""
+        """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache, or None."""
         h = _normed(self.input_norm, x, layout.plan)
         if layout.plan is None:
             # Dense products have no epilogues: the residual joins in the norm.
@@ -159,7 +161,7 @@ class Transformer(nn.Module):
         self,
         x: torch.Tensor,
         layout: Layout | DecodeLayout,
-        cache: KVCache,
+        cache: KVCache | None,
         rope: torch.Tensor,
         backend: Backend,
     ) -> torch.Tensor:
@@ -169,6 +171,8 @@ class Transformer(nn.Module):
             x: (M, D) input embeddings.
             layout: routing, positions and attention segments of the M rows.
             cache: holds the segments' prefixes; each layer writes the rows' own K and V there.
+                None, for training: nothing is kept, `layout.attend` gets K and V of the M rows in
+                row order, and gradients flow.
             rope: (P, head size) float32, see `rope_table`; P above every position in `layout`.
             backend: attention backend.
 
@@ -176,7 +180,7 @@ class Transformer(nn.Module):
             (M, D), after the final norm.
         """
         for i, layer in enumerate(self.layers):
-            x = layer(x, layout, cache.kv[i], rope, backend)
+            x = layer(x, layout, None if cache is None else cache.kv[i], rope, backend)
         return _normed(self.norm, x, layout.plan)
 
 

@@ -14,7 +14,7 @@ from bagel_mot.config import VitConfig
 
 
 class VisionTransformer(nn.Module):
-    """Patches of one picture to features, `post_layernorm` (`norm` here) included.
+    """Patches of a picture to features, `post_layernorm` (`norm` here) included.
 
     Args:
         cfg: sizes.
@@ -29,30 +29,30 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
     def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
-        """Encode one picture.
+        """Encode a picture, or several of one size.
 
         Args:
-            patches: (n, 588), as `images.patchify(images.to_tensor(image), 14)` gives them; cast
-                to the dtype of the weights.
+            patches: (n, 588), as `images.patchify(images.to_tensor(image), 14)` gives them, or
+                (B, n, 588); cast to the dtype of the weights.
             position_ids: (n,) int32 or int64 rows of the position table, `images.grid_positions`.
 
         Returns:
-            (n, hidden) in the dtype of the weights.
+            (n, hidden) or (B, n, hidden) in the dtype of the weights.
 
         Raises:
             ValueError: the shapes do not agree with each other or with the weights.
             TypeError: `position_ids` is not int32 or int64.
         """
         width = self.patch_embed.in_features
-        if patches.ndim != 2 or patches.shape[1] != width:
+        if patches.ndim not in (2, 3) or patches.shape[-1] != width:
             raise ValueError(
                 f"patches has shape {tuple(patches.shape)}; expected (n, {width}), the patches of "
-                "one picture"
+                f"one picture, or (B, n, {width})"
             )
-        if position_ids.shape != patches.shape[:1]:
+        if position_ids.shape != patches.shape[-2:-1]:
             raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)} for {patches.shape[0]} "
-                f"patches; expected ({patches.shape[0]},)"
+                f"position_ids has shape {tuple(position_ids.shape)} for {patches.shape[-2]} "
+                f"patches; expected ({patches.shape[-2]},)"
             )
         if position_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"position_ids is {position_ids.dtype}; expected int32 or int64")
@@ -81,7 +81,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention among the rows; `qkv` holds the q, k and v projections in this order."""
+    """Full attention among a picture's rows; `qkv` holds q, k and v projections in this order."""
 
     def __init__(self, cfg: VitConfig) -> None:
         super().__init__()
@@ -91,11 +91,13 @@ class VisionAttention(nn.Module):
         self.out = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # (n, 3*hidden) -> three views (1, heads, n, head_dim); the fused kernels want four axes
+        # (B or none, n, 3*hidden) -> three views (B or 1, heads, n, head_dim); the fused kernels
+        # want four axes
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out(mixed.squeeze(0).transpose(0, 1).flatten(1))
+        qkv = qkv if x.ndim == 3 else qkv.unsqueeze(0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = self.out(mixed if x.ndim == 3 else mixed.squeeze(0))
         return out
 
 

@@ -1,0 +1,71 @@
+"""The command `bagel-mot train-tiny`."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bagel_mot.cli_io import console, user_errors
+
+
+def train_tiny(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of the run; one that is there goes on.")
+    ],
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the model; may be changed until the last quarter begins."),
+    ] = None,
+    vae_steps: Annotated[int | None, typer.Option(min=1, help="Of the VAE, before that.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples drawn per task and size of picture.")
+    ] = None,
+    rows: Annotated[
+        float, typer.Option(min=0, help="Scales the batches; 1 is meant for a large GPU.")
+    ] = 1.0,
+    start_from: Annotated[
+        Path | None,
+        typer.Option("--from", help="Checkpoint folder to begin with; its VAE stays as it is."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that draw samples. Default: the cores.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="E.g. cuda:0 or cpu. Default: a GPU if there is one.")
+    ] = None,
+) -> None:
+    """Train the tiny model that paints coloured shapes; see docs/tiny.md."""
+    began = time.monotonic()  # before torch and vLLM are imported, which may take a minute
+    with user_errors():
+        import torch
+
+        from bagel_mot.tiny.training import Plan, train
+
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        plan = Plan(seed=seed)
+        plan = replace(
+            plan,
+            samples=samples or plan.samples,
+            vae=replace(plan.vae, steps=vae_steps or plan.vae.steps),
+            model=replace(plan.model, steps=steps or plan.model.steps),
+            pixels=max(int(plan.pixels * rows), 1),
+            rows=tuple(max(int(each * rows), 1) for each in plan.rows),
+        )
+        train(
+            run,
+            plan,
+            device=place,
+            start_from=start_from,
+            deadline=float("inf") if minutes is None else began + 60 * minutes,
+            workers=(os.cpu_count() or 1) if workers is None else workers,
+            say=lambda line: console.print(line, markup=False, highlight=False),
+        )

@@ -1,0 +1,233 @@
+"""Many samples in one forward pass of the model, with one attention mask for all of one shape.
+
+Every sample of a shape has the same parts in the same order: [picture's latents] [picture's ViT
+tokens] [text, filled up] [image's latents], each only if its task has it. So routing is a constant,
+rows reshape to (samples, rows, ...), and what a sample lacks is masked. What rows see and which
+position they have is as in `bagel_mot.context`: a block sees everything before it and itself, a
+text only backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from mot_kernels import RoutePlan
+from torch import Tensor
+
+from bagel_mot.config import BagelConfig
+from bagel_mot.images import grid_positions, patchify, resized_size
+from bagel_mot.model.attention import Backend
+from bagel_mot.model.bagel import Bagel
+from bagel_mot.model.layout import GEN, UND, Layout
+
+# (B, C, H, W) -> (B, patches, p * p * C)
+patchify_all = torch.vmap(patchify, in_dims=(0, None))
+
+_LATENTS, _VIT, _TEXT, _IMAGE = range(4)
+# The fused attention kernels want rows of the mask aligned.
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the samples of a batch have in common.
+
+    Attributes:
+        batch: samples.
+        size: (height, width) of their pictures, in pixels.
+        text: most tokens of a text.
+        source: whether there is a picture's latents and ViT tokens before the text; "vit" for
+            the latter alone, as questions have it.
+        image: whether an image is painted behind the text.
+    """
+
+    batch: int
+    size: tuple[int, int]
+    text: int
+    source: str | None = None
+    image: bool = False
+
+
+class Packing:
+    """Positions and masks for batches of one `Shape`; made once, used every time."""
+
+    def __init__(self, config: BagelConfig, shape: Shape, device: torch.device) -> None:
+        height, width = shape.size
+        unit = config.latent_token_pixels
+        self.shape = shape
+        self.grid = (height // unit, width // unit)
+        vit_width, vit_height = resized_size((width, height), config.vit_transform)
+        self.vit_size = (vit_height, vit_width)
+        patch = config.vit.patch_size
+        vit_grid = (vit_height // patch, vit_width // patch)
+        latents = self.grid[0] * self.grid[1]
+        self.vit_ids = grid_positions(*vit_grid, config.vit_grid).to(device)
+        parts: list[tuple[int, int]] = []
+        if shape.source == "both":
+            parts.append((_LATENTS, latents + 2))
+        if shape.source is not None:
+            parts.append((_VIT, len(self.vit_ids) + 2))
+        parts.append((_TEXT, shape.text))
+        if shape.image:
+            parts.append((_IMAGE, latents + 2))
+        spare = -sum(rows for _, rows in parts) % _ALIGNED
+        parts = [(part, rows + spare if part == _TEXT else rows) for part, rows in parts]
+        self.text_rows = shape.text + spare
+        self.rows = sum(rows for _, rows in parts)
+        self.image_rows = slice(self.rows - latents - 1, self.rows - 1)
+        before = sum(rows for part, rows in parts if part < _TEXT)
+        self.text_slice = slice(before, before + self.text_rows)
+        self._pictures = sum(part < _TEXT for part, _ in parts)
+
+        runs: list[tuple[int, int]] = []
+        for part, rows in parts:
+            middle = GEN if part in (_LATENTS, _IMAGE) else UND
+            runs += [(UND, 1), (middle, rows - 2), (UND, 1)]
+        self.runs = runs * shape.batch
+        part_of = torch.tensor([part for part, rows in parts for _ in range(rows)])
+        place = torch.cat([torch.arange(rows) for _, rows in parts])
+        same = part_of[:, None] == part_of
+        backwards = place[:, None] >= place
+        sees = (part_of[:, None] > part_of) | (same & ((part_of != _TEXT) | backwards))
+        self._sees = sees.to(device)
+        self._part = part_of.to(device)
+        self._place = place.to(device)
+        self._self = torch.eye(self.rows, dtype=torch.bool, device=device)
+
+    def pack(
+        self,
+        parts: Sequence[Tensor],
+        lengths: Tensor,
+        has_picture: Tensor,
+        has_text: Tensor,
+    ) -> Packed:
+        """Make a batch ready to run.
+
+        Args:
+            parts: embedded, (B, part's rows, D) each.
+            lengths: (B,) tokens of each text.
+            has_picture, has_text: (B,) bool; what a sample lacks is not seen, and takes no
+                positions.
+        """
+        mask, positions = self._mask_and_positions(lengths, has_picture, has_text)
+        x = torch.cat(list(parts), dim=1)
+        bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill_(~mask, float("-inf")).unsqueeze(1)
+        return Packed(self, x.flatten(0, 1), positions.flatten(), bias)
+
+    def embed_text(self, model: Bagel, tokens: Tensor) -> Tensor:
+        """(B, T) ids, filled up to the text's rows -> (B, text rows, D)."""
+        tokens = F.pad(tokens, (0, self.text_rows - tokens.shape[1]))
+        return model.embed_text(tokens)
+
+    def embed_vit(self, model: Bagel, pixels: Tensor, markers: Tensor) -> Tensor:
+        """(B, 3, H, W) pictures, as drawn -> (B, rows of the ViT part, D)."""
+        if pixels.shape[-2:] != self.vit_size:
+            pixels = F.interpolate(pixels, self.vit_size, mode="bicubic", antialias=True)
+            pixels = pixels.clamp(-1, 1)  # as 8-bit pictures are
+        patches = patchify_all(pixels, model.config.vit.patch_size)
+        return _between(markers, model.embed_patches(patches, self.vit_ids))
+
+    def embed_latents(self, model: Bagel, tokens: Tensor, t: Tensor, markers: Tensor) -> Tensor:
+        """(B, n, 64) latent tokens at times (B,) or (1,) -> (B, n + 2, D)."""
+        times = model.embed_times(t)[:, None]
+        return _between(markers, model.embed_latents(tokens, times, self.grid))
+
+    def _mask_and_positions(
+        self, lengths: Tensor, has_picture: Tensor, has_text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, rows, rows) bool, true where a row (second) sees a row (third); (B, rows) int32."""
+        part, place = self._part, self._place
+        is_text = part == _TEXT
+        said = has_text[:, None] & (place < lengths[:, None])
+        there = torch.where(is_text, said, (part == _IMAGE) | has_picture[:, None])
+        # Rows that nobody sees see themselves: a row that sees nothing would be NaN.
+        mask = (self._sees & there[:, None]) | self._self
+        pictures = self._pictures * has_picture.long()[:, None]
+        spoken = (lengths * has_text)[:, None]
+        positions = torch.where(part < _TEXT, self._pictures - 1 - (part == _LATENTS).long(), 0)
+        positions = positions.expand(len(lengths), -1)
+        positions = torch.where(is_text, pictures + place, positions)
+        positions = torch.where(part == _IMAGE, pictures + spoken, positions)
+        return mask, positions.int()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of one shape, as rows.
+
+    Attributes:
+        packing: how they are laid out.
+        x: (B * rows, D) embeddings.
+        positions: (B * rows,) int32.
+        bias: (B, 1, rows, rows), 0 where a row (third) sees a row (fourth), else -inf.
+    """
+
+    packing: Packing
+    x: Tensor
+    positions: Tensor
+    bias: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within the samples; (B * rows, heads, head size) each."""
+        batch, groups = self.packing.shape.batch, q.shape[1] // k.shape[1]
+        q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return y.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Together(Layout):
+    """Rows of several batches, one behind the other; each attends within its samples."""
+
+    batches: tuple[Packed, ...] = ()
+
+    @property
+    def rows(self) -> list[int]:
+        """Of each batch."""
+        return [len(batch.x) for batch in self.batches]
+
+    def attend(self, q: Tensor, own: Tensor, kv: Tensor, backend: Backend) -> Tensor:
+        """See `Layout.attend`; whatever the backend, since gradients must flow."""
+        del kv, backend
+        k, v = own.unbind(1)
+        each = zip(self.batches, *(t.split(self.rows) for t in (q, k, v)), strict=True)
+        return torch.cat([batch.attend(*qkv) for batch, *qkv in each])
+
+
+def plan_for(packings: Sequence[Packing], device: torch.device) -> RoutePlan:
+    """The routing of several batches that run together, in this order."""
+    runs = [run for packing in packings for run in packing.runs]
+    return RoutePlan.from_runs(runs, num_experts=2, device=device)
+
+
+def run_together(
+    model: Bagel, rope: Tensor, plan: RoutePlan, batches: Sequence[Packed]
+) -> list[Tensor]:
+    """Hidden states of several batches, (B, rows, D) each, from one pass through the layers.
+
+    Of different shapes, they differ for attention only: everything else is one operation for all.
+
+    Args:
+        rope: as `Transformer.forward` takes it.
+        plan: `plan_for` these batches.
+    """
+    positions = torch.cat([batch.positions for batch in batches])
+    nothing = torch.empty(0, dtype=torch.int32, device=positions.device)  # no cache is written
+    layout = _Together(plan, positions, nothing, (), rope.shape[0], nothing, batches=tuple(batches))
+    x = torch.cat([batch.x for batch in batches])
+    hidden = model.transformer(x, layout, None, rope, model.attention).split(layout.rows)
+    return [
+        part.unflatten(0, (batch.packing.shape.batch, -1))
+        for batch, part in zip(batches, hidden, strict=True)
+    ]
+
+
+def _between(markers: Tensor, tokens: Tensor) -> Tensor:
+    """Put the start and the end marker, (2, D), around each sample's tokens (B, n, D)."""
+    start, end = (marker.expand(len(tokens), 1, -1) for marker in markers)
+    return torch.cat([start, tokens, end], dim=1)

@@ -1,0 +1,226 @@
+"""Training the tiny model, from nothing to a checkpoint folder: first the VAE, then the rest.
+
+A run lives in one folder:
+
+- `run.json`: recipe and seed, which a resumed run must share;
+- `vae.pt`, `model.pt`: states of the two stages; `log.jsonl`: the log of both;
+- `checkpoint/`: the model in the official layout, written anew whenever the run stops.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from bagel_mot import checkpoint
+from bagel_mot.model.bagel import Bagel
+from bagel_mot.parallel import ParallelConfig, start
+from bagel_mot.pipeline import build_model
+from bagel_mot.tiny.objectives import Objectives
+from bagel_mot.tiny.pool import TASKS, Pool, make_pools
+from bagel_mot.tiny.recipe import Recipe
+from bagel_mot.tiny.scenes import SIZES
+from bagel_mot.tiny.trainer import Schedule, Stage
+from bagel_mot.tiny.vocabulary import write_tokenizer
+from bagel_mot.tiny.weights import initialise, leaves, save_checkpoint, vae_leaves
+from bagel_mot.tokenizer import BagelTokenizer
+
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the tiny model is trained; the defaults are those of the shipped one.
+
+    Attributes:
+        recipe: sizes.
+        seed: of the start values, the samples and all noise.
+        sizes: (height, width) of the pictures.
+        samples: per task and size, drawn before training.
+        vae, model: schedules of the two stages.
+        pixels: of a VAE step's batch.
+        rows: of a step's batch of each task; as many samples as fill them.
+        weights: of the tasks' losses.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    samples: int = 25_000
+    vae: Schedule = field(default_factory=lambda: Schedule(6_000, 1e-3))
+    model: Schedule = field(default_factory=lambda: Schedule(20_000, 1e-3, warmup=500))
+    pixels: int = 128 * 64 * 64
+    rows: tuple[int, ...] = (16_384, 16_384, 8_192)
+    weights: tuple[float, ...] = (1.0, 1.0, 0.5)
+
+
+def train(
+    folder: Path,
+    plan: Plan,
+    *,
+    device: torch.device,
+    start_from: Path | None = None,
+    deadline: float = float("inf"),
+    workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Train, or go on training, until the plan is done or time is up.
+
+    Args:
+        start_from: a checkpoint folder to begin with; its VAE stays as it is. Give it again when
+            the run is resumed.
+        deadline: when to stop, as `time.monotonic()` counts.
+        workers: processes that draw the samples; 0 draws them in this one.
+        say: told in a line what goes on.
+
+    Returns:
+        Whether the plan is done. `folder/checkpoint` holds the model either way, unless time was
+        up before the VAE was done.
+
+    Raises:
+        ValueError: the folder holds a run with another recipe or seed.
+    """
+    place = folder / CHECKPOINT
+    _begin(folder, plan, start_from)
+    tokenizer = BagelTokenizer.from_folder(place)
+    say(f"drawing {plan.samples} samples per task and size with {workers or 1} processes")
+    pools = make_pools(place, plan.samples, plan.sizes, seed=plan.seed, workers=workers)
+    pools = {task: [pool.to(device) for pool in several] for task, several in pools.items()}
+
+    start(ParallelConfig(), device.type)
+    torch.manual_seed(plan.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    model = build_model(plan.recipe.config(place), device=device, dtype=torch.float32)
+    initialise(model, plan.seed)
+    objectives = Objectives(model, tokenizer)
+
+    if start_from is not None:
+        _load(model, start_from)
+    elif not _train_vae(objectives, plan, pools, folder, deadline, say):
+        return False
+    model.vae.requires_grad_(False)
+
+    stage = Stage("model", leaves(model), _loss(objectives, plan, pools), plan.model, folder)
+    say(f"model: step {stage.step} of {plan.model.steps}")
+    done = stage.run(deadline)
+    save_checkpoint(model, place, stage.average)
+    state = "done" if done else "time is up; the same command goes on"
+    say(f"{state}: step {stage.step} of {plan.model.steps}, the model is in {place}")
+    return done
+
+
+def _train_vae(
+    objectives: Objectives,
+    plan: Plan,
+    pools: dict[str, list[Pool]],
+    folder: Path,
+    deadline: float,
+    say: Callable[[str], None],
+) -> bool:
+    """The first stage; leaves the VAE with its average weights. Returns whether it is done."""
+    loss = _vae_loss(objectives, plan, pools)
+    stage = Stage("vae", vae_leaves(objectives.model), loss, plan.vae, folder)
+    say(f"VAE: step {stage.step} of {plan.vae.steps}")
+    if not stage.run(deadline):
+        say(f"time is up at step {stage.step} of the VAE; the same command goes on")
+        return False
+    with torch.no_grad():
+        for name, leaf in stage.leaves.items():
+            leaf.copy_(stage.average[name])
+    return True
+
+
+def _load(model: Bagel, folder: Path) -> None:
+    """Fill all weights from a checkpoint of the same recipe."""
+    stored = checkpoint.read_headers(folder)
+    targets = checkpoint.model_targets(model.config) | checkpoint.vae_targets(model.vae)
+    checkpoint.check_names(stored, targets)
+    checkpoint.load_checkpoint(model, stored, targets)
+
+
+def _begin(folder: Path, plan: Plan, start_from: Path | None) -> None:
+    """Write what does not change during a run, or check that it is the same run."""
+    identity = {"recipe": asdict(plan.recipe), "seed": plan.seed}
+    identity = json.loads(json.dumps(identity))
+    file, place = folder / "run.json", folder / CHECKPOINT
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if found != identity:
+            raise ValueError(
+                f"{file} is of a run with {found}, not {identity}; choose another folder"
+            )
+        return
+    if start_from is None:
+        plan.recipe.write_configs(place)
+        write_tokenizer(place, plan.recipe.vocabulary)
+    else:
+        shutil.copytree(start_from, place)
+    file.write_text(json.dumps(identity, indent=1) + "\n")
+
+
+def _vae_loss(
+    objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]
+) -> Callable[[int], dict[str, Tensor]]:
+    channels = objectives.model.config.vae.z_channels
+
+    def loss(step: int) -> dict[str, Tensor]:
+        generator = _generator(plan.seed, "vae", step, objectives.model.device)
+        pool = Random(f"{plan.seed}/vae/{step}").choice(pools["paint"] + pools["edit"])
+        height, width = pool.size
+        batch = max(plan.pixels // (height * width), 1)
+        index = _index(len(pool), batch, generator)
+        shape = (batch, channels, height // 8, width // 8)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        return objectives.reconstruct(pool.scenes.select(index), pool.size, noise)
+
+    return loss
+
+
+def _loss(
+    objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]
+) -> Callable[[int], dict[str, Tensor]]:
+    """Each step has a batch of every task, all with pictures of one size."""
+    batches = {
+        task: [max(rows // _rows_of(objectives, task, pool), 1) for pool in pools[task]]
+        for task, rows in zip(TASKS, plan.rows, strict=True)
+    }
+
+    def loss(step: int) -> dict[str, Tensor]:
+        generator = _generator(plan.seed, "model", step, objectives.model.device)
+        random = Random(f"{plan.seed}/model/{step}")
+        number = random.randrange(len(plan.sizes))
+        samples = {
+            task: several[number].select(
+                _index(len(several[number]), batches[task][number], generator)
+            )
+            for task, several in pools.items()
+        }
+        losses = objectives.losses(samples, generator)
+        return {
+            task: weight * losses[task] for task, weight in zip(TASKS, plan.weights, strict=True)
+        }
+
+    return loss
+
+
+def _rows_of(objectives: Objectives, task: str, pool: Pool) -> int:
+    """Rows of one sample."""
+    return objectives.packing(task, pool.select(torch.arange(1))).rows
+
+
+def _generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
+    own = Random(f"{seed}/{stage}/{step}/noise").getrandbits(62)
+    return torch.Generator(device).manual_seed(own)
+
+
+def _index(length: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(length, (count,), generator=generator, device=generator.device)

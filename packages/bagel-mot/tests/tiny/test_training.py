@@ -1,0 +1,263 @@
+"""Training on a CPU in small: losses fall, runs resume, the result is an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bagel_mot import BagelPipeline, ImageSettings
+from bagel_mot.context import Contexts
+from bagel_mot.denoising import denoise
+from bagel_mot.images import patchify
+from bagel_mot.model.bagel import Bagel
+from bagel_mot.tiny import trainer
+from bagel_mot.tiny.drawing import draw
+from bagel_mot.tiny.objectives import Objectives
+from bagel_mot.tiny.pool import make_pools
+from bagel_mot.tiny.recipe import Recipe
+from bagel_mot.tiny.trainer import Schedule, Stage
+from bagel_mot.tiny.training import Plan, train
+from bagel_mot.tiny.weights import leaves, save_checkpoint, vae_leaves
+from bagel_mot.tokenizer import BagelTokenizer
+
+CPU = torch.device("cpu")
+PLAN = Plan(
+    recipe=SMALL,
+    sizes=((64, 64),),
+    samples=12,
+    vae=Schedule(4, 1e-3, warmup=2),
+    model=Schedule(8, 3e-3, warmup=2),
+    pixels=2 * 64 * 64,
+    rows=(100, 150, 150),
+)
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_train_from_nothing_to_a_checkpoint(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert not train(tmp_path, PLAN, device=CPU, deadline=0, say=said.append)
+    assert "time is up" in said[-1]
+    assert train(tmp_path, PLAN, device=CPU, say=said.append)
+    assert "done: step 8 of 8" in said[-1]
+    assert [line["stage"] for line in lines(tmp_path)] == ["vae", "model"]
+    assert {"paint", "edit", "ask", "gradient", "rate", "seconds"} <= lines(tmp_path)[-1].keys()
+    pipeline = BagelPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype="float32")
+    settings = ImageSettings(num_timesteps=3)
+    image = pipeline.generate("a circle", height=64, width=96, settings=settings, seed=0).image
+    assert image.size == (96, 64)
+    assert isinstance(pipeline.ask(image, "what?", max_text_tokens=3), str)
+    # A run that is done stays done.
+    before = (tmp_path / "checkpoint" / "ema.safetensors").read_bytes()
+    assert train(tmp_path, PLAN, device=CPU, say=said.append)
+    assert (tmp_path / "checkpoint" / "ema.safetensors").read_bytes() == before
+
+
+def test_start_from_a_checkpoint(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, PLAN, device=CPU, say=lambda _: None)
+    weights = first / "checkpoint"
+    schedule = replace(PLAN.model, steps=1, rate=0.0)
+    said: list[str] = []
+    for _ in range(2):  # and again, as a run that is resumed
+        plan = replace(PLAN, model=schedule)
+        assert train(second, plan, device=CPU, start_from=weights, say=said.append)
+    assert not any(line.startswith("VAE") for line in said)
+    for name in ("ae.safetensors", "ema.safetensors"):
+        want = load_file(weights / name)
+        for key, tensor in load_file(second / "checkpoint" / name).items():
+            assert torch.equal(tensor, want[key]), key
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, PLAN, device=CPU, deadline=0, say=lambda _: None)
+    with pytest.raises(ValueError, match=r"is of a run with .* choose another folder"):
+        train(tmp_path, replace(PLAN, seed=1), device=CPU, deadline=0)
+
+
+def test_pools_do_not_depend_on_the_workers(folder: Path) -> None:
+    alone = make_pools(folder, 5, [(64, 64)], seed=1)
+    spread = make_pools(folder, 5, [(64, 64)], seed=1, workers=2)
+    for task, (pool,) in alone.items():
+        (other,) = spread[task]
+        assert torch.equal(pool.tokens, other.tokens)
+        assert torch.equal(pool.scenes.places, other.scenes.places)
+        assert torch.equal(pool.sources.looks, other.sources.looks)
+    (reseeded,) = make_pools(folder, 5, [(64, 64)], seed=2)["paint"]
+    assert not torch.equal(alone["paint"][0].tokens, reseeded.tokens)
+
+
+@pytest.fixture
+def stage_of(model: Bagel, tokenizer: BagelTokenizer, folder: Path) -> Callable[[Path], Stage]:
+    """Stages that start from the same weights, each in a folder of its own."""
+    objectives = Objectives(model, tokenizer)
+    learning = leaves(model)
+    start = {name: leaf.detach().clone() for name, leaf in learning.items()}
+    pool = make_pools(folder, 4, [(64, 64)], seed=0)["edit"][0]
+
+    def loss(step: int) -> dict[str, Tensor]:
+        return objectives.losses({"edit": pool}, torch.Generator().manual_seed(step))
+
+    def make(place: Path) -> Stage:
+        with torch.no_grad():
+            for name, leaf in learning.items():
+                leaf.copy_(start[name])
+        schedule = Schedule(6, 1e-3, warmup=2)
+        return Stage("model", learning, loss, schedule, place, log_every=2, save_every=2)
+
+    return make
+
+
+def test_resumed_is_uninterrupted(
+    stage_of: Callable[[Path], Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = stage_of(tmp_path / "whole")
+    assert whole.run()
+    want = {name: leaf.detach().clone() for name, leaf in whole.leaves.items()}
+    averages = {name: value.clone() for name, value in whole.average.items()}
+
+    ticks = iter(range(1000))
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: float(next(ticks)))
+    parts = stage_of(tmp_path / "parts")
+    assert not parts.run(deadline=4)
+    assert 0 < parts.step < 6
+    stopped_at = parts.step
+    parts = stage_of(tmp_path / "parts")  # from the start weights: all must come from the state
+    assert parts.step == stopped_at
+    assert parts.run()
+    for name, leaf in parts.leaves.items():
+        assert torch.equal(leaf, want[name]), name
+        assert torch.equal(parts.average[name], averages[name]), name
+    assert any(not torch.equal(want[name], averages[name]) for name in want)
+
+
+def test_a_crash_while_saving_keeps_the_old_state(
+    stage_of: Callable[[Path], Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of(tmp_path)
+    stage.save()
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def crash(state: object, file: Path) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer.torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        stage.save()
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
+def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    weight = torch.ones(1, requires_grad=True)
+    stage = Stage(
+        "model",
+        {"w": weight},
+        lambda _: {"x": (weight * float("nan")).sum()},
+        Schedule(5, 1e-3),
+        tmp_path,
+        log_every=1,
+    )
+    with pytest.raises(FloatingPointError, match="stage model, step 1"):
+        stage.run()
+
+
+def test_schedule() -> None:
+    schedule = Schedule(100, 1.0, warmup=10, cooldown=0.25)
+    rates = [schedule.rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:75] == [1.0] * 66
+    assert rates[75:] == sorted(rates[75:], reverse=True)
+    assert rates[99] == pytest.approx(0.04)
+
+
+def test_vae_learns(model: Bagel, tokenizer: BagelTokenizer, folder: Path, tmp_path: Path) -> None:
+    objectives = Objectives(model, tokenizer)
+    pool = make_pools(folder, 2, [(64, 64)], seed=0)["paint"][0]
+
+    def loss(step: int) -> dict[str, Tensor]:
+        noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(step))
+        return objectives.reconstruct(pool.scenes, pool.size, noise)
+
+    first = float(loss(0)["pixels"].detach())
+    Stage("vae", vae_leaves(model), loss, Schedule(25, 2e-3, warmup=5), tmp_path).run()
+    assert float(loss(0)["pixels"].detach()) < 0.6 * first
+
+
+def test_overfitted_model_paints_what_it_was_shown(
+    model: Bagel, tokenizer: BagelTokenizer, folder: Path, tmp_path: Path
+) -> None:
+    """Two captions, two pictures: sampling from noise gives each caption its own picture."""
+    with torch.no_grad():  # the VAE has learnt nothing, but its latents are about as usual
+        model.vae.encoder.conv_out.weight[:16] *= 3
+        model.vae.encoder.conv_out.bias[16:] = -12
+    objectives = Objectives(model, tokenizer)
+    pool = make_pools(folder, 2, [(64, 64)], seed=5)["paint"][0]
+    assert pool.scenes.ground[0].tolist() != pool.scenes.ground[1].tolist()
+    many = pool.select(torch.arange(2).repeat(6))
+
+    def loss(step: int) -> dict[str, Tensor]:
+        return objectives.losses({"paint": many}, torch.Generator().manual_seed(step))
+
+    stage = Stage("model", leaves(model), loss, Schedule(200, 4e-3, warmup=20), tmp_path)
+    stage.run()
+    with torch.no_grad():
+        latents = model.vae.encode(draw(pool.scenes, 64, 64), torch.zeros(2, 16, 8, 8))
+        wanted = [patchify(latent, 2) for latent in latents]
+        settings = ImageSettings(num_timesteps=20, cfg_text_scale=1.0)
+        for i in range(2):
+            contexts = Contexts(model, tokenizer)
+            contexts.add_text(tokenizer.decode(pool.tokens[i, 1 : pool.lengths[i] - 1].tolist()))
+            noise = torch.randn(16, 64, generator=torch.Generator().manual_seed(i))
+            painted = denoise(model, contexts, noise, (4, 4), settings)
+            distances = [float((painted - other).norm()) for other in wanted]
+            apart = float((wanted[0] - wanted[1]).norm())
+            assert distances[i] < 0.5 * apart, (i, distances, apart)
+            assert distances[1 - i] > 0.8 * apart
+
+
+def test_saved_checkpoint_is_the_model(model: Bagel, folder: Path, tmp_path: Path) -> None:
+    values = {name: torch.full_like(leaf, 0.5) for name, leaf in vae_leaves(model).items()}
+    weight = model.lm_head.weight.detach().clone()
+    before = model.vae.decoder.conv_out.weight.detach().clone()
+    save_checkpoint(model, tmp_path, values)
+    saved = load_file(tmp_path / "ae.safetensors")
+    assert all(tensor.dtype is torch.bfloat16 for tensor in saved.values())
+    assert all((tensor == 0.5).all() for tensor in saved.values())
+    assert torch.equal(model.vae.decoder.conv_out.weight, before)
+    rest = load_file(tmp_path / "ema.safetensors")
+    assert torch.equal(rest["language_model.lm_head.weight"], weight.bfloat16())
+    layer = model.transformer.layers[1]
+    prefix = "language_model.model.layers.1.self_attn"
+    q, k, v = (rest[f"{prefix}.{name}_proj_moe_gen.weight"] for name in "qkv")
+    fused = layer.attn.qkv.gen_exp.weight
+    assert torch.equal(torch.cat([q, k, v]), fused.bfloat16())
+
+
+def test_recipe_fits_into_the_wheel(tmp_path: Path) -> None:
+    """The shipped model is at most 24 MB: weights in bfloat16, two bytes each."""
+    from bagel_mot import checkpoint
+    from bagel_mot.model.vae import AutoEncoder
+
+    recipe = Recipe()
+    recipe.write_configs(tmp_path)
+    config = recipe.config(tmp_path)
+    with torch.device("meta"):
+        vae = AutoEncoder(config.vae)
+    weights = sum(parameter.numel() for parameter in vae.parameters())
+    weights += sum(
+        torch.Size(target.shape).numel() for target in checkpoint.model_targets(config).values()
+    )
+    assert 2 * weights < 23.8e6

@@ -1,0 +1,138 @@
+"""`mot-bench quality`: a perfect painter gets full marks, a careless one does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("bagel_mot.pipeline", reason="needs bagel-mot and vLLM")
+
+from bagel_mot import BagelPipeline, ImageSettings, Request, Result
+from bagel_mot.tiny.drawing import draw_image
+from bagel_mot.tiny.language import draw_edit, draw_painting
+from bagel_mot.tiny.scenes import Scene
+from PIL import Image
+
+from mot_bench import quality
+from mot_bench.cli import main
+from mot_bench.quality import TARGETS, contact_sheet, measure
+
+SAMPLES = 8
+
+
+@pytest.fixture(autouse=True)
+def perfect_vae(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "through_vae", lambda _, image: image)
+
+
+class Painter(BagelPipeline):
+    """Knows the answers; careless, it gives those to another sample."""
+
+    def __init__(self, *, careless: bool = False) -> None:
+        self.requests: list[Request] = []
+        self._next = iter(range(10**6))
+        shift = 1 if careless else 0
+        numbers = [(i + shift) % SAMPLES for i in range(SAMPLES)]
+        paintings = [draw_painting(Random(f"0/paint/{i}"), held_out=True) for i in numbers]
+        edits = [draw_edit(Random(f"0/edit/{i}"), held_out=True) for i in numbers]
+        self._scenes: list[Scene] = [p.scene for p in paintings] + [e.after for e in edits]
+        asked = list(quality._questions(SAMPLES, 0))
+        self._answers = iter([question.answer for _, question in asked[shift:] + asked[:shift]])
+
+    def run(self, requests: Sequence[Request], **_: object) -> list[Result]:
+        self.requests += requests
+        return [Result((draw_image(self._scenes[next(self._next)]),)) for _ in requests]
+
+    def ask(self, images: object, question: str, **_: object) -> str:
+        assert isinstance(images, Image.Image) or images is None
+        return next(self._answers).capitalize()
+
+
+def test_perfect_painter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "_TOGETHER", 3)
+    painter, done = Painter(), []
+    measured = measure(painter, samples=SAMPLES, on_sample=done.append)
+    assert [task.task for task in measured.tasks] == list(TARGETS)
+    assert all((task.samples, task.right) == (SAMPLES, SAMPLES) for task in measured.tasks)
+    assert not measured.failures
+    assert sum(done) == SAMPLES * 6
+    assert [request.seed for request in painter.requests] == [*range(SAMPLES)] * 2
+    assert len(measured.pictures) == 2 * SAMPLES
+
+
+def test_careless_painter() -> None:
+    measured = measure(Painter(careless=True), samples=SAMPLES)
+    right = {task.task: task.percent for task in measured.tasks}
+    assert right["images: shapes, colours, counts"] < 30
+    assert right["edits: done, and the rest left alone"] < 30
+    assert right["questions: colour and shape"] < 100
+    assert measured.failures
+    assert all(why for _, why in measured.failures)
+
+
+def test_settings_reach_painting_and_editing() -> None:
+    painter = Painter()
+    measure(painter, samples=SAMPLES, settings={"num_timesteps": "7"})
+    assert painter.requests[0].settings == ImageSettings(num_timesteps=7)
+    assert painter.requests[-1].settings == ImageSettings.for_editing(num_timesteps=7)
+
+
+def test_samples_are_held_out() -> None:
+    assert all(scene.held_out for scene in Painter()._scenes)
+    asked = list(quality._questions(SAMPLES, 0))
+    assert all(question.scene.held_out for _, question in asked)
+    assert {question.told is None for _, question in asked} == {True, False}
+
+
+def test_contact_sheet() -> None:
+    pictures = [(Image.new("RGB", (64, 96)), Image.new("RGB", (128, 64)))] * 9
+    assert contact_sheet(pictures, columns=4).size == (4 * (2 * 132 + 8), 3 * 132)
+
+
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    painter = Painter()
+    painter.model = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    asked_for: dict[str, object] = {}
+
+    def from_pretrained(path: str, **options: object) -> Painter:
+        asked_for.update(options, path=path)
+        return painter
+
+    monkeypatch.setattr(BagelPipeline, "from_pretrained", from_pretrained)
+    arguments = ["quality", "--model", "DIR", "--samples", str(SAMPLES), "--device", "cpu"]
+    settings = ["--set", "num_timesteps=9", "--set", "cfg_text_scale=2"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, *settings, "--output", str(tmp_path)])
+    assert exit_.value.code == 0
+    assert asked_for == {"path": "DIR", "device": "cpu", "dtype": "float32"}
+    written = json.loads((tmp_path / "quality.json").read_text())
+    assert [task["percent"] for task in written["tasks"]] == [100.0] * len(TARGETS)
+    assert written["settings"] == {"num_timesteps": "9", "cfg_text_scale": "2"}
+    assert written["command"].startswith("mot-bench quality --model DIR")
+    assert {file.name for file in tmp_path.iterdir()} == {"quality.json", "images.png", "edits.png"}
+    assert "images: shapes, colours, counts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "num_timesteps"], "--set is 'num_timesteps'; expected NAME=VALUE"),
+        (["--set", "steps=3"], "steps"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_command_refuses(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["quality", *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
