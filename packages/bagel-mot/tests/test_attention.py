@@ -13,8 +13,9 @@ from golden_data import GOLDEN, Judge, relative_error
 from golden_requests import paint_and_judge
 from torch import Tensor
 
-from bagel_mot.model import attention
-from bagel_mot.model.attention import Backend, Math, Sdpa, choose_attention, merge
+from bagel_mot.model import attention, attention_choice
+from bagel_mot.model.attention import Backend, Math, Sdpa, merge
+from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.layout import Block, Segment, build_layout, build_spans
 from bagel_mot.pipeline import BagelPipeline
 
@@ -303,9 +304,11 @@ def test_rule_on_gpus(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     monkeypatch.setattr(
-        attention, "_why_not", lambda name, *_where: "gone" if name in missing else None
+        attention_choice, "_why_not", lambda name, *_where: "gone" if name in missing else None
     )
-    monkeypatch.setattr(attention, "BACKENDS", {name: _named(name) for name in attention.BACKENDS})
+    monkeypatch.setattr(
+        attention_choice, "BACKENDS", {name: _named(name) for name in attention_choice.BACKENDS}
+    )
     choice = choose_attention(device="cuda", dtype=getattr(torch, dtype))
     pattern = re.escape(want).replace(r"\.\*", ".*")
     assert re.fullmatch(pattern, str(choice)), str(choice)

@@ -13,7 +13,7 @@ import torch
 from bagel_mot import checkpoint
 from bagel_mot.checkpoint import CheckpointError, StoredTensor, Target
 from bagel_mot.config import BagelConfig
-from bagel_mot.model.attention import choose_attention
+from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.vae import AutoEncoder
 
 # Bytes an element takes once loaded.

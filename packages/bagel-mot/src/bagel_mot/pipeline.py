@@ -17,7 +17,7 @@ from bagel_mot.config import BagelConfig
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
 from bagel_mot.images import to_image, unpatchify
-from bagel_mot.model.attention import choose_attention
+from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.parallel import (
     ALONE,
@@ -99,7 +99,7 @@ class BagelPipeline:
                 or "tiny", the small model that is shipped with this package.
             device: default "cuda" if there is one, else "cpu".
             dtype: what the model computes in: bfloat16, float16 or float32.
-            attention: attention backend, see `bagel_mot.model.attention`.
+            attention: attention backend, see `bagel_mot.model.attention_choice`.
             parallel: how several processes share the work; each of them makes the same calls and
                 gets the same results. Default: this process alone.
             cuda_graphs: see `BagelPipeline`.

@@ -1,4 +1,4 @@
-"""Attention over packed rows, behind one interface; which backend runs is chosen by a visible rule.
+"""Attention over packed rows, behind one interface; `attention_choice` chooses who computes it.
 
 Notation: q (M, H, D) in packed row order; k, v (S, Hkv, D) one layer of a `KVCache`, the last
 dimension contiguous; query head j reads KV head j // (H / Hkv); the scale is D^-0.5. Where rows
@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -34,7 +31,7 @@ from bagel_mot.model.layout import Segment, Span
 
 # Rows from which cuDNN pays: for each new shape it builds a plan on the host first, which a text
 # growing token by token would pay at every step.
-_CUDNN_ROWS = 256
+CUDNN_ROWS = 256
 # SDPA decodes over spans of keys rounded up to this: one CUDA graph serves as many lengths.
 _DECODE_STEP = 256
 
@@ -99,7 +96,7 @@ class Backend(ABC):
         return room
 
 
-class _Flash(Backend):
+class Flash(Backend):
     """What the two FlashAttention packages have in common."""
 
     device_lengths = True
@@ -169,7 +166,7 @@ class _Flash(Backend):
         return y[:, 0]
 
 
-class FlashAttention3(_Flash):
+class FlashAttention3(Flash):
     """FlashAttention-3, made for Hopper (Shah et al., arXiv:2407.08608)."""
 
     name = "fa3"
@@ -177,7 +174,7 @@ class FlashAttention3(_Flash):
     modules = ("fa3_fwd_interface", "flash_attn_interface")
 
 
-class FlashAttention2(_Flash):
+class FlashAttention2(Flash):
     """FlashAttention-2 (Dao, arXiv:2307.08691)."""
 
     name = "fa2"
@@ -264,7 +261,7 @@ class Cudnn(Sdpa):
     def _attend_segment(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
-        if segment.causal or segment.rows < _CUDNN_ROWS:
+        if segment.causal or segment.rows < CUDNN_ROWS:
             return super()._attend_segment(q, k, v, segment)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return super()._attend_segment(q, k, v, segment)
@@ -308,66 +305,6 @@ class Math(Backend):
         return torch.cat(rows).to(q.dtype)
 
 
-BACKENDS: dict[str, type[Backend]] = {
-    backend.name: backend for backend in (FlashAttention3, FlashAttention2, Cudnn, Sdpa, Math)
-}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An attention backend and why it is this one.
-
-    Attributes:
-        backend: the chosen one.
-        why: in a few words.
-        rejected: the faster ones that cannot be used, each with the reason.
-    """
-
-    backend: Backend
-    why: str
-    rejected: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        others = "".join(f"; not {name}: {reason}" for name, reason in self.rejected)
-        return f"{self.backend.name} ({self.why}{others})"
-
-
-def choose_attention(
-    name: str | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    head_dim: int = 128,
-) -> Choice:
-    """The backend called `name`, or the fastest that runs there.
-
-    The order on Hopper GPUs is fa3, cudnn, fa2, sdpa (measured on an H200, 4,098 rows to 4,130
-    keys: 0.34, 0.44, 0.69, 0.69 ms), on other GPUs fa2, sdpa; on CPUs sdpa.
-
-    Raises:
-        ValueError: no backend has that name, or it does not run there; the message says why.
-    """
-    device = torch.device(device)
-    if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"attention is {name!r}; known backends are {', '.join(BACKENDS)}")
-        reason = _why_not(name, device, dtype, head_dim)
-        if reason is not None:
-            raise ValueError(f"attention is {name!r}, which cannot be used here: {reason}")
-        return Choice(BACKENDS[name](), "asked for")
-    rejected: list[tuple[str, str]] = []
-    order = ["sdpa"]
-    if device.type == "cuda":
-        order = ["fa3", "cudnn", "fa2", "sdpa"] if _is_hopper(device) else ["fa2", "sdpa"]
-    for candidate in order:
-        reason = _why_not(candidate, device, dtype, head_dim)
-        if reason is None:
-            break
-        rejected.append((candidate, reason))
-    where = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-    return Choice(BACKENDS[candidate](), f"the fastest for {where}", tuple(rejected))
-
-
 def merge(
     one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -377,55 +314,11 @@ def merge(
     return out, lse
 
 
-def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why a backend cannot be used there; None if it can."""
-    if name in ("sdpa", "math"):
-        return None
-    if device.type != "cuda":
-        return f"it needs a GPU, and the device is {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0) or (name == "fa3" and capability >= (10, 0)):
-        return f"it has no kernels for compute capability {capability[0]}.{capability[1]}"
-    backend, dtypes, widest = BACKENDS[name], [torch.bfloat16, torch.float16], 128
-    if issubclass(backend, _Flash):
-        try:
-            module = backend.module()
-            importlib.import_module(module)
-        except Exception as error:  # a build for another torch or CUDA fails in ways of its own
-            return f"it cannot be imported: {error}"
-        widest = 256
-        if module == "fa3_fwd_interface":  # built without kernels for float16
-            dtypes.remove(torch.float16)
-    if dtype not in dtypes:
-        return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
-    if head_dim % 8 or head_dim > widest:
-        return f"it has no kernels for heads of {head_dim}"
-    return _why_not_cudnn(device, dtype, head_dim) if backend is Cudnn else None
-
-
-@cache
-def _why_not_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Torch only knows whether cuDNN takes a shape by trying it."""
-    q = torch.zeros(1, 4, _CUDNN_ROWS, head_dim, device=device, dtype=dtype)
-    k = q[:, :1]
-    try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            warnings.simplefilter("ignore")  # torch warns of each reason, then raises
-            F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
-    except RuntimeError as error:
-        return f"cuDNN refuses: {str(error).splitlines()[0]}"
-    return None
-
-
 def _joined(q: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """What was attended for consecutive rows of q, in one; without a copy where it is one."""
     if not outputs:
         return torch.empty_like(q)
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _causal_mask(segment: Segment, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from bagel_mot.config import BagelConfig
-from bagel_mot.model.attention import Backend, choose_attention
+from bagel_mot.model.attention import Backend
+from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.embeddings import TimeEmbedder, rope_table
 from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
 from bagel_mot.model.transformer import Transformer
