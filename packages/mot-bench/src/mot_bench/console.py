@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from mot_bench.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,6 +25,27 @@ def best_device_or_say() -> torch.device:
     return device
 
 
+def device_or_say(wanted: str | None, *, silent: bool = False) -> torch.device:
+    """The device that an option names ("cuda", "cpu"), or else the best one.
+
+    Args:
+        wanted: None for the best one.
+        silent: do not say where this is a CPU.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import torch
+
+    from mot_bench.protocol import best_device
+
+    if wanted is None:
+        return best_device() if silent else best_device_or_say()
+    if wanted == "cuda" and best_device().type != "cuda":
+        raise UsageError("--device is 'cuda', but torch sees no GPU")
+    return torch.device("cpu") if wanted == "cpu" else best_device()
+
+
 def screen(*, stderr: bool = False) -> Console:
     """The terminal, or what stands in its place."""
     console = Console(stderr=stderr)
@@ -32,11 +55,16 @@ def screen(*, stderr: bool = False) -> Console:
 
 def command_line(arguments: Sequence[str]) -> str:
     """What to type to measure the same again; where files went does not belong to it."""
+    kept = without([each for each in arguments if each != "--plot"], "--output")
+    return shlex.join(["mot-bench", *kept])
+
+
+def without(arguments: Sequence[str], *options: str) -> list[str]:
+    """The arguments less these options and their values."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
-        written = argument in ("--output", "--plot") or argument.startswith("--output=")
-        if not skip and not written:
+        if not skip and argument.partition("=")[0] not in options:
             kept.append(argument)
-        skip = argument == "--output"
-    return shlex.join(["mot-bench", *kept])
+        skip = not skip and argument in options
+    return kept
