@@ -102,8 +102,9 @@ def parallel_heading(results: ParallelResults) -> str:
         f"{_where(results.environment, results.subject)}\n"
         "speed-up: times the speed of one rank with its own choice of CUDA graphs. exchange %: of "
         "the time that a rank's GPU works (on a CPU: of a step), in exchanges with other ranks, "
-        "waiting for them included. GiB: peak of a rank, weights included. difference: of the "
-        "velocities to those of one rank, relative L2. Where ranks differ: the least to the most."
+        "waiting for them included. GiB: peak of what torch takes of a rank's GPU, weights "
+        "included, NCCL's buffers not. difference: of the velocities to those of one rank, "
+        "relative L2. Where ranks differ: the least to the most."
     )
 
 

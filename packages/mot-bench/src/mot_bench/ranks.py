@@ -78,11 +78,12 @@ def run_modes(
     """
     device = pipeline.model.device
     others = [start(mode, device.type) for mode in modes[1:]]
+    ranks = _Ranks(modes[0].world_size)
     conditions = environment(device)
     prompt = prompt_of(pipeline.tokenizer, plan.prompt_tokens)
     cases = [(size, count) for size in plan.sizes for count in plan.branches]
     runs = [
-        _Run(pipeline, parallel, size, count, plan, prompt)
+        _Run(pipeline, parallel, size, count, plan, prompt, ranks)
         for parallel in [pipeline.parallel, *others]
         for size, count in cases
     ]
@@ -139,10 +140,10 @@ class _Run:
         branches: int,
         plan: Plan,
         prompt: str,
+        ranks: _Ranks,
     ) -> None:
-        self._loaded, self._parallel = loaded, parallel
+        self._loaded, self._parallel, self._ranks = loaded, parallel, ranks
         self._plan, self._prompt = plan, prompt
-        self._ranks = _Ranks(parallel.config.world_size, loaded.model.device)
         self.case = size, branches
         self.rows = 0
         self.name = name_of(parallel.config)
@@ -194,14 +195,18 @@ class _Run:
         case, _ = self._case()
         for mode in found:
             repeat = case.warm(OURS, eagerly=not mode.cuda_graphs)
-            self._ranks.meet()
             use = self._observe(repeat, mode.ranks[self._parallel.rank])
             seen.append(dataclasses.replace(mode, ranks=tuple(self._ranks.everyone(use))))
         return seen
 
     def _observe(self, repeat: Callable[[], None], use: RankUse) -> RankUse:
-        device = self._loaded.model.device
-        activity = observe(repeat, STEPS_OBSERVED, device)
+        def together() -> None:
+            # Once the profiler has started, which takes its time: whoever came first would seem
+            # to exchange data while it waits.
+            self._ranks.meet()
+            repeat()
+
+        activity = observe(together, STEPS_OBSERVED, self._loaded.model.device)
         if activity is not None:
             return dataclasses.replace(
                 use,
@@ -210,6 +215,7 @@ class _Run:
                 activity=activity,
             )
         clock = ExchangeClock()
+        self._ranks.meet()
         with clock.running():
             begin = time.perf_counter()
             repeat()
@@ -242,21 +248,15 @@ class _Run:
         """To a single rank's velocities (None: there are none) and to rank 0's, the largest."""
         size, branches = self.case
         key = f"{size[0]}x{size[1]} {branches} {self._plan.batch}"
+        velocities = velocities.cpu()
         if self._parallel.config.world_size == 1:
-            known.setdefault(key, velocities.cpu())
+            known.setdefault(key, velocities)
         first = self._ranks.of_first(velocities)
         own: list[float | None] = [_difference(velocities, first), None]
         if key in known:
-            own[1] = _difference(velocities, known[key].to(velocities.device))
+            own[1] = _difference(velocities, known[key])
         everyone = self._ranks.everyone(own)
-        most = MOST_DIFFERENCE[str(self._loaded.model.dtype).removeprefix("torch.")]
-        for rank, differences in enumerate(everyone):
-            for difference, other in zip(differences, ("rank 0", "a single rank"), strict=True):
-                if difference is not None and not difference <= most:  # NaN included
-                    raise MeasurementError(
-                        f"{self.name}: the velocities of rank {rank} differ from those of {other} "
-                        f"by {difference:.2g} (relative L2); at most {most:g} is rounding"
-                    )
+        check_differences(self.name, everyone, self._loaded.model.dtype)
         between, single = (
             max((each for each in found if each is not None), default=None)
             for found in zip(*everyone, strict=True)
@@ -265,35 +265,57 @@ class _Run:
         return single, between
 
 
-class _Ranks:
-    """All processes, where they meet."""
+def check_differences(
+    mode: str, everyone: Sequence[Sequence[float | None]], dtype: torch.dtype
+) -> None:
+    """Refuse a mode that computes something else.
 
-    def __init__(self, world_size: int, device: torch.device) -> None:
-        self._world_size, self._device = world_size, device
+    Args:
+        mode: its name.
+        everyone: for each rank how its velocities differ from rank 0's, and from a single rank's
+            (None: not known), relative L2.
+        dtype: of the model.
+
+    Raises:
+        MeasurementError: one differs by more than rounding.
+    """
+    most = MOST_DIFFERENCE[str(dtype).removeprefix("torch.")]
+    for rank, differences in enumerate(everyone):
+        for difference, other in zip(differences, ("rank 0", "a single rank"), strict=True):
+            if difference is not None and not difference <= most:  # NaN included
+                raise MeasurementError(
+                    f"{mode}: the velocities of rank {rank} differ from those of {other} by "
+                    f"{difference:.2g} (relative L2); at most {most:g} is rounding"
+                )
+
+
+class _Ranks:
+    """All processes, where they meet; make it on every rank at the same time."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        # Over gloo also where there are GPUs: a meeting is not to be seen among their kernels.
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
     def everyone(self, value: T) -> list[T]:
         """What each rank has."""
         if self._world_size == 1:
             return [value]
         found: list[Any] = [None] * self._world_size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self._group)
         return found
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's."""
-        if self._world_size == 1:
-            return tensor
-        first = tensor.clone()
-        dist.broadcast(first, src=0)
+        """Rank 0's, on the CPU."""
+        first = tensor.cpu().clone()
+        if self._world_size > 1:
+            dist.broadcast(first, src=0, group=self._group)
         return first
 
     def meet(self) -> None:
         """Wait until everyone is here."""
         if self._world_size > 1:
-            # Not a barrier: NCCL's complains if it is not told the device when groups are made.
-            here = torch.ones(1, device=self._device)
-            dist.all_reduce(here)
-            here.item()
+            dist.barrier(group=self._group)
 
 
 class _Together:
@@ -305,6 +327,7 @@ class _Together:
     def prepare(self, variants: Mapping[str, Variant], sets: int) -> dict[str, Prepared]:
         def together(prepared: Prepared) -> Prepared:
             def begin() -> Callable[[], float]:
+                self._stopwatch.wait()
                 self._ranks.meet()
                 return prepared.start()
 
