@@ -25,25 +25,26 @@ def best_device_or_say() -> torch.device:
     return device
 
 
-def device_or_say(wanted: str | None, *, silent: bool = False) -> torch.device:
+def device_or_say(wanted: str | None, *, is_rank: bool = False) -> torch.device:
     """The device that an option names ("cuda", "cpu"), or else the best one.
 
     Args:
         wanted: None for the best one.
-        silent: do not say where this is a CPU.
+        is_rank: of several ranks each takes a GPU of its own later, and none says that there are
+            only CPUs.
 
     Raises:
         UsageError: there is no such device.
     """
     import torch
 
-    from mot_bench.protocol import best_device
-
-    if wanted is None:
-        return best_device() if silent else best_device_or_say()
-    if wanted == "cuda" and best_device().type != "cuda":
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is 'cuda', but torch sees no GPU")
-    return torch.device("cpu") if wanted == "cpu" else best_device()
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if is_rank:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return best_device_or_say()
 
 
 def screen(*, stderr: bool = False) -> Console:

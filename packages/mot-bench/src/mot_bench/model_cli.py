@@ -116,7 +116,7 @@ def step(
         options.one_of("--provider", name, PROVIDERS)
     folder = None if output is None else options.output_folder(output)
     choice, place = _choose(
-        model, random, dtype, attention, cuda_graphs, device, silent=part is not None
+        model, random, dtype, attention, cuda_graphs, device, is_part=part is not None
     )
 
     from mot_bench import bagel, model_tables, parallel_cli
@@ -265,7 +265,7 @@ def _choose(
     cuda_graphs: bool | None,
     device: str | None,
     *,
-    silent: bool = False,
+    is_part: bool = False,
 ) -> tuple[Choice, torch.device]:
     """The model that the options name, and where it is to run.
 
@@ -285,13 +285,15 @@ def _choose(
     # vLLM's advice about its engine, which does not run here, would bury the results.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
+        from bagel_mot.parallel import world_size_from_environment
+
         from mot_bench import bagel
     except ImportError as error:
         raise MeasurementError(
             f"bagel-mot cannot be imported ({error}); pip install 'mot-bench[bagel]' and vLLM"
         ) from error
 
-    place = device_or_say(device, silent=silent)
+    place = device_or_say(device, is_rank=is_part or world_size_from_environment() > 1)
     on_gpu = place.type == "cuda"
     if not on_gpu and model is None and size != "tiny":
         raise UsageError(f"--random {size} needs a GPU; --random tiny runs anywhere")

@@ -168,6 +168,7 @@ class _Run:
         ways = {graphs: not graphs for graphs in ([False, True] if captures else [False])}
         uses, differences = {}, {}
         for graphs, eagerly in ways.items():
+            gc.collect()
             rows = self._rows(case, eagerly=eagerly)
             velocities, memory = case.first_steps(OURS, eagerly=eagerly)
             differences[graphs] = self._differences(velocities, known)
