@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from bagel_mot import checkpoint
 from bagel_mot.config import BagelConfig
+from bagel_mot.launch import run_ranks
 from bagel_mot.model.vae import AutoEncoder
+from bagel_mot.parallel import ParallelConfig
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageSettings
 from bagel_mot.synthetic import BAGEL_7B, TINY, byte_tokenizer, fill_randomly, random_pipeline
 
 CPU = torch.device("cpu")
+WORKER = Path(__file__).with_name("synthetic_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,23 @@ def test_the_seed_decides(tiny: BagelPipeline) -> None:
     weights = [each.model.lm_head.weight for each in (tiny, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_ranks_hold_parts_of_one_model(
+    tiny: BagelPipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of 4 tensor parallel ranks two hold the same of the 2 KV heads."""
+    parameters = {name: parameter.data for name, parameter in tiny.model.named_parameters()}
+    torch.save(parameters, tmp_path / "whole.pt")
+    code = run_ranks([sys.executable, str(WORKER), str(tmp_path / "whole.pt")], 4)
+    printed = capfd.readouterr()
+    # Two experts of two layers: the weights of four linears, and the biases of one.
+    assert code == 0 and printed.out == "split: 20\n", printed.out + printed.err
+
+
+def test_parallel_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match="needs 2 processes, but there are 1"):
+        random_pipeline(TINY, device=CPU, parallel=ParallelConfig(cfg=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

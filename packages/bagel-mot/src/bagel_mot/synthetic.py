@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
 
+from bagel_mot.checkpoint import Target, fill, model_targets, vae_targets
 from bagel_mot.config import BagelConfig, ImageLimits, LlmConfig, VaeConfig, VitConfig
-from bagel_mot.parallel import ParallelConfig, start
+from bagel_mot.model.bagel import Bagel
+from bagel_mot.parallel import ParallelConfig, start, world_size_from_environment
 from bagel_mot.pipeline import BagelPipeline, build_model
 from bagel_mot.tokenizer import BagelTokenizer
 
@@ -78,18 +80,28 @@ def random_pipeline(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
+    parallel: ParallelConfig | None = None,
     seed: int = 0,
     **options: Any,
 ) -> BagelPipeline:
     """A pipeline with random weights; nothing is read from disk or copied from the host.
 
+    However many ranks share it, it is the same model.
+
     Args:
         config: for example one of `SIZES`.
-        device, dtype, attention: as for `BagelPipeline.from_pretrained`.
+        device, dtype, attention, parallel: as for `BagelPipeline.from_pretrained`.
         seed: of the weights, which also depend on the device.
         options: what else `BagelPipeline` takes.
+
+    Raises:
+        ValueError: the attention backend or a parallel size makes no sense.
     """
-    joined = start(ParallelConfig(), device.type)
+    parallel = parallel or ParallelConfig()
+    parallel.check(config.llm, world_size_from_environment())
+    joined = start(parallel, device.type)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     model = build_model(config, device=device, dtype=dtype, attention=attention)
     fill_randomly(model, torch.Generator(device).manual_seed(seed))
     return BagelPipeline(model, byte_tokenizer(), joined, **options)
@@ -101,14 +113,24 @@ def fill_randomly(model: nn.Module, generator: torch.Generator) -> None:
 
     A weight gets variance 1 / (numbers that one output sums over), so that it keeps the scale of
     what goes through it; norm weights are near 1, biases near 0.
+
+    A `Bagel` is filled as from a checkpoint: each tensor is drawn whole, and a tensor parallel
+    rank keeps its part. So all ranks draw the same numbers, and what several of them hold (norms,
+    embeddings, replicated KV heads) is the same; no more than one tensor is ever whole.
     """
-    for name, parameter in model.named_parameters():
-        values = parameter.data
+    parameters = dict(model.named_parameters())
+    targets = [Target(name, tuple(parameter.shape)) for name, parameter in parameters.items()]
+    if isinstance(model, Bagel):
+        targets = [*model_targets(model.config).values(), *vae_targets(model.vae).values()]
+    for target in targets:
+        parameter = parameters[target.parameter]
+        values = torch.empty(target.shape, dtype=parameter.dtype, device=parameter.device)
         if values.dim() > 1:
             values.normal_(0, values[0].numel() ** -0.5, generator=generator)
         else:
-            centre = 0 if name.endswith("bias") else 1
+            centre = 0 if target.parameter.endswith("bias") else 1
             values.normal_(centre, _SMALL, generator=generator)
+        fill(parameter, values, target.shard)
 
 
 def byte_tokenizer() -> BagelTokenizer:

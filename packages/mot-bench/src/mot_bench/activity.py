@@ -17,8 +17,9 @@ _PREFIXES = ("cuda", "cu", "hip")
 
 _WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
-# Parts of the names of kernels that exchange data between GPUs: NCCL's, and vLLM's all-reduce.
-_EXCHANGES = ("nccl", "cross_device_reduce")
+# Parts of the names of kernels that exchange data between GPUs: NCCL's, and the all-reduces that
+# vLLM may choose instead (its own, torch's over symmetric memory, FlashInfer's).
+_EXCHANGES = ("nccl", "cross_device_reduce", "all_reduce", "allreduce")
 
 _LONGEST = 15
 _NAME_LENGTH = 120

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bagel_mot.checkpoint import config_with_grids, read_headers
+from bagel_mot.config import BagelConfig
 from bagel_mot.context import Context, Contexts
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
+from bagel_mot.parallel import ParallelConfig
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Noise, image_size
 from bagel_mot.sampling import ImageJob, ImageSettings
@@ -46,14 +49,39 @@ class Choice:
     cuda_graphs: bool | None = None
 
 
-def load(choice: Choice, device: torch.device) -> BagelPipeline:
-    """The pipeline.
+def config_of(choice: Choice) -> BagelConfig:
+    """The sizes of the model, which is not loaded.
 
     Raises:
-        UsageError: the checkpoint, the attention backend or the wish for graphs makes no sense.
+        UsageError: the checkpoint says nothing about them.
+    """
+    if choice.folder is None:
+        return SIZES[choice.size]
+    try:
+        config = BagelConfig.from_folder(choice.folder)
+        return config_with_grids(config, read_headers(choice.folder))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model cannot be loaded: {error}") from error
+
+
+def load(
+    choice: Choice, device: torch.device, parallel: ParallelConfig | None = None
+) -> BagelPipeline:
+    """The pipeline.
+
+    Args:
+        choice: which model.
+        device: where to; for several ranks only its type counts.
+        parallel: how several ranks share it; None for this process alone.
+
+    Raises:
+        UsageError: the checkpoint, the attention backend, a parallel size or the wish for graphs
+            makes no sense.
     """
     dtype = getattr(torch, choice.dtype)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": choice.attention}
+    if parallel is not None and parallel.world_size > 1:
+        options |= {"parallel": parallel, "device": torch.device(device.type)}
     if choice.cuda_graphs is not None:
         options["cuda_graphs"] = choice.cuda_graphs
     try:
@@ -74,13 +102,18 @@ def subject(choice: Choice, pipeline: BagelPipeline) -> Subject:
     return Subject(
         weights=f"random, {choice.size}" if choice.folder is None else str(choice.folder),
         parameters=sum(each.numel() for each in parameters),
-        bytes=sum(each.numel() * each.element_size() for each in parameters),
+        bytes=parameter_bytes(pipeline.model),
         dtype=choice.dtype,
         attention=choice.attention or "default",
         cuda_graphs={None: "default", True: "on", False: "off"}[choice.cuda_graphs],
         bagel_mot=version_of("bagel-mot", "bagel_mot"),
         vllm=version_of("vllm", "vllm"),
     )
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters of this rank."""
+    return sum(each.numel() * each.element_size() for each in model.parameters())
 
 
 def denoising(
@@ -96,10 +129,10 @@ def denoising(
     return Denoising(pipeline.model, pipeline.tokenizer, jobs, pipeline.parallel, workspace)
 
 
-def check_size(pipeline: BagelPipeline, option: str, height: int, width: int) -> None:
+def check_size(config: BagelConfig, option: str, height: int, width: int) -> None:
     """Refuse a picture that the model cannot paint."""
     try:
-        image_size(pipeline.config, height, width, None)
+        image_size(config, height, width, None)
     except ValueError as error:
         raise UsageError(f"{option} is '{height}x{width}': {error}") from error
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from mot_bench.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,6 +25,28 @@ def best_device_or_say() -> torch.device:
     return device
 
 
+def device_or_say(wanted: str | None, *, is_rank: bool = False) -> torch.device:
+    """The device that an option names ("cuda", "cpu"), or else the best one.
+
+    Args:
+        wanted: None for the best one.
+        is_rank: of several ranks each takes a GPU of its own later, and none says that there are
+            only CPUs.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device is 'cuda', but torch sees no GPU")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if is_rank:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return best_device_or_say()
+
+
 def screen(*, stderr: bool = False) -> Console:
     """The terminal, or what stands in its place."""
     console = Console(stderr=stderr)
@@ -32,11 +56,16 @@ def screen(*, stderr: bool = False) -> Console:
 
 def command_line(arguments: Sequence[str]) -> str:
     """What to type to measure the same again; where files went does not belong to it."""
+    kept = without([each for each in arguments if each != "--plot"], "--output")
+    return shlex.join(["mot-bench", *kept])
+
+
+def without(arguments: Sequence[str], *options: str) -> list[str]:
+    """The arguments less these options and their values."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
-        written = argument in ("--output", "--plot") or argument.startswith("--output=")
-        if not skip and not written:
+        if not skip and argument.partition("=")[0] not in options:
             kept.append(argument)
-        skip = argument == "--output"
-    return shlex.join(["mot-bench", *kept])
+        skip = not skip and argument in options
+    return kept

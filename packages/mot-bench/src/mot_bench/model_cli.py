@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mot_bench import options
-from mot_bench.console import best_device_or_say, command_line, screen
+from mot_bench.console import command_line, device_or_say, screen
 from mot_bench.errors import MeasurementError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from bagel_mot.pipeline import BagelPipeline
 
+    from mot_bench.bagel import Choice
     from mot_bench.model_results import Subject
 
 SIZES = ("7b", "tiny")
@@ -43,6 +45,25 @@ GraphsOption = Annotated[
         help="Default: the model's own choice.",
         show_default=False,
     ),
+]
+TpOption = Annotated[int, typer.Option(min=1, help="Tensor parallel ranks.")]
+SpOption = Annotated[
+    str | None,
+    typer.Option(help="Sequence parallel ranks: ulysses:2, ring:3, ulysses:2,ring:2, allgather:2."),
+]
+CfgParallelOption = Annotated[int, typer.Option(min=1, help="Ranks the guidance is spread over.")]
+ModesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE;...",
+        help="Ways to share a step among ranks, e.g. 'cfg:2;ulysses:2,ring:2;tp:2'.",
+    ),
+]
+NprocOption = Annotated[
+    int | None, typer.Option(help="Start this many ranks here (else: torchrun does).")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cuda or cpu. Default: a GPU if there is one.")
 ]
 OutputOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Write the results there as JSON.")
@@ -73,9 +94,19 @@ def step(
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
     cuda_graphs: GraphsOption = None,
+    device: DeviceOption = None,
+    tp: TpOption = 1,
+    sp: SpOption = None,
+    cfg_parallel: CfgParallelOption = 1,
+    modes: ModesOption = None,
+    nproc: NprocOption = None,
     output: OutputOption = None,
+    part: Annotated[
+        Path | None,
+        typer.Option(hidden=True, help="Folder of a run that this process is a part of."),
+    ] = None,
 ) -> None:
-    """Time one denoising step against gather, dense layers and scatter."""
+    """Time one denoising step against gather, dense layers and scatter, or on several ranks."""
     sizes = options.resolutions("--resolutions", resolutions)
     counts = options.integers("--branches", branches, least=1, example="1,2,3")
     if max(counts) > 3:
@@ -84,14 +115,38 @@ def step(
     for name in providers:
         options.one_of("--provider", name, PROVIDERS)
     folder = None if output is None else options.output_folder(output)
-    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs)
+    choice, place = _choose(
+        model, random, dtype, attention, cuda_graphs, device, is_part=part is not None
+    )
 
-    from mot_bench import bagel, model_tables
+    from mot_bench import bagel, model_tables, parallel_cli
     from mot_bench.model_results import StepCase, StepResults
+    from mot_bench.ranks import Plan
     from mot_bench.step import run_step
 
+    ways = parallel_cli.modes_of(
+        choice, tp=tp, sp=sp, cfg_parallel=cfg_parallel, several=modes, nproc=nproc
+    )
+    is_rank = parallel_cli.is_rank(part)
+    if is_rank or any(way.world_size > 1 for way in ways):
+        if provider is not None and providers != ["mot"]:
+            raise UsageError("--provider gather-scatter measures one rank; leave it out")
+        if is_rank:
+            plan = Plan(sizes, counts, batch, prompt_tokens, rounds)
+            parallel_cli.measure_as_rank(
+                *(choice, place, ways, plan), arguments=context.obj, part=part, folder=folder
+            )
+        else:
+            config = bagel.config_of(choice)
+            for height, width in sizes:
+                bagel.check_size(config, "--resolutions", height, width)
+            parallel_cli.start_ranks(context.obj, ways, place, folder)
+        return
+
+    pipeline = bagel.load(choice, place)
+    subject = bagel.subject(choice, pipeline)
     for height, width in sizes:
-        bagel.check_size(pipeline, "--resolutions", height, width)
+        bagel.check_size(pipeline.config, "--resolutions", height, width)
     console = screen()
     started = False
 
@@ -160,7 +215,7 @@ def e2e(
     from mot_bench import bagel, model_tables
     from mot_bench import e2e as runs
 
-    bagel.check_size(pipeline, "--resolution", *size)
+    bagel.check_size(pipeline.config, "--resolution", *size)
     requests: list[runs.Painting | runs.Writing] = []
     if "image" in names:
         requests.append(runs.painting(pipeline, size, timesteps, prompt_tokens))
@@ -193,7 +248,26 @@ def _load(
     attention: str | None,
     cuda_graphs: bool | None,
 ) -> tuple[BagelPipeline, Subject]:
-    """The model that the options name, and the facts about it.
+    """The model that the options name, and the facts about it; see `_choose`."""
+    choice, device = _choose(model, random, dtype, attention, cuda_graphs, None)
+
+    from mot_bench import bagel
+
+    pipeline = bagel.load(choice, device)
+    return pipeline, bagel.subject(choice, pipeline)
+
+
+def _choose(
+    model: Path | None,
+    random: str | None,
+    dtype: str | None,
+    attention: str | None,
+    cuda_graphs: bool | None,
+    device: str | None,
+    *,
+    is_part: bool = False,
+) -> tuple[Choice, torch.device]:
+    """The model that the options name, and where it is to run.
 
     Raises:
         UsageError: they make no sense.
@@ -206,17 +280,21 @@ def _load(
     size = options.one_of("--random", random or SIZES[0], SIZES)
     if dtype is not None:
         options.dtype(dtype)
+    if device is not None:
+        options.one_of("--device", device, ("cuda", "cpu"))
     # vLLM's advice about its engine, which does not run here, would bury the results.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
+        from bagel_mot.parallel import world_size_from_environment
+
         from mot_bench import bagel
     except ImportError as error:
         raise MeasurementError(
             f"bagel-mot cannot be imported ({error}); pip install 'mot-bench[bagel]' and vLLM"
         ) from error
 
-    device = best_device_or_say()
-    on_gpu = device.type == "cuda"
+    place = device_or_say(device, is_rank=is_part or world_size_from_environment() > 1)
+    on_gpu = place.type == "cuda"
     if not on_gpu and model is None and size != "tiny":
         raise UsageError(f"--random {size} needs a GPU; --random tiny runs anywhere")
     choice = bagel.Choice(
@@ -226,5 +304,4 @@ def _load(
         attention=attention,
         cuda_graphs=cuda_graphs,
     )
-    pipeline = bagel.load(choice, device)
-    return pipeline, bagel.subject(choice, pipeline)
+    return choice, place

@@ -165,7 +165,7 @@ class StepCase:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What all result files begin with: see `mot_bench.results.Results`."""
 
     schema: int
@@ -201,7 +201,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class StepResults(_Run):
+class StepResults(Run):
     """A run of `mot-bench step`.
 
     Attributes:
@@ -264,7 +264,7 @@ class RequestResult:
 
 
 @dataclass(frozen=True)
-class E2eResults(_Run):
+class E2eResults(Run):
     """A run of `mot-bench e2e`."""
 
     requests: tuple[RequestResult, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +19,7 @@ from mot_bench.model_results import (
     StepResults,
     Subject,
 )
+from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults
 from mot_bench.results import Environment
 
 _GIB = 1 << 30
@@ -93,6 +96,46 @@ def activity_table(results: StepResults) -> Table | None:
     return table if table.rows else None
 
 
+def parallel_heading(results: ParallelResults) -> str:
+    """Where the run took place, on which model, and what the columns mean."""
+    return (
+        f"{_where(results.environment, results.subject)}\n"
+        "speed-up: times the speed of one rank with its own choice of CUDA graphs. exchange %: of "
+        "the time that a rank's GPU works (on a CPU: of a step), in exchanges with other ranks, "
+        "waiting for them included. GiB: peak of what torch takes of a rank's GPU, weights "
+        "included, NCCL's buffers not. difference: of the velocities to those of one rank, "
+        "relative L2. Where ranks differ: the least to the most."
+    )
+
+
+def parallel_table(case: ParallelCase) -> Group:
+    """All modes on one case."""
+    table = _table(
+        *("CUDA graphs", "ms / step", "20-80 %", "speed-up", "exchange %", "GiB", "rows of a rank"),
+        "difference",
+    )
+    for mode in case.modes:
+        table.add_row(*_mode_cells(case, mode))
+    return Group(Text(case.title, style="bold"), table)
+
+
+def _mode_cells(case: ParallelCase, mode: ModeResult) -> list[str]:
+    timing, speed_up = mode.timing, case.speed_up(mode)
+    shares = [rank.exchange_share for rank in mode.ranks]
+    memory = [rank.memory for rank in mode.ranks]
+    return [
+        mode.mode,
+        "on" if mode.cuda_graphs else "off",
+        f"{timing.median_us / 1e3:.2f}",
+        f"{timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f}",
+        "-" if speed_up is None else f"{speed_up:.2f}",
+        _span([None if share is None else 100 * share for share in shares], "{:.1f}"),
+        _span([None if each is None else each.reserved / _GIB for each in memory], "{:.2f}"),
+        _span([rank.rows for rank in mode.ranks], "{:,}"),
+        "-" if mode.difference is None else f"{mode.difference:.1e}",
+    ]
+
+
 def e2e_heading(results: E2eResults) -> str:
     """Where the run took place, on which model."""
     return (
@@ -153,6 +196,15 @@ def _busy(activity: Activity | None) -> str:
 
 def _memory(memory: Memory | None, weights: int) -> str:
     return "-" if memory is None else f"{(memory.reserved - weights) / _GIB:.2f}"
+
+
+def _span(values: Sequence[float | None], form: str) -> str:
+    """What all ranks have, or from the least to the most."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    least, most = form.format(min(known)), form.format(max(known))
+    return least if least == most else f"{least}-{most}"
 
 
 def _count(number: int, one: str, several: str) -> str:

@@ -25,14 +25,21 @@ from mot_bench.model_results import (
     StepResults,
     Subject,
 )
-from mot_bench.protocol import CpuStopwatch, Stopwatch, StreamStopwatch, ceilings, measure
+from mot_bench.protocol import (
+    CpuStopwatch,
+    Stopwatch,
+    StreamStopwatch,
+    Variant,
+    ceilings,
+    measure,
+)
 
 OURS, BASELINE = "mot", "gather-scatter"
 PROVIDERS = (OURS, BASELINE)
 
 # Steps of a sample on a GPU: the first begins on an idle device, as in no real loop.
 _STEPS_PER_SAMPLE = 3
-_STEPS_OBSERVED = 2
+STEPS_OBSERVED = 2
 
 # Relative L2. Two implementations of a deep network in bfloat16 differ by rounding alone; that a
 # row is wrong is what the tests of the kernels find out, with finer means.
@@ -94,7 +101,7 @@ def run_step(
             cases=tuple(done),
         )
 
-    cases = [_Case(pipeline, size, count, batch, prompt, rounds) for size, count in plan]
+    cases = [Case(pipeline, size, count, batch, prompt, rounds) for size, count in plan]
     for case in cases:
         done.append(case.run(providers))
         on_case(results(), done[-1])
@@ -114,8 +121,13 @@ def describe_protocol(device: torch.device, rounds: int) -> str:
     )
 
 
-class _Case:
-    """One size and number of branches."""
+class Case:
+    """One size and number of branches.
+
+    Attributes:
+        sets: steps of a sample.
+        stopwatch: for steps, started from Python.
+    """
 
     def __init__(
         self,
@@ -132,8 +144,8 @@ class _Case:
         self._prompt = prompt
         self._rounds = rounds
         on_gpu = self._device.type == "cuda"
-        self._sets = _STEPS_PER_SAMPLE if on_gpu else 1
-        self._stopwatch: Stopwatch = StreamStopwatch(self._device) if on_gpu else CpuStopwatch()
+        self.sets = _STEPS_PER_SAMPLE if on_gpu else 1
+        self.stopwatch: Stopwatch = StreamStopwatch(self._device) if on_gpu else CpuStopwatch()
 
     def run(self, providers: Sequence[str]) -> StepCase:
         """Check the providers against each other, then time them against each other."""
@@ -143,22 +155,16 @@ class _Case:
         memory: dict[str, Memory | None] = {}
         # Ours last: its CUDA graphs, once captured, would count as the baseline's memory.
         for name in sorted(providers, key=PROVIDERS.index, reverse=True):
-            velocities[name], memory[name] = self._first_steps(name)
+            velocities[name], memory[name] = self.first_steps(name)
         differences = self._differences(providers[0], velocities)
-        steps = {name: self._start(name) for name in providers}
+        steps = {name: self.start(name) for name in providers}
         timings = measure(
-            {name: functools.partial(_ignoring_index, step) for name, step in steps.items()},
-            self._sets,
+            {name: ignoring_index(step) for name, step in steps.items()},
+            self.sets,
             self._rounds,
-            stopwatch=self._stopwatch,
+            stopwatch=self.stopwatch,
         )
-        jobs = self._jobs()
-        blocks = [
-            (rows, context.length + rows)
-            for job in jobs
-            for rows in [job.grid[0] * job.grid[1] + 2]
-            for context in job.branches
-        ]
+        blocks = self.blocks()
         model = self._pipeline.model
         return StepCase(
             height=self._size[0],
@@ -185,15 +191,29 @@ class _Case:
         """The case with what a profiler sees of each provider."""
         providers = []
         for provider in case.providers:
-            repeat = functools.partial(_repeat, self._start(provider.name))
-            repeat()
-            seen = observe(repeat, _STEPS_OBSERVED, self._device)
+            seen = observe(self.warm(provider.name), STEPS_OBSERVED, self._device)
             providers.append(dataclasses.replace(provider, activity=seen))
         return dataclasses.replace(case, providers=tuple(providers))
 
-    def _jobs(self) -> list[ImageJob]:
+    def warm(self, name: str, *, eagerly: bool = False) -> Callable[[], None]:
+        """What makes `STEPS_OBSERVED` steps, which have been made once already; see `start`."""
+        repeat = functools.partial(_repeat, self.start(name, eagerly=eagerly))
+        repeat()
+        return repeat
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(rows, keys that they attend to) of each image and context."""
+        return [
+            (rows, context.length + rows)
+            for job in self.jobs()
+            for rows in [job.grid[0] * job.grid[1] + 2]
+            for context in job.branches
+        ]
+
+    def jobs(self) -> list[ImageJob]:
+        """A fresh set of images."""
         # Enough steps for everything that is done with one set of jobs.
-        steps = max((self._rounds + 3) * self._sets, 2 * _STEPS_OBSERVED)
+        steps = max((self._rounds + 3) * self.sets, 2 * STEPS_OBSERVED)
         return [
             image_job(
                 self._pipeline,
@@ -206,9 +226,14 @@ class _Case:
             for seed in range(self._batch)
         ]
 
-    def _start(self, name: str) -> Callable[[], list[Step]]:
-        """A fresh set of images; returns what makes one step of all of them."""
-        own = denoising(self._pipeline, self._jobs(), eagerly=name == BASELINE)
+    def start(self, name: str, *, eagerly: bool = False) -> Callable[[], list[Step]]:
+        """A fresh set of images; returns what makes one step of all of them.
+
+        Args:
+            name: of the provider.
+            eagerly: without CUDA graphs; the baseline never has any.
+        """
+        own = denoising(self._pipeline, self.jobs(), eagerly=eagerly or name == BASELINE)
         place: Callable[[], AbstractContextManager[None]] = nullcontext
         if name == BASELINE:
             place = GatherScatter(compiled=self._device.type == "cuda").installed
@@ -222,12 +247,14 @@ class _Case:
 
         return step
 
-    def _first_steps(self, name: str) -> tuple[torch.Tensor, Memory | None]:
+    def first_steps(
+        self, name: str, *, eagerly: bool = False
+    ) -> tuple[torch.Tensor, Memory | None]:
         """The velocities of the first step, and the peak memory of the first two."""
         found: list[torch.Tensor] = []
 
         def run() -> None:
-            step = self._start(name)
+            step = self.start(name, eagerly=eagerly)
             found.extend(each.clone() for made in step() for each in made.velocities)
             step()
 
@@ -235,7 +262,7 @@ class _Case:
         return torch.cat(found), memory
 
     def _check_baseline(self) -> None:
-        own = denoising(self._pipeline, self._jobs(), eagerly=True)
+        own = denoising(self._pipeline, self.jobs(), eagerly=True)
         operations = GatherScatter(compiled=False)  # compiled ones would not be looked into
         with operations.installed(), NoRoutedOperations():
             own.step()
@@ -254,10 +281,11 @@ class _Case:
         return found
 
 
-def _ignoring_index(step: Callable[[], object], _index: int) -> None:
-    step()
+def ignoring_index(step: Callable[[], object]) -> Variant:
+    """A step as `measure` wants it: every call is made alike."""
+    return lambda index: step()
 
 
 def _repeat(step: Callable[[], object]) -> None:
-    for _ in range(_STEPS_OBSERVED):
+    for _ in range(STEPS_OBSERVED):
         step()

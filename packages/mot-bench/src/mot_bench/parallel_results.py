@@ -1,0 +1,134 @@
+"""What `mot-bench step` on several ranks found, as data; written to JSON. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from mot_bench.model_results import Activity, Memory, Run
+from mot_bench.results import Timing
+
+ALONE = "1 rank"
+
+
+@dataclass(frozen=True)
+class RankUse:
+    """One rank's part of a step.
+
+    Attributes:
+        rank: its number.
+        rows: packed rows that it takes through the layers.
+        weights: bytes of its parameters.
+        memory: None on a CPU.
+        worked_us: time of one step in which its GPU did something, under a profiler; on a CPU the
+            step's time. None until this was observed, after all timing.
+        exchange_us: of it, in exchanges with other ranks, waiting for them included. On a GPU in
+            kernels that exchange data, on a CPU in calls that do.
+        activity: what the profiler saw; None on a CPU.
+    """
+
+    rank: int
+    rows: int
+    weights: int
+    memory: Memory | None
+    worked_us: float | None = None
+    exchange_us: float | None = None
+    activity: Activity | None = None
+
+    @property
+    def exchange_share(self) -> float | None:
+        """Share of the working time that exchanges take."""
+        if not self.worked_us or self.exchange_us is None:
+            return None
+        return self.exchange_us / self.worked_us
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """One step in one mode.
+
+    Attributes:
+        mode: "cfg:2", "ulysses:2,ring:2" ...; `ALONE` for one rank.
+        cuda_graphs: whether steps were captured.
+        timing: of one step, on the rank where it took longest.
+        difference: of the velocities to those of one rank, relative L2, the largest of all
+            ranks'; None if no single rank was measured.
+        between_ranks: the same for the difference to rank 0's.
+        ranks: all of them.
+    """
+
+    mode: str
+    cuda_graphs: bool
+    timing: Timing
+    difference: float | None
+    between_ranks: float
+    ranks: tuple[RankUse, ...]
+
+
+@dataclass(frozen=True)
+class ParallelCase:
+    """One step at one size.
+
+    Attributes:
+        height, width: of the images, in pixels.
+        branches: contexts per image.
+        batch: images.
+        rows: packed rows of the step.
+        prompt_tokens: of the text, without its start and end tokens.
+        modes: in the order they ran, one rank first.
+    """
+
+    height: int
+    width: int
+    branches: int
+    batch: int
+    rows: int
+    prompt_tokens: int
+    modes: tuple[ModeResult, ...]
+
+    @property
+    def title(self) -> str:
+        """The case in words, without what was measured."""
+        return (
+            f"{self.height}x{self.width}, {_count(self.branches, 'branch', 'branches')}, "
+            f"{_count(self.batch, 'image', 'images')}, {self.rows:,} rows"
+        )
+
+    def speed_up(self, mode: ModeResult) -> float | None:
+        """How many times the speed of one rank, measured with its own choice of CUDA graphs."""
+        alone = next((each for each in self.modes if each.mode == ALONE), None)
+        return None if alone is None else alone.timing.median_us / mode.timing.median_us
+
+
+@dataclass(frozen=True)
+class ParallelResults(Run):
+    """A run of `mot-bench step` on several ranks.
+
+    Attributes:
+        cases: in the order they ran.
+    """
+
+    cases: tuple[ParallelCase, ...]
+
+    KIND = "step-ranks"
+
+    def joined(self, others: Iterable[Self]) -> Self:
+        """With the modes of other runs, of the same cases."""
+        cases: Sequence[ParallelCase] = self.cases
+        for other in others:
+            modes = {_key(case): case.modes for case in other.cases}
+            cases = [
+                dataclasses.replace(case, modes=case.modes + modes.get(_key(case), ()))
+                for case in cases
+            ]
+        return dataclasses.replace(self, cases=tuple(cases))
+
+
+def _key(case: ParallelCase) -> tuple[int, int, int, int]:
+    return case.height, case.width, case.branches, case.batch
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"

@@ -1,0 +1,70 @@
+"""`mot-bench step` in several modes: one set of processes after the other, one result.
+
+vLLM's process groups cannot be made twice in a process, so every tensor parallel size and number
+of ranks has processes of its own. A single rank runs first: the others are checked against it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bagel_mot.launch import run_ranks
+from bagel_mot.parallel import ParallelConfig
+
+from mot_bench import modes as words
+from mot_bench.parallel_results import ParallelResults
+
+# In the folder that the sets of processes share.
+RESULTS, VELOCITIES = "part.json", "velocities.pt"
+
+
+def run_parts(
+    arguments: Sequence[str],
+    modes: Sequence[ParallelConfig],
+    *,
+    command: str,
+    say: Callable[[str], None],
+    on_part: Callable[[ParallelResults], None] = lambda results: None,
+) -> tuple[ParallelResults | None, list[str]]:
+    """Measure a single rank, then every mode.
+
+    Args:
+        arguments: of `mot-bench`, without those that name modes, ranks or files.
+        modes: to measure.
+        command: kept in the results.
+        say: called with what begins.
+        on_part: called with all results so far after each set of processes.
+
+    Returns:
+        The results, of all cases that could be measured, and the modes whose processes failed;
+        what went wrong, they have written to stderr. Without a single rank there are no results.
+    """
+    parts = [[words.ALONE], *words.groups(mode for mode in modes if mode != words.ALONE)]
+    results: ParallelResults | None = None
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="mot-bench-") as folder:
+        for part in parts:
+            alone = part == [words.ALONE]
+            named = [] if alone else ["--modes", words.written(part)]
+            name = "; ".join(map(words.name_of, part))
+            say(f"starting {name}")
+            file = Path(folder, RESULTS)
+            file.unlink(missing_ok=True)
+            python = [sys.executable, "-m", "mot_bench"]
+            code = run_ranks([*python, *arguments, *named, "--part", folder], part[0].world_size)
+            found = ParallelResults.read(file) if file.exists() else None
+            if code or found is None:
+                failed.append(name)
+            if found is not None:
+                results = found if results is None else results.joined([found])
+            if results is None:
+                break
+            results = dataclasses.replace(results, command=command, complete=False)
+            on_part(results)
+    if results is not None:
+        results = dataclasses.replace(results, complete=not failed)
+    return results, failed
