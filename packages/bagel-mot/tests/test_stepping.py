@@ -157,6 +157,24 @@ def test_finished_images_stay(roomy: BagelPipeline) -> None:
     assert torch.equal(first, kept)
 
 
+def test_buffers_outlast_inference_mode(roomy: BagelPipeline) -> None:
+    """Servers run models in inference mode; who comes next need not."""
+    workspace = Workspace(roomy.model)
+    with torch.inference_mode():
+        first = paint(roomy, "a fox", workspace=workspace).clone()
+        generate_text(
+            roomy.model,
+            roomy.tokenizer,
+            contexts_of(roomy, "a fox").main,
+            max_tokens=2,
+            workspace=workspace,
+        )
+    again = paint(roomy, "a fox", workspace=workspace)
+    assert torch.equal(again, first)
+    context = contexts_of(roomy, "a fox").main
+    generate_text(roomy.model, roomy.tokenizer, context, max_tokens=2, workspace=workspace)
+
+
 def test_noise_is_not_written_to(roomy: BagelPipeline) -> None:
     noise = noise_of(0)
     job = ImageJob(contexts_of(roomy, "a fox"), noise, GRID, GUIDED)

@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import KVCache
+from bagel_mot.model.layout import KVCache, lasting
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ class Workspace:
             while len(self._shapes) >= _SHAPES:
                 _, oldest = self._shapes.popitem(last=False)
                 oldest.close()
-            self._shapes[key] = build()
+            with lasting():
+                self._shapes[key] = build()
         self._shapes.move_to_end(key)
         return cast(S, self._shapes[key])
 

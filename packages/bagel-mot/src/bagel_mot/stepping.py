@@ -24,6 +24,7 @@ from bagel_mot.model.layout import (
     Layout,
     Segment,
     build_layout,
+    lasting,
     to_device,
 )
 from bagel_mot.model.sequence_parallel import all_gather, chunk
@@ -164,9 +165,10 @@ class StepRunner:
         """
         selection = self._selections.get(counts)
         if selection is None:
-            selection = _Selection.build(
-                self.shape, counts, contexts, self._parallel, self._model.device
-            )
+            with lasting():
+                selection = _Selection.build(
+                    self.shape, counts, contexts, self._parallel, self._model.device
+                )
             selection.owner = owner
             own = selection
             selection.call = self._workspace.call(lambda: self._step(own))

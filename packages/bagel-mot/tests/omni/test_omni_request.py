@@ -44,6 +44,7 @@ def test_defaults(config: Any) -> None:
         "cfg_interval": (0.4, 1.0),
         "cfg_renorm_type": "global",
         "cfg_renorm_min": 0.0,
+        "taylorseer": None,
     }
     assert asked.size == (1024, 1024)
     assert asked.num_images == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -315,6 +316,16 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.to(device)
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made inside may be updated in place by anyone later.
+
+    Made in inference mode, as servers run their models, they could not be updated outside of it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class KVCache:
     """Keys and values of all layers, rows addressed by whoever owns the cache.
 
@@ -336,7 +347,8 @@ class KVCache:
     ) -> None:
         shape = (layers, capacity, 2, kv_heads, head_dim)
         # Not empty: see `Backend.needs_finite_rows`.
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        with lasting():
+            self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def k(self) -> torch.Tensor:
