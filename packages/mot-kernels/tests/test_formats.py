@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 def test_row_chunks_cover_all_rows_in_whole_blocks() -> None:
     chunks = formats.row_chunks(37_888, 3_584)
     assert chunks[0].start == 0 and chunks[-1].stop == 37_888 and len(chunks) > 2
-    assert all(a.stop == b.start for a, b in zip(chunks, chunks[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(chunks))
     assert all(chunk.start % formats.BLOCK == 0 for chunk in chunks)
     assert all((chunk.stop - chunk.start) * 3_584 <= 2**24 for chunk in chunks)
 
@@ -263,7 +264,7 @@ def test_expert_weight_zero_point_errors() -> None:
     zeros = torch.zeros(2, 6, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="zero_points are given, but format int4_w4a16_group32"):
         ExpertWeight(INT4, torch.ones(2, 6, 2), Int4W4A16(32), zeros)
-    with pytest.raises(TypeError, match="zero_points has dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"zero_points has dtype torch\.float32"):
         ExpertWeight(INT4, torch.ones(2, 6, 2), Int4W4A16(32, False), zeros.float())
     with pytest.raises(ValueError, match="zero_points has shape"):
         ExpertWeight(INT4, torch.ones(2, 6, 2), Int4W4A16(32, False), zeros[:1])
@@ -283,7 +284,7 @@ def test_group_size_error(size: int) -> None:
 
 
 def test_quantize_errors() -> None:
-    with pytest.raises(TypeError, match="weight has dtype torch.int8"):
+    with pytest.raises(TypeError, match=r"weight has dtype torch\.int8"):
         quantize_weight(INT8, Int8W8A8())
     with pytest.raises(ValueError, match="the same"):
         quantize_weight([torch.ones(2, 4), torch.ones(3, 4)], Int8W8A8())
