@@ -83,6 +83,18 @@ def _choose_freely(device_type: str, dtype: torch.dtype, needs_grad: bool) -> Ch
     return Choice(Path.REFERENCE, f"Triton kernels do not run on device type {device_type!r}")
 
 
+def choose_format_path(format: str) -> Choice:
+    """The path `mot_linear` takes for an `ExpertWeight` of this format, on any device.
+
+    Raises:
+        ValueError: `use_path(Path.TRITON)` is in force: no format has a kernel yet.
+    """
+    why = f"format {format} has no kernel yet; plain PyTorch computes it, rightly but slowly"
+    if _forced is Path.TRITON:
+        raise ValueError(f"use_path(Path.TRITON) is in force, but {why}")
+    return Choice(Path.REFERENCE, why)
+
+
 def why_not_hopper(
     out: torch.Tensor,
     x: torch.Tensor,

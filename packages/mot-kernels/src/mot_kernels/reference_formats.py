@@ -1,0 +1,118 @@
+"""`mot_linear` with an `ExpertWeight`, in plain PyTorch: right on every device, not fast.
+
+Only conversions, no arithmetic, happen in 8-bit floats, so GPUs without FP8 units compute the same.
+Per element of y, with a(r) the row as the format sees it and s(r) its scale (1 where the format
+keeps activations):
+
+    y = epilogue(sum_k a[r, k] w[n, k] * w_scale[n] * s(r) + bias[n])
+
+Everything is float32 and y is rounded once. The sum of INT8 W8A8 is exact. Where scales vary along
+K (blocks, groups) they are multiplied into the weight first, in float32. A process that allows TF32
+for float32 products rounds those weights; it is off by default, and 8- and 16-bit operands fit it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mot_kernels import dispatch
+from mot_kernels.epilogue import AddResidual, Epilogue, SiluMul
+from mot_kernels.formats import (
+    ExpertWeight,
+    Fp8W8A8,
+    Int4W4A16,
+    Int8W8A8,
+    WeightScales,
+    dequantize_rows,
+    quantize_rows,
+    quantizes_activations,
+    row_chunks,
+)
+from mot_kernels.reference import Routing
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def mot_linear_(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: ExpertWeight,
+    plan: Routing | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """Write `mot_kernels.mot_linear` of checked arguments into `out`, expert by expert."""
+    dispatch.warn_once(f"mot_linear: {dispatch.choose_format_path(str(weight.format)).why}")
+    if plan is None:
+        out.copy_(_one_expert(x, weight, 0, bias, epilogue))
+        return
+    for e, rows in enumerate(torch.split(plan.row_ids.long(), list(plan.counts))):
+        if len(rows):
+            own = epilogue
+            if isinstance(epilogue, AddResidual):  # which may be `out`: read before written
+                own = AddResidual(epilogue.residual.index_select(0, rows))
+            y = _one_expert(x.index_select(0, rows), weight, e, bias, own)
+            out.index_copy_(0, rows, y.to(out.dtype))
+
+
+def _one_expert(
+    x: torch.Tensor,
+    weight: ExpertWeight,
+    expert: int,
+    bias: torch.Tensor | None,
+    epilogue: Epilogue | None,
+) -> torch.Tensor:
+    """(M, N_out) float32: all rows of x through one expert."""
+    scales = None
+    if quantizes_activations(weight.format):
+        static = None if weight.activation_scale is None else weight.activation_scale[expert]
+        x, scales = quantize_rows(x, weight.format, static)
+    _, n, k = weight.shape
+    y = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
+    for columns in row_chunks(n, k):
+        y[:, columns] = _product(x, weight, expert, columns)
+    if scales is not None:
+        y *= scales[:, None]
+    if bias is not None:
+        y += bias[expert].float()
+    match epilogue:
+        case SiluMul():
+            gate, up = y.chunk(2, dim=-1)
+            return F.silu(gate) * up
+        case AddResidual(residual):
+            return y + residual.float()
+    return y
+
+
+def _product(x: torch.Tensor, weight: ExpertWeight, expert: int, columns: slice) -> torch.Tensor:
+    """x times some rows of the expert's matrix and their scales, float32."""
+    match weight.format:
+        case Int4W4A16() | Fp8W8A8(WeightScales.BLOCK):
+            return x.float() @ dequantize_rows(weight, expert, columns).T
+    data = weight.data[expert, columns]
+    if isinstance(weight.format, Int8W8A8):
+        sums = exact_int8_product(x, data)
+    else:
+        sums = x.float() @ data.float().T
+    per_tensor = weight.scales.dim() == 1
+    return sums * (weight.scales[expert] if per_tensor else weight.scales[expert, columns])
+
+
+def exact_int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (M, K) times b (N, K) transposed, int8: the exact integers, rounded to float32.
+
+    NVIDIA GPUs from compute capability 7.5 multiply in integers (`torch._int_mm`, which wants more
+    than 16 rows and multiples of 8: zeros are added). Elsewhere float64 does, whose 53 bits hold
+    every sum; the CPU's `torch._int_mm` is not taken, since without VNNI instructions its 16-bit
+    steps may saturate.
+    """
+    (m, k), n = a.shape, b.shape[0]
+    integer_units = a.is_cuda and torch.version.hip is None
+    if integer_units and torch.cuda.get_device_capability(a.device) >= (7, 5):
+        more_k = max(8 - k, -k % 8)
+        wide_a = F.pad(a, (0, more_k, 0, max(32 - m, -m % 8)))
+        wide_b = F.pad(b, (0, more_k, 0, -n % 8))
+        return torch._int_mm(wide_a, wide_b.T)[:m, :n].float()
+    return (a.double() @ b.double().T).float()
