@@ -17,10 +17,11 @@ from mot_kernels import (
     Int8W8A16,
     WeightScales,
     dequantize,
-    formats,
+    quantize,
     quantize_rows,
     quantize_weight,
 )
+from mot_kernels.formats import BLOCK
 
 ALL_FORMATS: list[Format] = [
     *(Fp8W8A8(scales) for scales in WeightScales),
@@ -118,9 +119,9 @@ def test_quantize_weight_in_chunks(format: Format, monkeypatch: pytest.MonkeyPat
     w = sample(2, 300, 256)
     whole = quantize_weight(w, format)
     wide = dequantize(whole, torch.bfloat16)
-    assert len(formats.row_chunks(300, 256)) == 1
+    assert len(quantize.row_chunks(300, 256)) == 1
     few = [slice(0, 128), slice(128, 256), slice(256, 300)]
-    monkeypatch.setattr(formats, "row_chunks", lambda n, k: few)
+    monkeypatch.setattr(quantize, "row_chunks", lambda n, k: few)
     parts = quantize_weight(list(w), format)
     for field in dataclasses.fields(ExpertWeight):
         a, b = getattr(whole, field.name), getattr(parts, field.name)
@@ -133,10 +134,10 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 
 
 def test_row_chunks_cover_all_rows_in_whole_blocks() -> None:
-    chunks = formats.row_chunks(37_888, 3_584)
+    chunks = quantize.row_chunks(37_888, 3_584)
     assert chunks[0].start == 0 and chunks[-1].stop == 37_888 and len(chunks) > 2
     assert all(a.stop == b.start for a, b in itertools.pairwise(chunks))
-    assert all(chunk.start % formats.BLOCK == 0 for chunk in chunks)
+    assert all(chunk.start % BLOCK == 0 for chunk in chunks)
     assert all((chunk.stop - chunk.start) * 3_584 <= 2**24 for chunk in chunks)
 
 

@@ -10,13 +10,11 @@ from mot_kernels.formats import (
     Int8W8A8,
     Int8W8A16,
     WeightScales,
-    dequantize,
-    quantize_rows,
-    quantize_weight,
 )
 from mot_kernels.linear import mot_linear, stack_bias
 from mot_kernels.norm import mot_qk_norm_rope, mot_rms_norm
 from mot_kernels.plan import RoutePlan
+from mot_kernels.quantize import dequantize, quantize_rows, quantize_weight
 from mot_kernels.tuning.config import TileConfig
 
 __version__ = "0.1.0"

@@ -24,11 +24,9 @@ from mot_kernels.formats import (
     Int4W4A16,
     Int8W8A8,
     WeightScales,
-    dequantize_rows,
-    quantize_rows,
     quantizes_activations,
-    row_chunks,
 )
+from mot_kernels.quantize import dequantize_rows, quantize_rows, row_chunks
 from mot_kernels.reference import Routing
 
 
