@@ -10,8 +10,61 @@ from typing import Any
 import pytest
 from samples import python_command, some_results
 
-from mot_bench.report import report
-from mot_bench.results import Results
+from mot_bench.model_results import (
+    Activity,
+    AttentionRate,
+    E2eResults,
+    Memory,
+    Phase,
+    RequestResult,
+    StepCase,
+    StepProvider,
+    StepResults,
+    Subject,
+    Work,
+)
+from mot_bench.report import read, report
+from mot_bench.results import Results, Timing
+
+SUBJECT = Subject("random, 7b", 14_000_000_000, 28 * 2**30, "bfloat16", "fa3", "on", "0.1", "0.26")
+BUSY = Activity(200.0, 3.0, 99.0, 100.0, 0.0, ())
+HEAD = {"schema": 1, "subject": SUBJECT, "protocol": "by hand", "complete": True}
+
+
+def some_steps() -> StepResults:
+    """A step that takes twice its floor, and a baseline that takes four times."""
+    kernels = some_results()
+    matmul, copy = kernels.ceilings.matmul_tflops, kernels.ceilings.copy_gbps
+    # Each part of the floor takes 100 us.
+    work = Work(matmul * 1e8, 50 * 1e8, copy * 1e5)
+    memory = Memory(29 * 2**30, 30 * 2**30)
+    ours, theirs = (Timing(us, us, us, 5, "stream") for us in (600.0, 1200.0))
+    providers = (
+        StepProvider("mot", False, ours, memory, BUSY, 0.0),
+        StepProvider("other", True, theirs, None, None, 0.01),
+    )
+    return StepResults(
+        kind="step",
+        command="mot-bench step --branches 2",
+        environment=kernels.environment,
+        ceilings=kernels.ceilings,
+        attention=(AttentionRate("slow", 40.0, ""), AttentionRate("fast", 50.0, "")),
+        cases=(StepCase(1024, 512, 2, 1, 4100, 30, work, providers),),
+        **HEAD,
+    )
+
+
+def some_requests() -> E2eResults:
+    phases = (Phase("prefill", 0.25, 0.2, 0.3), Phase("denoise", 1.5, 1.4, 1.6))
+    total = Phase("total", 1.75, 1.6, 1.9)
+    request = RequestResult("image", "50 timesteps", 1, 49, 32, 9.0, phases, total, None, BUSY)
+    return E2eResults(
+        kind="e2e",
+        command="mot-bench e2e",
+        environment=some_results().environment,
+        requests=(request,),
+        **HEAD,
+    )
 
 
 def page(results: Results | None = None) -> str:
@@ -99,3 +152,37 @@ def test_report_command_refuses(
     assert message in answer.err
     assert len(answer.err.splitlines()) == 1
     assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.parametrize("make", [some_steps, some_requests])
+def test_report_reads_every_kind(make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    make().write(path)
+    found = read(path)
+    assert found == make()
+    assert report([(path, found)]) == report([(path, make())])
+
+
+@pytest.mark.parametrize("content", ["[]", '{"kind": "serve"}', "no JSON"])
+def test_report_refuses_other_files(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"other\.json"):
+        read(path)
+
+
+def test_report_of_steps_and_requests() -> None:
+    lines = report(
+        [(Path("a/step.json"), some_steps()), (Path("e2e.json"), some_requests())]
+    ).splitlines()
+    for line in (
+        "## Denoising step, Some GPU",
+        "| model | random, 7b, 14.00 billion parameters, bfloat16 |",
+        "mot-bench step --branches 2",
+        "| 1024x512, 2 branches | mot | 0.60 | 0.50 | 50 | 99.0 | 3 | 2.00 |",
+        "| 1024x512, 2 branches | other | 1.20 | 1.00 | 25 | - | - | - |",
+        "## Requests, Some GPU",
+        "| image | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | 99 |",
+    ):
+        assert line in lines
+    assert any("attention slow 40 TFLOP/s, fast 50 TFLOP/s" in line for line in lines)

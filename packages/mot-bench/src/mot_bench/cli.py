@@ -220,21 +220,21 @@ def tune(
 @app.command()
 def report(
     files: Annotated[
-        list[Path], typer.Argument(metavar="JSON", help="Results of mot-bench kernels.")
+        list[Path], typer.Argument(metavar="JSON", help="Results of kernels, step and e2e.")
     ],
     output: Annotated[Path, typer.Option(metavar="FILE.md", help="The page to write.")],
 ) -> None:
     """Write a Markdown page from result files."""
     from mot_bench.files import write_text
+    from mot_bench.report import read
     from mot_bench.report import report as page
-    from mot_bench.results import Results
 
     if output.is_dir():
         raise UsageError(f"--output is {str(output)!r}, which is a folder; give a file")
     runs = []
     for path in files:
         try:
-            runs.append((path, Results.read(path)))
+            runs.append((path, read(path)))
         except OSError as error:
             raise UsageError(f"JSON is {str(path)!r}: {error.strerror}") from error
         except ValueError as error:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
+from mot_bench.markdown import environment_facts, percent, table
+from mot_bench.model_results import E2eResults, StepResults
+from mot_bench.report_model import e2e_sections, step_sections
 from mot_bench.results import (
+    KIND,
     CaseResult,
     ProviderResult,
     Results,
@@ -21,7 +26,26 @@ _TITLES = {
 }
 
 
-def report(runs: Sequence[tuple[PurePath, Results]]) -> str:
+AnyResults = Results | StepResults | E2eResults
+
+
+def read(path: Path) -> AnyResults:
+    """A result file of `mot-bench kernels`, `step` or `e2e`.
+
+    Raises:
+        ValueError: it is none of these; the message names the file and the key.
+        OSError: it cannot be read.
+    """
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
+    except (ValueError, KeyError, TypeError):
+        kind = KIND  # whose reader says what is wrong
+    if kind == StepResults.KIND:
+        return StepResults.read(path)
+    return E2eResults.read(path) if kind == E2eResults.KIND else Results.read(path)
+
+
+def report(runs: Sequence[tuple[PurePath, AnyResults]]) -> str:
     """The page, in Markdown.
 
     Args:
@@ -29,25 +53,25 @@ def report(runs: Sequence[tuple[PurePath, Results]]) -> str:
     """
     parts = [
         "# Performance",
-        "Written by `mot-bench report` from result files; do not edit. Times are medians in "
-        "microseconds. In brackets: the time relative to the baseline's (below 1.00 is faster "
-        "than the baseline). % of ceiling: how much of the time would remain at the ceilings of "
-        "computing and moving data that were measured in the same run.",
+        "Written by `mot-bench report` from result files; do not edit. Times are medians. In "
+        "tables of kernels they are microseconds, in brackets relative to the baseline's (below "
+        "1.00 is faster than the baseline). % of ceiling: how much of the time would remain at "
+        "the ceilings of computing and moving data that were measured in the same run.",
     ]
     for path, results in runs:
-        parts += _run(path, results)
+        match results:
+            case StepResults():
+                parts += step_sections(path, results)
+            case E2eResults():
+                parts += e2e_sections(path, results)
+            case _:
+                parts += _run(path, results)
     return "\n\n".join(parts) + "\n"
 
 
 def _run(path: PurePath, results: Results) -> list[str]:
     where, top = results.environment, results.ceilings
-    facts = {
-        "device": f"{where.device} (driver {where.driver}, CUDA {where.cuda})",
-        "clocks": where.clocks,
-        "software": f"torch {where.torch}, triton {where.triton}, Python {where.python}",
-        "packages": f"mot-kernels {where.mot_kernels}, mot-bench {where.mot_bench}, commit "
-        f"{where.commit}",
-        "date": where.date,
+    facts = environment_facts(where) | {
         "protocol": results.protocol,
         "ceilings": f"{top.dtype} matmul {top.matmul_size}³ {top.matmul_tflops:.0f} TFLOP/s; copy "
         f"{top.copy_gbps:.0f} GB/s, read and written",
@@ -55,7 +79,7 @@ def _run(path: PurePath, results: Results) -> list[str]:
     }
     parts = [
         f"## {where.device}, {top.dtype}",
-        _table(["", ""], [[key, value] for key, value in facts.items()]),
+        table(["", ""], [[key, value] for key, value in facts.items()]),
         f"Repeat it with:\n\n```\n{results.command}\n```",
     ]
     if not results.complete:
@@ -76,12 +100,12 @@ def _operation(op: str, cases: list[CaseResult], results: Results) -> list[str]:
     rows = [_row(case, names, ours, results) for case in cases]
     averages = {mean.name: mean for mean in means(results) if mean.op == op}
     cells = [_mean_cell(averages[name].times_baseline) for name in names]
-    rows.append(["**geometric mean**", "", *cells, _percent(averages[ours].percent_of_ceiling)])
+    rows.append(["**geometric mean**", "", *cells, percent(averages[ours].percent_of_ceiling)])
     key = "; ".join(
         f"`{name}`: {provider.label}" + (" (the baseline)" if provider.baseline else "")
         for name, provider in providers.items()
     )
-    parts = [f"### {_TITLES.get(op, op)}", key + ".", _table(header, rows)]
+    parts = [f"### {_TITLES.get(op, op)}", key + ".", table(header, rows)]
     parts += _remarks(cases)
     return parts
 
@@ -100,9 +124,9 @@ def _row(case: CaseResult, names: Iterable[str], ours: str, results: Results) ->
         bracket = "" if ratio is None else f" ({ratio:.2f})"
         cells.append(f"{timing.median_us:.1f}{mark}{bracket}")
     timing = found[ours].timing if ours in found else None
-    percent = None if timing is None else percent_of_ceiling(case, timing, results.ceilings)
+    share = None if timing is None else percent_of_ceiling(case, timing, results.ceilings)
     counts = " + ".join(f"{count:,}" for count in case.counts)
-    return [f"{counts} ({case.routing})", case.shape, *cells, _percent(percent)]
+    return [f"{counts} ({case.routing})", case.shape, *cells, percent(share)]
 
 
 def _remarks(cases: list[CaseResult]) -> list[str]:
@@ -123,14 +147,3 @@ def _remarks(cases: list[CaseResult]) -> list[str]:
 
 def _mean_cell(ratio: float | None) -> str:
     return "-" if ratio is None else f"({ratio:.2f})"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
