@@ -255,6 +255,16 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
             "v_out is on meta",
             id="v_out_device",
         ),
+        pytest.param(
+            {
+                "qkv": torch.zeros(3, 32, requires_grad=True),
+                "k_out": heads(3, 2),
+                "v_out": heads(3, 2),
+            },
+            ValueError,
+            "an input requires grad, but no gradient flows through q_out, k_out and v_out",
+            id="k_out_requires_grad",
+        ),
     ],
 )
 def test_mot_qk_norm_rope_errors(

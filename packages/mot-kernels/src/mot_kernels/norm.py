@@ -136,7 +136,8 @@ def mot_qk_norm_rope(
 
     Raises:
         TypeError: a dtype is not supported or differs.
-        ValueError: shapes, devices or strides do not fit.
+        ValueError: shapes, devices or strides do not fit, or an input requires grad where the
+            results go into tensors of the caller's.
     """
     rows, head_dim = _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
     check_plan(plan, rows, q_weight.shape[0], qkv.device)
@@ -155,7 +156,12 @@ def mot_qk_norm_rope(
             slots = rows if kv_rows is None else kv_out.shape[0]
             check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
             check_row_contiguous(name, kv_out)
-    if needs_grad(qkv, q_weight, k_weight) and q_out is None and k_out is None:
+    if needs_grad(qkv, q_weight, k_weight):
+        if q_out is not None or k_out is not None:
+            raise ValueError(
+                "an input requires grad, but no gradient flows through q_out, k_out and v_out; "
+                "leave them out, or use torch.no_grad()"
+            )
         return reference.mot_qk_norm_rope(
             qkv,
             q_weight,
