@@ -6,9 +6,9 @@ in registers), each its half of the tile's rows, apply bias and epilogue, round 
 They meet at two mbarriers per stage and nowhere else.
 
 Work is a list of units, 128 rows x BLOCK_N weight rows each, dealt to the programs in turn. The
-first `num_whole` fill whole waves of programs; the rest of the list is cut along K instead, so
-that all programs end together ("stream-K", Osama et al., arXiv:2301.03598): whoever has a unit's
-first part adds what the others computed, in a fixed order. Row tiles come from the plan, `tiles`
+first `num_whole` fill whole waves of programs; those that remain are cut along K, so that more
+programs share them (as in "stream-K", Osama et al., arXiv:2301.03598): whoever has a unit's first
+part adds what the others computed, in a fixed order. Row tiles come from the plan, `tiles`
 (T, 4) int32: (expert, offset into row_ids, live rows, first row or -1). Where the rows follow each
 other, x is loaded by TMA (rows past the tile's are loaded too, and not stored); otherwise it is
 gathered row by row (cp.async) into the very same ring.
