@@ -30,33 +30,14 @@ from bagel_mot.checkpoint import (
     read_headers,
     vae_targets,
 )
-from bagel_mot.config import BagelConfig, LlmConfig, VitConfig
+from bagel_mot.config import BagelConfig
 from bagel_mot.pipeline import BagelPipeline, build_model
+from bagel_mot.synthetic import BAGEL_7B
 
-# llm_config.json and vit_config.json of BAGEL-7B-MoT (reference/bagel.md, 3.1).
-OFFICIAL = BagelConfig(
-    llm=LlmConfig(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        rope_theta=1e6,
-    ),
-    vit=VitConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_attention_heads=16,
-        num_hidden_layers=27,
-        patch_size=14,
-        image_size=980,
-    ),
-)
 pytestmark = pytest.mark.usefixtures("cpu")  # vLLM's layers can be built after it
 
 TINY = BagelConfig.from_folder(GOLDEN.checkpoint)
-CONFIGS = [pytest.param(TINY, id="golden"), pytest.param(OFFICIAL, id="official-7b")]
+CONFIGS = [pytest.param(TINY, id="golden"), pytest.param(BAGEL_7B, id="official-7b")]
 PARTS: list[set[str | int | None]] = [{None}, {"q", "k", "v"}, {0, 1}, {0, 1, 2}]
 
 
@@ -114,17 +95,17 @@ def test_names_are_a_bijection(config: BagelConfig) -> None:
 
 def test_official_counts() -> None:
     """The published sizes: 29.21 GB of ema.safetensors, and ae.safetensors."""
-    targets = model_targets(OFFICIAL)
+    targets = model_targets(BAGEL_7B)
     elements = {name: math.prod(target.shape) for name, target in targets.items()}
     assert sum(elements.values()) == 14_607_260_128
-    # reference/bagel.md, 3.2: language model, vision tower, connectors and heads.
+    # Counted in the released checkpoint: language model, vision tower, connectors and heads.
     language = [name for name in targets if name.startswith("language_model.")]
     vision = [name for name in targets if name.startswith("vit_model.")]
     assert (len(language), len(vision), len(targets)) == (788, 421, 788 + 421 + 14)
     twins = [name for name in language if "_moe_gen" in name]
     layers = sum(elements[name] for name in twins) - elements["language_model.model.norm.weight"]
     assert layers == 28 * 233_058_048
-    vae = vae_targets(meta_model(OFFICIAL).get_submodule("vae"))
+    vae = vae_targets(meta_model(BAGEL_7B).get_submodule("vae"))
     assert len(vae) == 244
     assert sum(math.prod(target.shape) for target in vae.values()) == 83_819_683
 
@@ -151,7 +132,7 @@ def test_official_counts() -> None:
     ],
 )
 def test_official_shapes(name: str, shape: tuple[int, ...]) -> None:
-    assert model_targets(OFFICIAL)[name].shape == shape
+    assert model_targets(BAGEL_7B)[name].shape == shape
 
 
 @pytest.mark.parametrize(
@@ -164,7 +145,7 @@ def test_official_shapes(name: str, shape: tuple[int, ...]) -> None:
     ],
 )
 def test_official_has_no(name: str) -> None:
-    assert name not in model_targets(OFFICIAL)
+    assert name not in model_targets(BAGEL_7B)
 
 
 # --- where weights land

@@ -70,7 +70,7 @@ def test_guided(interval: tuple[float, float], guided: list[bool]) -> None:
 
 
 def test_guided_compares_shifted_times() -> None:
-    """The official defaults: 41 guided steps, then 8 plain ones (reference/bagel.md, 3.7)."""
+    """The official defaults: 41 guided steps, then 8 plain ones."""
     settings = ImageSettings()
     assert settings.guided(settings.timesteps()) == [True] * 41 + [False] * 8
 

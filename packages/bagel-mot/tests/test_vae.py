@@ -123,7 +123,7 @@ def test_inputs_are_left_alone(vae: AutoEncoder) -> None:
 def test_official_architecture() -> None:
     with torch.device("meta"):
         state = AutoEncoder(VaeConfig()).state_dict()
-    # Counted in the released ae.safetensors (reference/bagel.md).
+    # Counted in the released ae.safetensors.
     assert len(state) == 244
     assert sum(tensor.numel() for tensor in state.values()) == 83_819_683
     assert state["encoder.down.2.block.0.nin_shortcut.weight"].shape == (512, 256, 1, 1)

@@ -7,8 +7,9 @@ import torch
 from golden_data import GOLDEN, assert_recorded
 from torch import Tensor
 
-from bagel_mot.config import BagelConfig, VitConfig
+from bagel_mot.config import BagelConfig
 from bagel_mot.model.vit import MlpConnector, VisionTransformer
+from bagel_mot.synthetic import BAGEL_7B
 
 # All tensors, then input and output only.
 FULL_CASES = ["b1", "c1"]
@@ -117,16 +118,8 @@ def test_vision_transformer_and_connector_recorded(
 
 
 def test_official_architecture() -> None:
-    release = VitConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_attention_heads=16,
-        num_hidden_layers=27,
-        patch_size=14,
-        image_size=980,
-    )
     with torch.device("meta"):
-        state = VisionTransformer(release, 70).state_dict()
+        state = VisionTransformer(BAGEL_7B.vit, 70).state_dict()
         connector = MlpConnector(1152, 3584).state_dict()
     # Counted in the released ema.safetensors: 421 tensors, of which fusing makes 3 into 1.
     assert len(state) + 2 * 2 * 26 == 421

@@ -30,13 +30,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mot_kernels._triton.linear import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
+
 # Triton 3.7 renamed these.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _sync_warps = getattr(gl, "barrier", None) or gl.thread_barrier
 
-_SILU_MUL = gl.constexpr(1)
-_ADD_RESIDUAL = gl.constexpr(2)
 _ROWS = gl.constexpr(64)  # of a computing group: one wgmma is 64 rows high
 _CHUNK = gl.constexpr(64)  # output columns stored at a time
 # A thread's share of a chunk: 8 consecutive columns (16 bytes) of two rows, twice.
@@ -88,7 +88,7 @@ def _place(index, num_tiles, num_n, GROUP_M: gl.constexpr):
 
 @gluon.jit
 def _load_weights(w_desc, w_stage, bar, w_row, k, w_rows, EPILOGUE: gl.constexpr):
-    if EPILOGUE == _SILU_MUL:
+    if EPILOGUE == _EPILOGUE_SILU_MUL:
         HALF: gl.constexpr = w_stage.shape[0] // 2
         _tma_load(w_desc, [w_row, k], bar, w_stage.slice(0, HALF))
         _tma_load(w_desc, [w_row + w_rows // 2, k], bar, w_stage.slice(HALF, HALF))
@@ -109,7 +109,7 @@ def _loading_warps(
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
-    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _SILU_MUL else BLOCK_N
+    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
     X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * 2
     W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
     num_rest = num_tiles * num_n - num_whole
@@ -211,7 +211,7 @@ def _computing_group(
     num_tiles, num_n, num_whole, num_parts, steps = work
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
-    SILU: gl.constexpr = EPILOGUE == _SILU_MUL
+    SILU: gl.constexpr = EPILOGUE == _EPILOGUE_SILU_MUL
     OUT: gl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
@@ -279,7 +279,7 @@ def _computing_group(
                 n = column + c * _CHUNK + gl.arange(0, _CHUNK, gl.SliceLayout(0, _STORED))
                 mask = (m < live)[:, None] & (n < N_OUT)[None, :]
                 y = gl.convert_layout(parts[c], part)
-                if EPILOGUE == _ADD_RESIDUAL:
+                if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
                     ptrs = residual_ptr + rows[:, None] * stride_residual_m + n[None, :]
                     added = gl.load(ptrs, mask=mask, other=0.0)
                     y += gl.convert_layout(added, part).to(gl.float32)
@@ -333,7 +333,7 @@ def _mot_linear_hopper_kernel(
         mbarrier.init(empty.index(stage), count=2)
     bias_row_0 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
     bias_row_1 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
-    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _SILU_MUL else BLOCK_N
+    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
     work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, num_parts, K // BLOCK_K)
     ring = (x_ring, w_ring, full, empty)
     x = (x_desc, x_ptr, stride_x_m)

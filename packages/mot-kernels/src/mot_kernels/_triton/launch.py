@@ -8,14 +8,23 @@ import torch
 import triton
 
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
-from mot_kernels._triton.linear import _mot_linear_kernel
+from mot_kernels._triton.linear import (
+    _EPILOGUE_ADD_RESIDUAL,
+    _EPILOGUE_NONE,
+    _EPILOGUE_SILU_MUL,
+    _mot_linear_kernel,
+)
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.plan import TILE_ROWS
 from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.lookup import Problem, find_config
 
-_EPILOGUES = {"none": 0, "silu_mul": 1, "add_residual": 2}
+_EPILOGUES = {
+    "none": _EPILOGUE_NONE.value,
+    "silu_mul": _EPILOGUE_SILU_MUL.value,
+    "add_residual": _EPILOGUE_ADD_RESIDUAL.value,
+}
 
 
 def launch_linear(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mot_kernels._triton.linear import _EPILOGUE_SILU_MUL
 from mot_kernels.plan import MOST_PROGRAMS, TILE_ROWS
 from mot_kernels.tuning.config import TileConfig
 
@@ -50,12 +51,12 @@ def launch_linear_hopper(
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from mot_kernels._triton.hopper import _SILU_MUL, _mot_linear_hopper_kernel
+    from mot_kernels._triton.hopper import _mot_linear_hopper_kernel
 
     experts, n, k = weight.shape
     table = 3 * TILE_ROWS.index(config.block_m)
     start, gathered, end = tile_offsets[table : table + 3]
-    is_silu_mul = epilogue == _SILU_MUL.value
+    is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
     num_tiles = end - start
     units = num_tiles * -(-out.shape[1] // block_out)
