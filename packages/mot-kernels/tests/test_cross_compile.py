@@ -194,17 +194,16 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "HAS_GATHERED": has_gathered,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
         "STAGES": config.num_stages,
         "LOADING_WARPS": 4,
     }
     if not has_bias:
         constants["bias_ptr"] = None
     if epilogue != 2:
-        constants["residual_ptr"] = None
+        constants |= {"residual_ptr": None, "residual_desc": None}
     layout = NVMMASharedLayout(2 * config.block_k, 16, 2)
     w_rows = config.block_n // 2 if epilogue == 1 else config.block_n
-    heights = {"x_desc": config.block_m, "w_desc": w_rows}
+    heights = {"x_desc": config.block_m, "w_desc": w_rows, "residual_desc": config.block_m}
     pointers = {"partials_ptr": "fp32", "flags_ptr": "i32", "row_ids_ptr": "i32"}
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):

@@ -5,7 +5,6 @@ The kernel needs a Hopper GPU; dealing and refusing are the host's and are teste
 
 from __future__ import annotations
 
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, mot_linear
+from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, dispatch, mot_linear
 from mot_kernels._triton.launch_hopper import deal
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
@@ -29,30 +28,31 @@ CONFIG = CONFIGS[0]
 # --- dealing
 
 
+@pytest.mark.parametrize("most_parts", [1, 2, 4])
 @pytest.mark.parametrize("steps", [1, 2, 7, 56, 296])
 @pytest.mark.parametrize("programs", [1, 8, 132])
-def test_deal(programs: int, steps: int) -> None:
-    """Whole waves stay whole; of the rest every unit is cut into the same number of parts."""
+def test_deal(programs: int, steps: int, most_parts: int) -> None:
+    """Full waves stay whole; each of the other units is cut into as many parts as will pay."""
     for units in range(1, 3 * programs + 2):
-        whole, parts = deal(units, steps, programs)
+        whole, parts = deal(units, steps, programs, most_parts)
         rest = units - whole
-        assert whole == units or whole % programs == 0
-        assert 0 <= rest < programs
-        assert 1 <= parts <= programs
+        assert 1 <= parts <= most_parts
         if rest:
-            assert parts % rest == 0
-            assert parts >= 2 * rest
-            shares = [part * rest * steps // parts for part in range(parts + 1)]
-            assert min(b - a for a, b in pairwise(shares)) >= 11
+            assert whole % programs == 0
+            assert 0 < rest * parts <= programs  # at most one part a program
+            assert 2 <= parts < steps
+        else:
+            assert parts == 1
 
 
 def test_deal_cuts_where_that_is_shorter() -> None:
-    assert deal(132 + 48, 56, 132) == (132, 96)
-    assert deal(132 + 67, 56, 132) == (199, 1)
-    assert deal(132 + 30, 56, 132) == (132, 60)  # into four would take longer to add up
-    assert deal(132 + 30, 296, 132) == (132, 120)
-    assert deal(2 * 132, 56, 132) == (264, 1)
-    assert deal(4, 16, 132) == (4, 1)
+    assert deal(132 + 48, 56, 132, 4) == (132, 2)
+    assert deal(132 + 67, 56, 132, 4) == (199, 1)
+    assert deal(132 + 30, 56, 132, 4) == (132, 4)
+    assert deal(132 + 30, 56, 132, 2) == (132, 2)  # no more parts than chunks of columns
+    assert deal(2 * 132, 56, 132, 4) == (264, 1)
+    assert deal(4, 12, 132, 2) == (4, 1)  # 6 steps saved, as many as trading sums costs
+    assert deal(4, 14, 132, 2) == (0, 2)
 
 
 # --- when it may run
@@ -61,7 +61,7 @@ def test_deal_cuts_where_that_is_shorter() -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let CPU tensors pass for those of a Hopper GPU."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
 
 
 class OnGpu(SimpleNamespace):
@@ -107,6 +107,10 @@ REFUSED = {
         {"weight": torch.zeros(2, 32, 132, dtype=torch.float16)[..., :128]},
         "rows of weight are not contiguous, 16-byte aligned and a multiple of 8 elements apart",
     ),
+    "residual_rows_apart": (
+        {"residual": torch.zeros(8, 36, dtype=torch.float16)[:, :32]},
+        "rows of residual are not contiguous, 16-byte aligned and a multiple of 8 elements apart",
+    ),
     "out": (
         {"out": torch.zeros(8, 64, dtype=torch.float16)[:, ::2]},
         "rows of out are not contiguous",
@@ -133,7 +137,7 @@ def test_why_not_accepts() -> None:
 
 
 def test_why_not_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 9))
     assert why_not_hopper(**question()) == "the GPU has compute capability 8.9, not 9.0"  # type: ignore[arg-type]
 
 

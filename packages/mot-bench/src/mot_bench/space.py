@@ -27,6 +27,9 @@ _FP32_DEPTHS = ((16, 2), (16, 3), (32, 2), (32, 3))
 
 _GROUPS = (1, 4, 8, 16, 32)
 
+# From this many rows of the largest expert on, schedule "hopper" is tried alone.
+_HOPPER_ALONE = 512
+
 # Fewer accumulators per thread than this leave a tall tile's warps without work.
 _LEAST_REGISTERS = 32
 
@@ -42,9 +45,11 @@ def first_candidates(
         hopper: schedule "hopper" is possible.
     """
     default = default_config(problem, shared_memory, hopper)
-    candidates = [replace(config, group_m=default.group_m) for config in _shapes(problem)]
+    candidates = []
+    if not hopper or max(problem.counts) < _HOPPER_ALONE:
+        candidates += [replace(config, group_m=default.group_m) for config in _shapes(problem)]
     if hopper:
-        sizes = ((256, 4), (256, 3), (128, 4), (128, 6))
+        sizes = ((256, 4), (128, 4), (128, 6))
         group = default.group_m
         candidates += [TileConfig(128, n, 64, group, 4, stages, "hopper") for n, stages in sizes]
     return _legal([default, *candidates], problem, shared_memory)

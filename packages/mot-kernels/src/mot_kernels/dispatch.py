@@ -105,7 +105,7 @@ def why_not_hopper(
     """Why `mot_linear` cannot have schedule "hopper" for these tensors; None if it can."""
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device type {x.device.type!r} is no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(x.device)
+    capability = _capability(x.device)
     if capability != (9, 0):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
     if not _has_gluon():
@@ -118,16 +118,23 @@ def why_not_hopper(
         return f"the experts' weights do not follow each other (strides {weight.stride()})"
     # Descriptors need strides of whole 16 bytes. Triton copies gathered rows 16 bytes at a time
     # only where it knows that the stride is a multiple of 16 elements.
-    for name, t, unit in (("x", x, 16), ("weight", weight, 8)):
+    for name, t, unit in (("x", x, 16), ("weight", weight, 8), ("residual", residual, 8)):
+        if t is None:
+            continue
         if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % unit for s in t.stride()[:-1]):
             return (
                 f"rows of {name} are not contiguous, 16-byte aligned and a multiple of {unit} "
                 f"elements apart (strides {t.stride()})"
             )
-    for name, other in (("out", out), ("bias", bias), ("residual", residual)):
+    for name, other in (("out", out), ("bias", bias)):
         if other is not None and other.shape[-1] > 1 and other.stride(-1) != 1:
             return f"rows of {name} are not contiguous (strides {other.stride()})"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -5,13 +5,15 @@ weight tile) pairs filled; two *computing* groups of four warps multiply (wgmma,
 in registers), each its half of the tile's rows, apply bias and epilogue, round once and store.
 They meet at two mbarriers per stage and nowhere else.
 
-Work is a list of units, 128 rows x BLOCK_N weight rows each, dealt to the programs in turn. The
-first `num_whole` fill whole waves of programs; those that remain are cut along K, so that more
-programs share them (as in "stream-K", Osama et al., arXiv:2301.03598): whoever has a unit's first
-part adds what the others computed, in a fixed order. Row tiles come from the plan, `tiles`
-(T, 4) int32: (expert, offset into row_ids, live rows, first row or -1). Where the rows follow each
-other, x is loaded by TMA (rows past the tile's are loaded too, and not stored); otherwise it is
-gathered row by row (cp.async) into the very same ring.
+Work is a list of units, 128 rows x BLOCK_N weight rows each. Most are dealt to the programs in
+turn, in full waves; those that remain are cut along K into equal parts (in the manner of
+"stream-K", Osama et al., arXiv:2301.03598), which programs do before all else. The programs of a
+unit then trade sums: each finishes some of the columns, adding up all parts in a fixed order.
+
+Row tiles come from the plan, `tiles` (T, 4) int32: (expert, offset into row_ids, live rows, first
+row or -1). Where the rows follow each other, x is loaded by TMA (rows past the tile's are loaded
+too, and not stored); otherwise it is gathered row by row (cp.async) into the very same ring. A
+group whose half of the rows is dead multiplies nothing.
 
 For SiLU*mul a unit's weight tile is half gate rows, half up rows of the same output columns.
 Needs K % BLOCK_K == 0, 16-byte aligned rows, contiguous last dimensions, fp16 or bf16.
@@ -30,59 +32,53 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mot_kernels._triton.hopper_finish import (
+    _CHUNK,
+    _ROWS,
+    _STORED,
+    _chunks,
+    _chunks_per_stage,
+    _finish,
+    _residual_chunk,
+    _trade,
+)
 from mot_kernels._triton.linear import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed these.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_sync_warps = getattr(gl, "barrier", None) or gl.thread_barrier
-
-_ROWS = gl.constexpr(64)  # of a computing group: one wgmma is 64 rows high
-_CHUNK = gl.constexpr(64)  # output columns stored at a time
-# A thread's share of a chunk: 8 consecutive columns (16 bytes) of two rows, twice.
-_STORED = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 64],
-    )
-)
 
 
 @gluon.jit
-def _share(program, num_parts, num_rest, steps):
-    """First k step, counted through all units that are cut along K, of a program's part."""
-    return min(program, num_parts) * (num_rest * steps) // num_parts
+def _first_unit(num_cut, parts):
+    """Where a program's walk begins: below 0 if it has a part of a cut unit to do first."""
+    program = gl.program_id(0)
+    if program < num_cut * parts:
+        program -= gl.num_programs(0)
+    return program
 
 
 @gluon.jit
-def _next_unit(unit, position, end, num_whole, steps):
-    """A program's next unit and its range of k steps: first whole ones, then its part of the rest.
-
-    Returns the moved `unit` and `position`, then the unit's index and its first and last step.
-    """
-    if unit < num_whole:
-        index = unit
-        first_step = 0
-        last_step = steps
-        unit += gl.num_programs(0)
-    else:
-        index = num_whole + position // steps
-        first_step = position % steps
-        last_step = min(steps, first_step + end - position)
-        position += last_step - first_step
-    return unit, position, index, first_step, last_step
+def _extent(unit, num_whole, parts, steps):
+    """Index of a unit, and its first and last k step for this program."""
+    index = unit
+    first_step = 0
+    last_step = steps
+    if unit < 0:
+        index = num_whole + gl.program_id(0) // parts
+        part = gl.program_id(0) % parts
+        first_step = part * steps // parts
+        last_step = (part + 1) * steps // parts
+    return index, first_step, last_step
 
 
 @gluon.jit
-def _place(index, num_tiles, num_n, GROUP_M: gl.constexpr):
-    """Unit -> (row tile, column block): GROUP_M row tiles walk the columns together."""
-    group = index // (GROUP_M * num_n)
-    first = group * GROUP_M
-    rows = min(num_tiles - first, GROUP_M)
-    within = index % (GROUP_M * num_n)
+def _place(index, num_tiles, num_n, group_m):
+    """Unit -> (row tile, column block): group_m row tiles walk the columns together."""
+    group = index // (group_m * num_n)
+    first = group * group_m
+    rows = min(num_tiles - first, group_m)
+    within = index % (group_m * num_n)
     return first + within % rows, within // rows
 
 
@@ -97,14 +93,33 @@ def _load_weights(w_desc, w_stage, bar, w_row, k, w_rows, EPILOGUE: gl.constexpr
 
 
 @gluon.jit
+def _load_residual(ring, desc, row, column, step, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr):
+    """Load a unit's residual into the ring; returns the moved `step`."""
+    x_ring, w_ring, full, empty = ring
+    STAGES: gl.constexpr = x_ring.shape[0]
+    NUM: gl.constexpr = w_ring.shape[1] // _CHUNK
+    EACH: gl.constexpr = _chunks_per_stage(w_ring)
+    for c in gl.static_range(NUM):
+        bar = full.index((step + c // EACH) % STAGES)
+        if c % EACH == 0:
+            at = step + c // EACH
+            mbarrier.wait(empty.index(at % STAGES), ((at // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, min(EACH, NUM - c) * 2 * _ROWS * _CHUNK * 2)
+            if HAS_GATHERED:
+                mbarrier.arrive(bar, count=32 * WARPS)
+        _tma_load(desc, [row, column + c * _CHUNK], bar, _residual_chunk(x_ring, w_ring, step, c))
+    return step + gl.cdiv(NUM, EACH)
+
+
+@gluon.jit
 def _loading_warps(
-    ring, x, w_desc, row_ids_ptr, tiles_ptr, work, w_rows,
-    EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr, GROUP_M: gl.constexpr, WARPS: gl.constexpr,
+    ring, x, w_desc, residual_desc, row_ids_ptr, tiles_ptr, work, w_rows,
+    EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring, unit after unit."""
     x_ring, w_ring, full, empty = ring
     x_desc, x_ptr, stride_x_m = x
-    num_tiles, num_n, num_whole, num_parts, steps = work
+    num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
@@ -112,16 +127,12 @@ def _loading_warps(
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
     X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * 2
     W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
-    num_rest = num_tiles * num_n - num_whole
-    unit = gl.program_id(0)
-    position = _share(unit, num_parts, num_rest, steps)
-    end = _share(unit + 1, num_parts, num_rest, steps)
+    unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
-    while (unit < num_whole) | (position < end):
-        unit, position, index, first_step, last_step = _next_unit(
-            unit, position, end, num_whole, steps
-        )
-        tile, block_n = _place(index, num_tiles, num_n, GROUP_M)
+    while unit < num_whole:
+        index, first_step, last_step = _extent(unit, num_whole, parts, steps)
+        unit += gl.num_programs(0)
+        tile, block_n = _place(index, num_tiles, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
         first = gl.load(tile_ptr + 3)
         w_row = gl.load(tile_ptr) * w_rows + block_n * OUT
@@ -136,6 +147,9 @@ def _loading_warps(
                 _tma_load(x_desc, [first, k], bar, x_ring.index(stage))
                 _load_weights(w_desc, w_ring.index(stage), bar, w_row, k, w_rows, EPILOGUE)
                 step += 1
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
+                column = block_n * OUT
+                step = _load_residual(ring, residual_desc, first, column, step, HAS_GATHERED, WARPS)
         elif HAS_GATHERED:
             offset = gl.load(tile_ptr + 1)
             live = gl.load(tile_ptr + 2)
@@ -158,31 +172,6 @@ def _loading_warps(
 
 
 @gluon.jit
-def _halves(x):
-    """Left and right half of the columns: both are in the same threads."""
-    left_right = x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1))
-    return left_right.split()
-
-
-@gluon.jit
-def _chunks(x):
-    """The columns of x, _CHUNK at a time, as a tuple."""
-    if x.shape[1] == _CHUNK:
-        return (x,)
-    else:
-        left, right = _halves(x)
-        return _chunks(left) + _chunks(right)
-
-
-@gluon.jit
-def _partial_ptrs(partials_ptr, program, GROUP: gl.constexpr, mma: gl.constexpr, N: gl.constexpr):
-    m = gl.arange(0, _ROWS, gl.SliceLayout(1, mma))
-    n = gl.arange(0, N, gl.SliceLayout(0, mma))
-    base = partials_ptr + (program * 2 + GROUP).to(gl.int64) * (_ROWS * N)
-    return base + m[:, None] * N + n[None, :]
-
-
-@gluon.jit
 def _multiply(ring, acc, step, GROUP: gl.constexpr, is_gathered):
     """One k step; returns when the products of the step before are done."""
     x_ring, w_ring, full, _ = ring
@@ -200,108 +189,87 @@ def _multiply(ring, acc, step, GROUP: gl.constexpr, is_gathered):
 def _computing_group(
     ring, bias_row, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
     GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_GATHERED: gl.constexpr, GROUP_M: gl.constexpr,
+    HAS_GATHERED: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
-    x_ring, w_ring, _, empty = ring
-    out_ptr, stride_out_m = out
+    x_ring, w_ring, full, empty = ring
     bias_ptr, stride_bias_e = bias
-    residual_ptr, stride_residual_m = residual
     partials_ptr, flags_ptr = partial
-    num_tiles, num_n, num_whole, num_parts, steps = work
+    num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
-    SILU: gl.constexpr = EPILOGUE == _EPILOGUE_SILU_MUL
-    OUT: gl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
+    OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
+    NUM: gl.constexpr = OUT // _CHUNK
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    program = gl.program_id(0)
-    num_rest = num_tiles * num_n - num_whole
-    unit = program
-    position = _share(program, num_parts, num_rest, steps)
-    end = _share(program + 1, num_parts, num_rest, steps)
+    unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
-    while (unit < num_whole) | (position < end):
-        unit, position, index, first_step, last_step = _next_unit(
-            unit, position, end, num_whole, steps
-        )
-        acc = gl.zeros((_ROWS, BLOCK_N), gl.float32, mma)
-        acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED)
-        # Divisions and loads that wait for each other: while the first products run.
-        tile, block_n = _place(index, num_tiles, num_n, GROUP_M)
-        column = block_n * OUT
+    while unit < num_whole:
+        is_cut = unit < 0
+        index, first_step, last_step = _extent(unit, num_whole, parts, steps)
+        unit += gl.num_programs(0)
+        tile, block_n = _place(index, num_tiles, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
-        expert = gl.load(tile_ptr)
-        offset = gl.load(tile_ptr + 1)
         live = gl.load(tile_ptr + 2)
-        first = gl.load(tile_ptr + 3)
-        m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED)) + GROUP * _ROWS
-        rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
-        if HAS_BIAS:
-            w_n = gl.arange(0, BLOCK_N, flat)
-            at = column + w_n % OUT
-            up = gl.where(w_n < OUT, 0, N_OUT)
-            bias_ptrs = bias_ptr + expert * stride_bias_e + at + up
-            bias_values = gl.load(bias_ptrs, mask=at < N_OUT, other=0.0)
-        for _k in range(first_step + 1, last_step):
-            acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED & (first < 0))
-            mbarrier.arrive(empty.index((step + STAGES - 2) % STAGES))
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-
-        if first_step > 0:
-            gl.store(_partial_ptrs(partials_ptr, program, GROUP, mma, BLOCK_N), acc)
-            _sync_warps()
-            gl.atomic_xchg(flags_ptr + program * 2 + GROUP, 1, sem="release")
-        else:
-            done = last_step
-            helper = program + 1
-            while done < steps:
-                flag_ptr = flags_ptr + helper * 2 + GROUP
-                while gl.atomic_cas(flag_ptr, 1, 0, sem="acquire") == 0:
-                    pass
-                _sync_warps()
-                acc += gl.load(_partial_ptrs(partials_ptr, helper, GROUP, mma, BLOCK_N))
-                helper += 1
-                helped_to = _share(helper, num_parts, num_rest, steps)
-                done = helped_to - (index - num_whole) * steps
+        if live > GROUP * _ROWS:
+            acc = gl.zeros((_ROWS, BLOCK_N), gl.float32, mma)
+            acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED)
+            # Loads that wait for each other: while the first products run.
+            column = block_n * OUT
+            expert = gl.load(tile_ptr)
+            offset = gl.load(tile_ptr + 1)
+            first = gl.load(tile_ptr + 3)
+            m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED)) + GROUP * _ROWS
+            rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
+            if HAS_BIAS:
+                w_n = gl.arange(0, BLOCK_N, flat)
+                at = column + w_n % OUT
+                up = gl.where(w_n < OUT, 0, N_OUT)
+                bias_ptrs = bias_ptr + expert * stride_bias_e + at + up
+                bias_values = gl.load(bias_ptrs, mask=at < N_OUT, other=0.0)
+            for _k in range(first_step + 1, last_step):
+                acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED & (first < 0))
+                mbarrier.arrive(empty.index((step + STAGES - 2) % STAGES))
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
             if HAS_BIAS:
                 bias_row.store(bias_values.to(gl.float32))
-                acc += bias_row.load(gl.SliceLayout(0, mma))[None, :]
-            if SILU:
-                gate, up_half = _halves(acc)
-                parts = _chunks(gate * up_half / (1.0 + gl.exp(-gate)))
-            else:
-                parts = _chunks(acc)
-            for c in gl.static_range(OUT // _CHUNK):
-                n = column + c * _CHUNK + gl.arange(0, _CHUNK, gl.SliceLayout(0, _STORED))
-                mask = (m < live)[:, None] & (n < N_OUT)[None, :]
-                y = gl.convert_layout(parts[c], part)
-                if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-                    ptrs = residual_ptr + rows[:, None] * stride_residual_m + n[None, :]
-                    added = gl.load(ptrs, mask=mask, other=0.0)
-                    y += gl.convert_layout(added, part).to(gl.float32)
-                y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), _STORED)
-                gl.store(out_ptr + rows[:, None] * stride_out_m + n[None, :], y, mask=mask)
+            chunks = _chunks(acc)
+            if is_cut:
+                _trade(chunks, partials_ptr, flags_ptr, parts, GROUP, NUM, BLOCK_N)
+            place = (first, live, column, rows)
+            step = _finish(
+                chunks, ring, step, place, bias_row, out, residual, partials_ptr, is_cut, parts,
+                N_OUT, GROUP, EPILOGUE, HAS_BIAS,
+            )  # fmt: skip
+        else:  # the other group alone
+            num_stages = last_step - first_step
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and gl.load(tile_ptr + 3) >= 0:
+                num_stages += gl.cdiv(NUM, _chunks_per_stage(w_ring))
+            for _k in range(num_stages):
+                mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+                mbarrier.arrive(empty.index(step % STAGES))
+                step += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("num_tiles", "num_whole", "parts", "group_m"))
 def _mot_linear_hopper_kernel(
     out_ptr,  # (M, N_OUT) output
     x_desc,  # (M, K)
     x_ptr,
     w_desc,  # (E * N, K)
     bias_ptr,  # (E, N) or unused
-    residual_ptr,  # (M, N_OUT) or unused
-    partials_ptr,  # (programs, 2, 64, BLOCK_N) fp32, scratch
+    residual_desc,  # (M, N_OUT) or unused
+    residual_ptr,
+    partials_ptr,  # (programs, 2, BLOCK_N / 64, 64, 64) fp32, scratch
     flags_ptr,  # (programs, 2) int32, zero before and after
     row_ids_ptr,  # (M,) int32
     tiles_ptr,  # (T, 4) int32
     num_tiles,
     num_whole,
-    num_parts,  # programs that share the units cut along K
+    parts,  # of each unit that is cut along K: the last ones, from num_whole on
+    group_m,  # row tiles that walk the columns together
     w_rows,  # N
     N_OUT,
     K,
@@ -314,7 +282,6 @@ def _mot_linear_hopper_kernel(
     HAS_GATHERED: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
     LOADING_WARPS: gl.constexpr,
 ):
@@ -334,7 +301,7 @@ def _mot_linear_hopper_kernel(
     bias_row_0 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
     bias_row_1 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, num_parts, K // BLOCK_K)
+    work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, parts, K // BLOCK_K, group_m)
     ring = (x_ring, w_ring, full, empty)
     x = (x_desc, x_ptr, stride_x_m)
     out = (out_ptr, stride_out_m)
@@ -347,21 +314,21 @@ def _mot_linear_hopper_kernel(
                 _computing_group,
                 (
                     ring, bias_row_0, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work,
-                    N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_GATHERED, GROUP_M,
+                    N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_GATHERED,
                 ),
             ),
             (
                 _computing_group,
                 (
                     ring, bias_row_1, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work,
-                    N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_GATHERED, GROUP_M,
+                    N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_GATHERED,
                 ),
             ),
             (
                 _loading_warps,
                 (
-                    ring, x, w_desc, row_ids_ptr, tiles_ptr, work, w_rows, EPILOGUE, HAS_GATHERED,
-                    GROUP_M, LOADING_WARPS,
+                    ring, x, w_desc, residual_desc, row_ids_ptr, tiles_ptr, work, w_rows, EPILOGUE,
+                    HAS_GATHERED, LOADING_WARPS,
                 ),
             ),
         ],

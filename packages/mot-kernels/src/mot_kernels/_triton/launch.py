@@ -143,8 +143,8 @@ def launch_rms_norm(
             HAS_PLAN=expert_ids is not None,
             HAS_RESIDUAL=residual is not None,
             BLOCK_D=block,
-            # 16 bytes a thread of a 16-bit row: 8 elements, 256 a warp.
-            num_warps=min(max(block // 512, 1), 16),
+            # 32 elements a thread: several loads of 16 bytes under way.
+            num_warps=min(max(block // 1024, 1), 16),
         )
 
 

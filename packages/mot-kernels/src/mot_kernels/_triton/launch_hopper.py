@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mot_kernels._triton.linear import _EPILOGUE_SILU_MUL
+from mot_kernels.dispatch import HOPPER_BLOCK_K
 from mot_kernels.plan import MOST_PROGRAMS, TILE_ROWS
 from mot_kernels.tuning.config import TileConfig
 
 _LOADING_WARPS = 4
 
-# What adding up one more part of a unit costs, in k steps. Measured on an H200, K=3584: 7 us for a
-# second program, 32 us for a fourth and fifth, beside 0.72 us a step; see docs/log.md, 2026-11-24.
-_ADDING_STEPS = 11
+# What cutting units costs, in k steps: their programs trade sums. See docs/log.md, 2026-11-25.
+_TRADING_STEPS = 6
 
 
-def deal(units: int, steps: int, programs: int) -> tuple[int, int]:
+def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, int]:
     """How `units` of `steps` k steps each are dealt to `programs` that run side by side.
 
     Returns:
-        The units done whole, in full waves (or all of them), and the number of programs that
-        share the others, cut along K into equally many parts each.
+        The units done whole, in full waves (or all of them), and the number of equal parts, at
+        most `most_parts`, into which each of the others is cut along K. A program has at most
+        one part.
     """
     rest = units % programs
     if rest == 0:
         return units, 1
-    # steps / parts + _ADDING_STEPS * (parts - 1) is least at this number of parts.
-    parts = min(programs // rest, math.isqrt(steps // _ADDING_STEPS))
-    return (units - rest, rest * parts) if parts > 1 else (units, 1)
+    parts = min(programs // rest, most_parts, steps)
+    if steps / parts + _TRADING_STEPS >= steps:
+        return units, 1
+    return units - rest, parts
 
 
 def launch_linear_hopper(
@@ -48,10 +50,9 @@ def launch_linear_hopper(
     config: TileConfig,
 ) -> None:
     """One launch for all experts; see `mot_kernels.mot_linear` for shapes."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from mot_kernels._triton.hopper import _mot_linear_hopper_kernel
+    from mot_kernels._triton.hopper import _CHUNK, _mot_linear_hopper_kernel
 
     experts, n, k = weight.shape
     table = 3 * TILE_ROWS.index(config.block_m)
@@ -61,16 +62,19 @@ def launch_linear_hopper(
     num_tiles = end - start
     units = num_tiles * -(-out.shape[1] // block_out)
     programs = min(_multiprocessors(x.device), MOST_PROGRAMS)
-    num_whole, num_parts = deal(units, k // config.block_k, programs)
+    num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
     partials = torch.empty(
-        (num_parts if num_whole < units else 0, config.block_m, config.block_n),
+        ((units - num_whole) * parts, config.block_m, config.block_n),
         dtype=torch.float32,
         device=x.device,
     )
-    swizzled = NVMMASharedLayout(2 * config.block_k, 16, 2)
+    swizzled = _swizzled()
     w_rows = experts * n
-    x_desc = TensorDescriptor(
-        x, list(x.shape), list(x.stride()), [config.block_m, config.block_k], swizzled
+    x_desc, residual_desc = (
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [config.block_m, columns], swizzled)
+        if t is not None
+        else None
+        for t, columns in ((x, config.block_k), (residual, _CHUNK.value))
     )
     w_desc = TensorDescriptor(
         weight, [w_rows, k], [weight.stride(1), 1], [block_out, config.block_k], swizzled
@@ -81,6 +85,7 @@ def launch_linear_hopper(
         x_ptr=x,
         w_desc=w_desc,
         bias_ptr=bias,
+        residual_desc=residual_desc,
         residual_ptr=residual,
         partials_ptr=partials,
         flags_ptr=flags,
@@ -88,7 +93,8 @@ def launch_linear_hopper(
         tiles_ptr=tiles[start:end],
         num_tiles=num_tiles,
         num_whole=num_whole,
-        num_parts=num_parts,
+        parts=parts,
+        group_m=config.group_m,
         w_rows=n,
         N_OUT=out.shape[1],
         K=k,
@@ -101,11 +107,18 @@ def launch_linear_hopper(
         HAS_GATHERED=gathered < end,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
         STAGES=config.num_stages,
         LOADING_WARPS=_LOADING_WARPS,
         num_warps=config.num_warps,
     )
+
+
+@functools.cache
+def _swizzled() -> Any:
+    """Shared memory's layout of all tiles: rows of 128 bytes."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(2 * HOPPER_BLOCK_K, 16, 2)
 
 
 @functools.cache

@@ -31,20 +31,20 @@ def _mot_rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (M,); one row each."""
+    """Grid: (M,); one row each. Everything is loaded before the sum of squares is waited for."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_D)
     mask = offs < D
     x = tl.load(x_ptr + row * stride_x_m + offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_PLAN:
+        weight_ptr += tl.load(expert_ids_ptr + row).to(tl.int64) * stride_weight_e
+    gamma = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual_ptrs = residual_ptr + row * stride_residual_m + offs
         x += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
         residual_out_ptrs = residual_out_ptr + row * stride_residual_out_m + offs
         tl.store(residual_out_ptrs, x.to(residual_out_ptr.dtype.element_ty), mask=mask)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-    if HAS_PLAN:
-        weight_ptr += tl.load(expert_ids_ptr + row).to(tl.int64) * stride_weight_e
-    gamma = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(
         out_ptr + row * stride_out_m + offs,
         (x * scale * gamma).to(out_ptr.dtype.element_ty),
@@ -107,24 +107,27 @@ def _mot_qk_norm_rope_kernel(
     kv_heads = tl.arange(0, BLOCK_KV_HEADS)
     mask = (kv_heads < KV_HEADS)[:, None] & in_half[None, :]
     src = src_ptr + ((HEADS + kv_heads) * D)[:, None] + offs[None, :]
+    v_a = tl.load(src + KV_HEADS * D, mask=mask)
+    v_b = tl.load(src + KV_HEADS * D + HALF, mask=mask)
     dst = k_ptr + kv_row * stride_k_s + (kv_heads * stride_k_h)[:, None] + offs[None, :]
     weight = k_weight_ptr + expert * D + offs
     _norm_and_rotate(dst, src, weight, cos, sin, eps, mask, in_half, D)
 
-    src += KV_HEADS * D
     dst = v_ptr + kv_row * stride_v_s + (kv_heads * stride_v_h)[:, None] + offs[None, :]
-    tl.store(dst, tl.load(src, mask=mask), mask=mask)
-    tl.store(dst + HALF, tl.load(src + HALF, mask=mask), mask=mask)
+    tl.store(dst, v_a, mask=mask)
+    tl.store(dst + HALF, v_b, mask=mask)
 
 
 @triton.jit
 def _norm_and_rotate(dst, src, weight, cos, sin, eps, mask, in_half, D: tl.constexpr):
     """RMSNorm and rotate-half RoPE of (heads, D): pointers are to the first half of each head."""
     HALF: tl.constexpr = D // 2
+    gamma_a = tl.load(weight, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    gamma_b = tl.load(weight + HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
     a = tl.load(src, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(src + HALF, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
-    a *= scale * tl.load(weight, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    b *= scale * tl.load(weight + HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    a *= scale * gamma_a
+    b *= scale * gamma_b
     tl.store(dst, (a * cos - b * sin).to(dst.dtype.element_ty), mask=mask)
     tl.store(dst + HALF, (b * cos + a * sin).to(dst.dtype.element_ty), mask=mask)

@@ -1,0 +1,179 @@
+"""How a unit of the Hopper kernel ends: parts added up, bias, epilogue, one rounding, stores.
+
+A computing group has 64 rows x BLOCK_N columns of sums in registers and finishes them in chunks of
+64 columns, so that what it holds beside the sums stays small. The residual has come through the
+ring, behind the unit's last products: no load is waited for. See `hopper.py` for the rest.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from mot_kernels._triton.linear import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
+
+# Triton 3.7 renamed this.
+_sync_warps = getattr(gl, "barrier", None) or gl.thread_barrier
+
+_ROWS = gl.constexpr(64)  # of a computing group: one wgmma is 64 rows high
+# Output columns finished at a time, and so the most parts a unit is cut into.
+_CHUNK = gl.constexpr(64)
+_PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+# A thread's share of a chunk: 8 consecutive columns (16 bytes) of two rows, twice.
+_STORED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 64],
+    )
+)
+
+
+@gluon.constexpr_function
+def _chunks_per_stage(w_ring):
+    return 1 + w_ring.shape[1] // 128
+
+
+@gluon.jit
+def _residual_chunk(x_ring, w_ring, step, C: gl.constexpr):
+    """Where chunk C of a unit's residual, (128, _CHUNK), is in the ring behind its products.
+
+    A stage holds one chunk for each 128 rows of its x tile and weight tile.
+    """
+    EACH: gl.constexpr = _chunks_per_stage(w_ring)
+    stage = (step + C // EACH) % x_ring.shape[0]
+    if C % EACH == 0:
+        return x_ring.index(stage)
+    else:
+        return w_ring.index(stage).slice((C % EACH - 1) * 2 * _ROWS, 2 * _ROWS)
+
+
+@gluon.jit
+def _halves(x):
+    """Left and right half of the columns: both are in the same threads."""
+    left_right = x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1))
+    return left_right.split()
+
+
+@gluon.jit
+def _chunks(x):
+    """The columns of x, _CHUNK at a time, as a tuple."""
+    if x.shape[1] == _CHUNK:
+        return (x,)
+    else:
+        left, right = _halves(x)
+        return _chunks(left) + _chunks(right)
+
+
+@gluon.jit
+def _partial_ptrs(partials_ptr, program, GROUP: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
+    """Where a program's sums of chunk C of its group's N columns are."""
+    m = gl.arange(0, _ROWS, gl.SliceLayout(1, _PART))
+    n = gl.arange(0, _CHUNK, gl.SliceLayout(0, _PART))
+    base = partials_ptr + ((program * 2 + GROUP) * _ROWS).to(gl.int64) * N + C * _ROWS * _CHUNK
+    return base + m[:, None] * _CHUNK + n[None, :]
+
+
+@gluon.jit
+def _trade(
+    chunks, partials_ptr, flags_ptr, parts,
+    GROUP: gl.constexpr, NUM: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """Hand their sums to the parts that finish other chunks than this one, and wait for theirs.
+
+    NUM chunks of the output: chunk c + NUM, if there is one, is finished with chunk c (gate, up).
+    """
+    program = gl.program_id(0)
+    part = program % parts
+    for c in gl.static_range(len(chunks)):
+        if c % NUM * parts // NUM != part:
+            ptrs = _partial_ptrs(partials_ptr, program, GROUP, c, N)
+            gl.store(ptrs, gl.convert_layout(chunks[c], _PART))
+    _sync_warps()
+    # As many as will read it; each takes one away.
+    gl.atomic_xchg(flags_ptr + program * 2 + GROUP, parts - 1, sem="release")
+    for other in range(program - part, program - part + parts):
+        if other != program:
+            flag_ptr = flags_ptr + other * 2 + GROUP
+            while gl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
+                pass
+            gl.atomic_add(flag_ptr, -1, sem="relaxed")
+    _sync_warps()
+
+
+@gluon.jit
+def _add_up(y, partials_ptr, parts, GROUP: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
+    """Add the other parts' sums of a chunk: always by the same program, in the same order."""
+    program = gl.program_id(0)
+    first = program - program % parts
+    for other in range(first, first + parts):
+        if other != program:
+            y += gl.load(_partial_ptrs(partials_ptr, other, GROUP, C, N))
+    return y
+
+
+@gluon.jit
+def _bias_of(bias_row, C: gl.constexpr):
+    return bias_row.slice(C * _CHUNK, _CHUNK).load(gl.SliceLayout(0, _PART))[None, :]
+
+
+@gluon.jit
+def _finish(
+    chunks, ring, step, place, bias_row, out, residual, partials_ptr, is_cut, parts, N_OUT,
+    GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Finish and store the chunks that are this program's; returns the moved `step`."""
+    x_ring, w_ring, full, empty = ring
+    first, live, column, rows = place
+    out_ptr, stride_out_m = out
+    residual_ptr, stride_residual_m = residual
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    EACH: gl.constexpr = _chunks_per_stage(w_ring)
+    SILU: gl.constexpr = EPILOGUE == _EPILOGUE_SILU_MUL
+    NUM: gl.constexpr = len(chunks) // 2 if SILU else len(chunks)
+    part = gl.program_id(0) % parts
+    m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED)) + GROUP * _ROWS
+    for c in gl.static_range(NUM):
+        n = column + c * _CHUNK + gl.arange(0, _CHUNK, gl.SliceLayout(0, _STORED))
+        mask = (m < live)[:, None] & (n < N_OUT)[None, :]
+        at = step + c // EACH
+        if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and c % EACH == 0 and first >= 0:
+            mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1)
+        y = gl.convert_layout(chunks[c], _PART)
+        if SILU:
+            up_y = gl.convert_layout(chunks[c + NUM], _PART)
+        mine = True
+        if is_cut:
+            mine = c * parts // NUM == part
+            if mine:
+                y = _add_up(y, partials_ptr, parts, GROUP, c, BLOCK_N)
+                if SILU:
+                    up_y = _add_up(up_y, partials_ptr, parts, GROUP, c + NUM, BLOCK_N)
+        if mine:
+            if HAS_BIAS:
+                y += _bias_of(bias_row, c)
+            if SILU:
+                if HAS_BIAS:
+                    up_y += _bias_of(bias_row, c + NUM)
+                y = y * up_y / (1.0 + gl.exp(-y))
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
+                if first >= 0:
+                    chunk = _residual_chunk(x_ring, w_ring, step, c)
+                    y += chunk.slice(GROUP * _ROWS, _ROWS).load(_PART).to(gl.float32)
+                else:
+                    ptrs = residual_ptr + rows[:, None] * stride_residual_m + n[None, :]
+                    added = gl.load(ptrs, mask=mask, other=0.0)
+                    y += gl.convert_layout(added, _PART).to(gl.float32)
+            rounded = gl.convert_layout(y.to(out_ptr.dtype.element_ty), _STORED)
+            gl.store(out_ptr + rows[:, None] * stride_out_m + n[None, :], rounded, mask=mask)
+        is_last = c % EACH == EACH - 1 or c == NUM - 1
+        if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and is_last and first >= 0:
+            _sync_warps()  # all have read what is loaded over next
+            mbarrier.arrive(empty.index(at % STAGES))
+    if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and first >= 0:
+        step += gl.cdiv(NUM, EACH)
+    return step
