@@ -131,7 +131,14 @@ def rms_norm(target: Target, *, residual: bool) -> Compilation:
     if not residual:
         constants |= {"expert_ids_ptr": None, "residual_ptr": None, "residual_out_ptr": None}
     pointers = {"expert_ids_ptr": "i32"}
-    return Compilation(_mot_rms_norm_kernel, constants, {"num_warps": 8}, pointers)
+    return Compilation(_mot_rms_norm_kernel, constants, {"num_warps": 4}, pointers)
+
+
+def silu_mul(target: Target) -> Compilation:
+    from mot_kernels._triton.activation import _silu_mul_kernel
+
+    constants = {"BLOCK": 1024, "stride_out_n": 1}
+    return Compilation(_silu_mul_kernel, constants, {"num_warps": 4}, {})
 
 
 def qk_norm_rope(target: Target) -> Compilation:
@@ -165,6 +172,7 @@ KERNELS: dict[str, Callable[[Target], Compilation]] = {
     "rms_norm": lambda target: rms_norm(target, residual=False),
     "rms_norm-residual": lambda target: rms_norm(target, residual=True),
     "qk_norm_rope": qk_norm_rope,
+    "silu_mul": silu_mul,
 }
 
 # (epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90.

@@ -109,7 +109,11 @@ REFUSED = {
     ),
     "residual_rows_apart": (
         {"residual": torch.zeros(8, 36, dtype=torch.float16)[:, :32]},
-        "rows of residual are not contiguous, 16-byte aligned and a multiple of 8 elements apart",
+        "rows of residual are not contiguous, 16-byte aligned and a multiple of 16 elements apart",
+    ),
+    "residual_n": (
+        {"out": torch.zeros(8, 40, dtype=torch.float16)},
+        "N=40 is not a multiple of 16, and there is a residual",
     ),
     "out": (
         {"out": torch.zeros(8, 64, dtype=torch.float16)[:, ::2]},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,8 @@ class _Tuner:
         best = min(finalists, key=lambda each: timings[config_key(each)].median_us)
         best_us = timings[config_key(best)].median_us
         default_timing = timings.get(config_key(default))
-        failed = [c for c in candidates if "us" not in (self._record_of(c) or {})]
+        failed = [(self._record_of(c) or {}).get("failed") for c in candidates]
+        reasons = [str(reason) for reason in dict.fromkeys(failed) if reason]
         against = (
             "the default does not work"
             if default_timing is None
@@ -182,7 +184,9 @@ class _Tuner:
         )
         self._progress.say(
             f"{self._case.shape}, rows {self._problem.counts}: {best_us:.1f} µs ({against}) with "
-            f"{config_key(best)}; {len(candidates)} candidates, {len(failed)} failed"
+            f"{config_key(best)}; {len(candidates)} candidates, "
+            f"{sum(reason is not None for reason in failed)} failed"
+            + "".join(f"\n  failed: {reason}" for reason in reasons)
         )
         return {
             "n": self._problem.n,
@@ -208,38 +212,34 @@ class _Tuner:
         todo = [config for config in candidates if self._record_of(config) is None]
         for _ in range(len(candidates) - len(todo)):
             self._progress.advance()
-        broken = self._compile(todo)
+        self._compile(todo)
         for config in todo:
-            record = broken.get(config) or self._try(config)
+            record = self._try(config)
             self._state.record(self._problem, config, record)
             self._progress.advance()
             if "failed" in record:
                 self._check_alive(f"with {config_key(config)}; go on with --resume")
 
-    def _compile(self, configs: Sequence[TileConfig]) -> dict[TileConfig, dict[str, Any]]:
-        """Compile side by side, into Triton's cache; returns records of those that do not.
+    def _compile(self, configs: Sequence[TileConfig]) -> None:
+        """Compile side by side, into Triton's cache, what is then tried one by one.
 
         Threads are enough: most of a compilation (LLVM, ptxas) runs outside Python's lock. The
-        first launch compiles, so each config is launched once; its result is not looked at here.
+        first launch compiles, so each config is launched once; its result is not looked at here,
+        nor is an error: whoever fails here fails again when it is tried alone, or does not.
         """
         if self._settings.device.type != "cuda" or self._settings.jobs < 2:
-            return {}
+            return
 
-        def launch(config: TileConfig) -> dict[str, Any] | None:
-            try:
+        def launch(config: TileConfig) -> None:
+            with suppress(Exception):
                 mot_variant(self._inputs, config)(0)
-            except torch.OutOfMemoryError:
-                return None  # too many at a time: tried again alone
-            except Exception as error:
-                return {"failed": f"did not compile: {first_line(error)}"}
-            return None
 
         # The first one alone: it sets up what the others share.
-        records = [launch(config) for config in configs[:1]]
+        for config in configs[:1]:
+            launch(config)
         with ThreadPoolExecutor(self._settings.jobs) as pool:
-            records += pool.map(launch, configs[1:])
+            list(pool.map(launch, configs[1:]))
         self._check_alive("while compiling; find the candidate with --resume --jobs 1")
-        return {c: record for c, record in zip(configs, records, strict=True) if record}
 
     def _try(self, config: TileConfig) -> dict[str, Any]:
         """Verify one candidate and time it quickly; returns its record."""

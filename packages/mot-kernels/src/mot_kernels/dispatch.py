@@ -114,11 +114,13 @@ def why_not_hopper(
         return f"it multiplies bfloat16 and float16, not {x.dtype}"
     if x.shape[1] % HOPPER_BLOCK_K:
         return f"K={x.shape[1]} is not a multiple of {HOPPER_BLOCK_K}"
+    if residual is not None and out.shape[1] % 16:
+        return f"N={out.shape[1]} is not a multiple of 16, and there is a residual"
     if weight.stride(0) != weight.shape[1] * weight.stride(1):
         return f"the experts' weights do not follow each other (strides {weight.stride()})"
     # Descriptors need strides of whole 16 bytes. Triton copies gathered rows 16 bytes at a time
     # only where it knows that the stride is a multiple of 16 elements.
-    for name, t, unit in (("x", x, 16), ("weight", weight, 8), ("residual", residual, 8)):
+    for name, t, unit in (("x", x, 16), ("weight", weight, 8), ("residual", residual, 16)):
         if t is None:
             continue
         if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % unit for s in t.stride()[:-1]):

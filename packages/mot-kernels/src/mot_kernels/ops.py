@@ -56,7 +56,7 @@ def _linear(
     config: Sequence[int],
 ) -> None:
     if dispatch.choose_path(x.device, x.dtype).path is dispatch.Path.TRITON:
-        if not config and not silu_mul and _dense_linear(out, x, weight, bias, residual, counts):
+        if not config and _dense_linear(out, x, weight, bias, residual, counts, silu_mul):
             return
         from mot_kernels._triton.launch import launch_linear
 
@@ -89,6 +89,7 @@ def _dense_linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     counts: Sequence[int],
+    silu_mul: bool,
 ) -> bool:
     """If one expert has all rows, whatever their order, do what the GPU's own library does best.
 
@@ -99,15 +100,28 @@ def _dense_linear(
     if len(experts) != 1 or not x.is_cuda or x.dtype is torch.float32:
         return False
     w = weight[experts[0]].T
-    if bias is not None and residual is not None:
-        return False
-    if bias is not None:
-        torch.addmm(bias[experts[0]], x, w, out=out)
+    if silu_mul:
+        from mot_kernels._triton.launch import launch_silu_mul
+
+        product = x @ w if bias is None else torch.addmm(bias[experts[0]], x, w)
+        launch_silu_mul(out, product)
     elif residual is not None:
-        torch.addmm(residual, x, w, out=out)
+        if bias is not None:
+            return False
+        if _is_same(out, residual):
+            out.addmm_(x, w)  # addmm(out=) would copy the residual onto itself
+        else:
+            torch.addmm(residual, x, w, out=out)
+    elif bias is not None:
+        torch.addmm(bias[experts[0]], x, w, out=out)
     else:
         torch.mm(x, w, out=out)
     return True
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are the same memory in the same order."""
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
 def _rms_norm(

@@ -94,15 +94,15 @@ def _load_weights(w_desc, w_stage, bar, w_row, k, w_rows, EPILOGUE: gl.constexpr
 
 @gluon.jit
 def _load_residual(ring, desc, row, column, step, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr):
-    """Load a unit's residual into the ring; returns the moved `step`."""
+    """Load a unit's residual into the ring, behind its products; returns the moved `step`."""
     x_ring, w_ring, full, empty = ring
     STAGES: gl.constexpr = x_ring.shape[0]
     NUM: gl.constexpr = w_ring.shape[1] // _CHUNK
     EACH: gl.constexpr = _chunks_per_stage(w_ring)
     for c in gl.static_range(NUM):
-        bar = full.index((step + c // EACH) % STAGES)
+        at = step + c // EACH
+        bar = full.index(at % STAGES)
         if c % EACH == 0:
-            at = step + c // EACH
             mbarrier.wait(empty.index(at % STAGES), ((at // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, min(EACH, NUM - c) * 2 * _ROWS * _CHUNK * 2)
             if HAS_GATHERED:
@@ -112,13 +112,35 @@ def _load_residual(ring, desc, row, column, step, HAS_GATHERED: gl.constexpr, WA
 
 
 @gluon.jit
+def _gather_residual(ring, row_ptrs, is_live, n, step, N_OUT):
+    """As `_load_residual`, from pointers (128, 1) to rows and the first chunk's columns n."""
+    x_ring, w_ring, full, empty = ring
+    STAGES: gl.constexpr = x_ring.shape[0]
+    NUM: gl.constexpr = w_ring.shape[1] // _CHUNK
+    EACH: gl.constexpr = _chunks_per_stage(w_ring)
+    for c in gl.static_range(NUM):
+        at = step + c // EACH
+        bar = full.index(at % STAGES)
+        if c % EACH == 0:
+            mbarrier.wait(empty.index(at % STAGES), ((at // STAGES) & 1) ^ 1)
+        columns = n + c * _CHUNK
+        mask = is_live & (columns < N_OUT)
+        _copy_to_shared(_residual_chunk(x_ring, w_ring, step, c), row_ptrs + columns, mask=mask)
+        if c % EACH == EACH - 1 or c == NUM - 1:
+            mbarrier.arrive(bar)
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+    return step + gl.cdiv(NUM, EACH)
+
+
+@gluon.jit
 def _loading_warps(
-    ring, x, w_desc, residual_desc, row_ids_ptr, tiles_ptr, work, w_rows,
+    ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows, N_OUT,
     EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring, unit after unit."""
     x_ring, w_ring, full, empty = ring
     x_desc, x_ptr, stride_x_m = x
+    residual_desc, residual_ptr, stride_residual_m = residual
     num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
@@ -135,7 +157,8 @@ def _loading_warps(
         tile, block_n = _place(index, num_tiles, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
         first = gl.load(tile_ptr + 3)
-        w_row = gl.load(tile_ptr) * w_rows + block_n * OUT
+        column = block_n * OUT
+        w_row = gl.load(tile_ptr) * w_rows + column
         if first >= 0:
             for k in range(first_step * BLOCK_K, last_step * BLOCK_K, BLOCK_K):
                 stage = step % STAGES
@@ -148,7 +171,6 @@ def _loading_warps(
                 _load_weights(w_desc, w_ring.index(stage), bar, w_row, k, w_rows, EPILOGUE)
                 step += 1
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-                column = block_n * OUT
                 step = _load_residual(ring, residual_desc, first, column, step, HAS_GATHERED, WARPS)
         elif HAS_GATHERED:
             offset = gl.load(tile_ptr + 1)
@@ -158,7 +180,8 @@ def _loading_warps(
             rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
             offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
             x_ptrs = x_ptr + rows[:, None] * stride_x_m + offs_k[None, :]
-            mask = (m < live)[:, None] & (offs_k >= 0)[None, :]
+            is_live = (m < live)[:, None]
+            mask = is_live & (offs_k >= 0)[None, :]
             for k in range(first_step * BLOCK_K, last_step * BLOCK_K, BLOCK_K):
                 stage = step % STAGES
                 bar = full.index(stage)
@@ -169,6 +192,10 @@ def _loading_warps(
                 _copy_to_shared(x_ring.index(stage), x_ptrs + k, mask=mask)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
                 step += 1
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
+                row_ptrs = residual_ptr + rows[:, None] * stride_residual_m
+                n = (column + offs_k)[None, :]
+                step = _gather_residual(ring, row_ptrs, is_live, n, step, N_OUT)
 
 
 @gluon.jit
@@ -187,7 +214,7 @@ def _multiply(ring, acc, step, GROUP: gl.constexpr, is_gathered):
 
 @gluon.jit
 def _computing_group(
-    ring, bias_row, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
+    ring, bias_row, out, bias, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
     GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
 ):  # fmt: skip
@@ -238,14 +265,14 @@ def _computing_group(
             chunks = _chunks(acc)
             if is_cut:
                 _trade(chunks, partials_ptr, flags_ptr, parts, GROUP, NUM, BLOCK_N)
-            place = (first, live, column, rows)
+            place = (live, column, rows)
             step = _finish(
-                chunks, ring, step, place, bias_row, out, residual, partials_ptr, is_cut, parts,
-                N_OUT, GROUP, EPILOGUE, HAS_BIAS,
+                chunks, ring, step, place, bias_row, out, partials_ptr, is_cut, parts, N_OUT, GROUP,
+                EPILOGUE, HAS_BIAS,
             )  # fmt: skip
         else:  # the other group alone
             num_stages = last_step - first_step
-            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and gl.load(tile_ptr + 3) >= 0:
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
                 num_stages += gl.cdiv(NUM, _chunks_per_stage(w_ring))
             for _k in range(num_stages):
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
@@ -306,29 +333,29 @@ def _mot_linear_hopper_kernel(
     x = (x_desc, x_ptr, stride_x_m)
     out = (out_ptr, stride_out_m)
     bias = (bias_ptr, stride_bias_e)
-    residual = (residual_ptr, stride_residual_m)
+    residual = (residual_desc, residual_ptr, stride_residual_m)
     partial = (partials_ptr, flags_ptr)
     gl.warp_specialize(
         [
             (
                 _computing_group,
                 (
-                    ring, bias_row_0, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work,
-                    N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_GATHERED,
+                    ring, bias_row_0, out, bias, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
+                    0, EPILOGUE, HAS_BIAS, HAS_GATHERED,
                 ),
             ),
             (
                 _computing_group,
                 (
-                    ring, bias_row_1, out, bias, residual, partial, row_ids_ptr, tiles_ptr, work,
-                    N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_GATHERED,
+                    ring, bias_row_1, out, bias, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
+                    1, EPILOGUE, HAS_BIAS, HAS_GATHERED,
                 ),
             ),
             (
                 _loading_warps,
                 (
-                    ring, x, w_desc, residual_desc, row_ids_ptr, tiles_ptr, work, w_rows, EPILOGUE,
-                    HAS_GATHERED, LOADING_WARPS,
+                    ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows, N_OUT,
+                    EPILOGUE, HAS_GATHERED, LOADING_WARPS,
                 ),
             ),
         ],

@@ -122,14 +122,13 @@ def _bias_of(bias_row, C: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    chunks, ring, step, place, bias_row, out, residual, partials_ptr, is_cut, parts, N_OUT,
+    chunks, ring, step, place, bias_row, out, partials_ptr, is_cut, parts, N_OUT,
     GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Finish and store the chunks that are this program's; returns the moved `step`."""
     x_ring, w_ring, full, empty = ring
-    first, live, column, rows = place
+    live, column, rows = place
     out_ptr, stride_out_m = out
-    residual_ptr, stride_residual_m = residual
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     EACH: gl.constexpr = _chunks_per_stage(w_ring)
@@ -141,7 +140,7 @@ def _finish(
         n = column + c * _CHUNK + gl.arange(0, _CHUNK, gl.SliceLayout(0, _STORED))
         mask = (m < live)[:, None] & (n < N_OUT)[None, :]
         at = step + c // EACH
-        if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and c % EACH == 0 and first >= 0:
+        if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and c % EACH == 0:
             mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1)
         y = gl.convert_layout(chunks[c], _PART)
         if SILU:
@@ -161,19 +160,14 @@ def _finish(
                     up_y += _bias_of(bias_row, c + NUM)
                 y = y * up_y / (1.0 + gl.exp(-y))
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-                if first >= 0:
-                    chunk = _residual_chunk(x_ring, w_ring, step, c)
-                    y += chunk.slice(GROUP * _ROWS, _ROWS).load(_PART).to(gl.float32)
-                else:
-                    ptrs = residual_ptr + rows[:, None] * stride_residual_m + n[None, :]
-                    added = gl.load(ptrs, mask=mask, other=0.0)
-                    y += gl.convert_layout(added, _PART).to(gl.float32)
+                chunk = _residual_chunk(x_ring, w_ring, step, c).slice(GROUP * _ROWS, _ROWS)
+                y += chunk.load(_PART).to(gl.float32)
             rounded = gl.convert_layout(y.to(out_ptr.dtype.element_ty), _STORED)
             gl.store(out_ptr + rows[:, None] * stride_out_m + n[None, :], rounded, mask=mask)
         is_last = c % EACH == EACH - 1 or c == NUM - 1
-        if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and is_last and first >= 0:
+        if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and is_last:
             _sync_warps()  # all have read what is loaded over next
             mbarrier.arrive(empty.index(at % STAGES))
-    if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and first >= 0:
+    if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
         step += gl.cdiv(NUM, EACH)
     return step

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from mot_kernels._triton.activation import _silu_mul_kernel
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
 from mot_kernels._triton.linear import (
     _EPILOGUE_ADD_RESIDUAL,
@@ -108,6 +109,25 @@ def launch_linear(
             GROUP_M=config.group_m,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+        )
+
+
+def launch_silu_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+    """out (M, F) = SiLU(gate) * up, where x (M, 2 F), rows contiguous, is gate | up."""
+    rows, columns = out.shape
+    if rows == 0:
+        return
+    block = min(triton.next_power_of_2(columns), 1024)
+    with _on(x.device):
+        _silu_mul_kernel[(rows, triton.cdiv(columns, block))](
+            out_ptr=out,
+            x_ptr=x,
+            F=columns,
+            stride_out_m=out.stride(0),
+            stride_out_n=out.stride(1),
+            stride_x_m=x.stride(0),
+            BLOCK=block,
+            num_warps=4,
         )
 
 
