@@ -11,6 +11,10 @@ from torch import Tensor
 
 from bagel_mot.config import ImageLimits
 
+PNG_LEVEL = 1
+"""Compression of written images: 0.1 s for 1024x1024, where Pillow's own 6 takes 0.3 s for a file a
+fifth smaller."""
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB picture, transparency composited on white.

@@ -31,7 +31,7 @@ def observe(run: Callable[[], object], steps: int, device: torch.device) -> Acti
         return None
     torch.cuda.synchronize(device)
     # Without torch's own operators: to note those, too, would slow the host much more.
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         run()
         torch.cuda.synchronize(device)
     events = profiled.events()

@@ -33,6 +33,10 @@ for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
 
+# From so many rows on, what copying a residual costs is more than a routed launch does.
+_ROWS_TO_COPY = 128
+
+
 class _Routing(NamedTuple):
     """What the references need of a plan, inside an operator that only has its tensors."""
 
@@ -110,8 +114,10 @@ def _dense_linear(
             return False
         if _is_same(out, residual):
             out.addmm_(x, w)  # addmm(out=) would copy the residual onto itself
+        elif x.shape[0] < _ROWS_TO_COPY or dispatch.why_not_hopper(out, x, weight, bias, residual):
+            torch.addmm(residual, x, w, out=out)  # a pass of its own copies the residual first
         else:
-            torch.addmm(residual, x, w, out=out)
+            return False
     elif bias is not None:
         torch.addmm(bias[experts[0]], x, w, out=out)
     else:
