@@ -309,6 +309,9 @@ def test_merge_replaces_the_same_problem_and_keeps_the_others(tmp_path: Path) ->
     ]
     lines = path.read_text().splitlines()
     assert sum('"rows"' in line for line in lines) == 3, "one line per entry"
+    tuned.merge_entry(path, here, "a watch", _entry(64, 0.1) | {"format": "int8_w8a16"})
+    merged = json.loads(path.read_text())["entries"]
+    assert merged[:3] == entries and merged[3]["format"] == "int8_w8a16", "another problem"
 
 
 @pytest.mark.parametrize("text", ["{", '{"schema": 7}'], ids=["not_json", "other_schema"])

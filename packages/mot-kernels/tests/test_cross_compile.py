@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded_launches
 import torch
 
 from mot_kernels.tuning.lookup import Problem, default_config
@@ -25,24 +26,28 @@ from mot_kernels.tuning.lookup import Problem, default_config
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture, the shared memory a block may use there, its matrix instruction."""
+    """A GPU architecture, the shared memory a block may use there, its matrix instruction.
+
+    And whether it multiplies e4m3fn, as `dispatch.has_fp8_units` would say.
+    """
 
     backend: str
     arch: int | str
     warp_size: int
     kilobytes: int
     matrix_instruction: str
+    fp8_units: bool
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
 
 TARGETS = (
-    Target("cuda", 80, 32, 163, "mma.sync"),
-    Target("cuda", 89, 32, 99, "mma.sync"),
-    Target("cuda", 90, 32, 227, "wgmma"),
-    Target("cuda", 100, 32, 227, "tcgen05.mma"),
-    Target("hip", "gfx942", 64, 64, "v_mfma"),
+    Target("cuda", 80, 32, 163, "mma.sync", False),
+    Target("cuda", 89, 32, 99, "mma.sync", True),
+    Target("cuda", 90, 32, 227, "wgmma", True),
+    Target("cuda", 100, 32, 227, "tcgen05.mma", True),
+    Target("hip", "gfx942", 64, 64, "v_mfma", False),
 )
 
 
@@ -79,11 +84,18 @@ class Compilation:
         source = ASTSource(self.kernel, signature, self.constants, attributes)
         gpu = GPUTarget(target.backend, target.arch, target.warp_size)
         compiled = triton.compile(source, target=gpu, options=self.options)
-        assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-        return {
-            "shared": compiled.metadata.shared,
-            "matrix_instruction": target.matrix_instruction in assembly,
-        }
+        return findings(compiled, target)
+
+
+def findings(compiled: Any, target: Target) -> dict[str, Any]:
+    """What the tests look at."""
+    assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    return {
+        "shared": compiled.metadata.shared,
+        "matrix_instruction": target.matrix_instruction in assembly,
+        "fp8_instruction": any(mark in assembly for mark in ("e4m3.e4m3", "kind::f8f6f4")),
+        "int8_instruction": any(mark in assembly for mark in (".s8.s8", "kind::i8", "_i8 ")),
+    }
 
 
 def linear(
@@ -110,6 +122,7 @@ def linear(
         "stride_out_n": 1,
         "stride_x_k": 1,
         "stride_w_k": 1,
+        "stride_bias_n": 1,
     }
     if epilogue != "none":
         constants["bias_ptr"] = None
@@ -128,6 +141,8 @@ def rms_norm(target: Target, *, residual: bool) -> Compilation:
     from mot_kernels._triton.norm import _mot_rms_norm_kernel
 
     constants: dict[str, Any] = {"HAS_PLAN": residual, "HAS_RESIDUAL": residual, "BLOCK_D": 4096}
+    constants |= {"HAS_STATIC": False, "OUT_KIND": 0, "UNITS": target.fp8_units}
+    constants |= {"out_scales_ptr": None, "static_ptr": None}
     if not residual:
         constants |= {"expert_ids_ptr": None, "residual_ptr": None, "residual_out_ptr": None}
     pointers = {"expert_ids_ptr": "i32"}
@@ -173,6 +188,50 @@ KERNELS: dict[str, Callable[[Target], Compilation]] = {
     "rms_norm-residual": lambda target: rms_norm(target, residual=True),
     "qk_norm_rope": qk_norm_rope,
     "silu_mul": silu_mul,
+}
+
+
+def linear_format(name: str) -> Callable[[Target], recorded_launches.Launch]:
+    """From "FORMAT-genROWS-EPILOGUE", with "-quantize", "-float32" or "-odd" as in `linear`."""
+    format, rows, epilogue, *more = name.split("-")
+
+    def launch(target: Target) -> recorded_launches.Launch:
+        return recorded_launches.linear(
+            format,
+            epilogue,
+            int(rows.removeprefix("gen")),
+            shared_memory=target.kilobytes * 1024,
+            fp8_units=target.fp8_units,
+            quantize="quantize" in more,
+            dtype=torch.float32 if "float32" in more else torch.bfloat16,
+            odd="odd" in more,
+        )
+
+    return launch
+
+
+FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
+    name: linear_format(name)
+    for name in (
+        "fp8_w8a8_per_channel-gen4096-silu_mul-quantize",
+        "fp8_w8a8_per_channel-gen14-none",
+        "fp8_w8a8_block-gen4096-add_residual",
+        "int8_w8a8-gen4096-silu_mul",
+        "int8_w8a16-gen4096-none",
+        "int8_w8a16-gen14-silu_mul",
+        "int4_w4a16_group128-gen4096-none",
+        "int4_w4a16_group32_zero_points-gen14-silu_mul",
+        "fp8_w8a8_block-gen200-silu_mul-float32",
+        "fp8_w8a8_block-gen200-silu_mul-odd",
+        "int4_w4a16_group128-gen200-none-float32",
+    )
+} | {
+    "quantize_rows-fp8": lambda target: recorded_launches.quantize_rows(
+        torch.float8_e4m3fn, fp8_units=target.fp8_units
+    ),
+    "rms_norm-int8": lambda target: recorded_launches.rms_norm(
+        torch.int8, static=False, fp8_units=target.fp8_units
+    ),
 }
 
 # (epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90.
@@ -246,11 +305,17 @@ def compile_everything() -> Results:
         try:
             if name in HOPPER_KERNELS:
                 return compile_hopper(name)
+            if name in FORMAT_KERNELS:
+                launch = launches[target, name]
+                gpu = target.backend, target.arch, target.warp_size
+                return findings(launch.compile(*gpu), target)
             return KERNELS[name](target).run(target)
         except Exception as error:  # reported by the test of this very case
             return {"error": f"{type(error).__name__}: {error}"}
 
-    cases = [(target, name) for target in TARGETS for name in KERNELS]
+    # Beforehand: catching launches is not for several threads.
+    launches = {(t, name): make(t) for t in TARGETS for name, make in FORMAT_KERNELS.items()}
+    cases = [(target, name) for target in TARGETS for name in (*KERNELS, *FORMAT_KERNELS)]
     cases += [(HOPPER, name) for name in HOPPER_KERNELS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(attempt, cases)
@@ -287,6 +352,20 @@ def test_cross_compile(target: Target, name: str, results: Results) -> None:
     assert result["shared"] <= target.kilobytes * 1024
     if "gen4096" in name:
         assert result["matrix_instruction"], f"no {target.matrix_instruction}: slow on {target}"
+
+
+@pytest.mark.parametrize("name", FORMAT_KERNELS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_cross_compile_formats(target: Target, name: str, results: Results) -> None:
+    result = results[f"{target}-{name}"]
+    assert "error" not in result, result["error"]
+    assert result["shared"] <= target.kilobytes * 1024
+    if "gen4096" in name:
+        assert result["fp8_instruction"] == (name.startswith("fp8") and target.fp8_units)
+        assert result["int8_instruction"] == name.startswith("int8_w8a8")
+        # Triton 3.6 multiplies int8 on sm_100 by the instruction of older GPUs.
+        if not name.startswith("int8_w8a8"):
+            assert result["matrix_instruction"], f"no {target.matrix_instruction}: slow on {target}"
 
 
 @pytest.mark.parametrize("name", HOPPER_KERNELS)

@@ -9,7 +9,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mot_kernels import Choice, Path, choose_path, dispatch, mot_linear, reference, use_path
+from mot_kernels import (
+    Choice,
+    Fp8W8A8,
+    Int4W4A16,
+    Int8W8A8,
+    Int8W8A16,
+    Path,
+    choose_path,
+    dispatch,
+    mot_linear,
+    reference,
+    use_path,
+)
+from mot_kernels.dispatch import choose_format_path
 from mot_kernels.testing import ROUTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -89,6 +102,44 @@ def test_choose_path_gradients() -> None:
     choice = choose_path(CUDA, torch.float16, needs_grad=True)
     assert choice.path is Path.REFERENCE
     assert choice.why == "an input requires grad and the kernels have no backward"
+
+
+@pytest.fixture(params=[(8, 0), (8, 9), (9, 0), (12, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """An NVIDIA GPU to ask about."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(torch.version, "hip", None)
+    return request.param
+
+
+@pytest.mark.usefixtures("compiled")
+def test_choose_format_path_gpu(capability: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    for format in (Int8W8A8(), Int8W8A16(), Int4W4A16()):
+        choice = choose_format_path(format, CUDA, torch.bfloat16)
+        assert choice == Choice(Path.TRITON, "the tensors are on a GPU")
+    choice = choose_format_path(Fp8W8A8(), CUDA, torch.bfloat16)
+    assert choice.path is Path.TRITON
+    assert ("multiplies in float16" in choice.why) == (capability < (8, 9))
+
+
+@pytest.mark.usefixtures("compiled", "capability")
+def test_choose_format_path_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx942 has another e4m3."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "in float16" in choose_format_path(Fp8W8A8(), CUDA, torch.bfloat16).why
+
+
+@pytest.mark.usefixtures("compiled")
+def test_choose_format_path_cpu() -> None:
+    pytest.importorskip("triton")
+    choice = choose_format_path(Int8W8A8(), CPU, torch.bfloat16)
+    assert choice.path is Path.REFERENCE
+    assert choice.why == (
+        "plain PyTorch computes format int8_w8a8, rightly but slowly: Triton kernels do not run "
+        "on device type 'cpu'"
+    )
 
 
 def test_use_path_reference() -> None:

@@ -18,7 +18,6 @@ from mot_kernels import (
     WeightScales,
     dequantize,
     quantize,
-    quantize_rows,
     quantize_weight,
 )
 from mot_kernels.formats import BLOCK
@@ -31,7 +30,6 @@ ALL_FORMATS: list[Format] = [
 ]
 
 all_formats = pytest.mark.parametrize("format", ALL_FORMATS, ids=str)
-rounding_formats = pytest.mark.parametrize("format", [Fp8W8A8(), Int8W8A8()], ids=str)
 
 
 def spread_scales(weight: ExpertWeight) -> torch.Tensor:
@@ -165,48 +163,6 @@ def test_int4_zero_points() -> None:
     assert torch.equal(dequantize(quantized)[0, 0, [0, -1]], torch.tensor([-5.0, 10.0]))
 
 
-@rounding_formats
-def test_quantize_rows_per_token(format: Format, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x = (torch.randn(20, 96) * torch.logspace(-2, 2, 20)[:, None]).to(dtype)
-    x[4] = 0.0
-    data, scales = quantize_rows(x, format)
-    assert scales.shape == (20,) and scales.dtype is torch.float32
-    largest = 448 if isinstance(format, Fp8W8A8) else 127
-    wanted = x.float().abs().amax(1) / largest
-    wanted[4] = scales[4]
-    assert torch.equal(scales, wanted) and scales[4] > 0
-    error = (data.double() * scales.double()[:, None] - x.double()).abs()
-    assert (error <= bound(x.double(), scales.double()[:, None], format)).all()
-    assert (data[4].float() == 0).all()
-
-
-@rounding_formats
-def test_quantize_rows_static_saturates(format: Format) -> None:
-    x = torch.tensor([[1.0, -0.25, 1e6, -1e6], [3.0, 0.0, 2.0, -2.0]])
-    data, scales = quantize_rows(x, format, torch.tensor(0.25))
-    largest = 448.0 if isinstance(format, Fp8W8A8) else 127.0
-    assert scales.tolist() == [0.25, 0.25]
-    assert data.float().tolist() == [[4.0, -1.0, largest, -largest], [12.0, 0.0, 8.0, -8.0]]
-    each, _ = quantize_rows(x, format, torch.tensor([0.25, 0.5]))
-    assert each[1].float().tolist() == [6.0, 0.0, 4.0, -4.0]
-
-
-def test_int8_rounds_half_to_even() -> None:
-    data, _ = quantize_rows(torch.tensor([[0.5, 1.5, 2.5, -0.5]]), Int8W8A8(), torch.tensor(1.0))
-    assert data.tolist() == [[0, 2, 2, 0]]
-
-
-@rounding_formats
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_quantize_rows_keeps_what_is_not_finite(format: Format, bad: float) -> None:
-    x = torch.ones(2, 8)
-    x[0, 3] = bad
-    data, scales = quantize_rows(x, format)
-    assert not scales[0].isfinite() and scales[1].isfinite()
-    assert (data[1].float() * scales[1] == 1).all()
-
-
 def test_expert_weight_to() -> None:
     weight = quantize_weight(
         torch.randn(2, 4, 32), Int8W8A8(), activation_scale=torch.tensor([1.0, 2.0])
@@ -293,5 +249,3 @@ def test_quantize_errors() -> None:
         quantize_weight(torch.ones(1, 2, 48), Int4W4A16(32))
     with pytest.raises(ValueError, match="could overflow the int32 accumulator"):
         quantize_weight(torch.ones(1, 1, 2**17 + 1), Int8W8A8())
-    with pytest.raises(TypeError, match="keeps activations as they are"):
-        quantize_rows(torch.ones(2, 4), Int8W8A16())

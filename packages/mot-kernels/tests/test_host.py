@@ -128,6 +128,7 @@ def test_mot_linear_passes_the_callers_memory(linear_kernel: Recorder) -> None:
         "stride_w_n": 1,
         "stride_w_k": 24,
         "stride_bias_e": 30,
+        "stride_bias_n": 1,
         "stride_residual_m": 0,
         "stride_residual_n": 0,
     }

@@ -274,7 +274,7 @@ def test_mot_linear_strided_input(
 
 @pytest.mark.usefixtures("best_path")
 @layouts
-def test_mot_linear_strided_weight_silu_mul(
+def test_mot_linear_strided_weight_and_bias_silu_mul(
     layout: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     """The up half advances by the same strides as the gate half."""
@@ -282,8 +282,10 @@ def test_mot_linear_strided_weight_silu_mul(
     plan = ROUTES["scattered"].plan(device)
     x = integers(plan.num_rows, INTEGER_K, dtype=dtype, device=device)
     weight = integers(2, 50, INTEGER_K, dtype=dtype, device=device)
-    wanted = mot_linear(x, weight, plan, epilogue=SILU_MUL, config=MANY_STEPS)
-    y = mot_linear(x, dirty(weight, layout), plan, epilogue=SILU_MUL, config=MANY_STEPS)
+    bias = integers(2, 50, dtype=dtype, device=device)
+    options = {"plan": plan, "epilogue": SILU_MUL, "config": MANY_STEPS}
+    wanted = mot_linear(x, weight, bias=bias, **options)
+    y = mot_linear(x, dirty(weight, layout), bias=dirty(bias, layout), **options)
     assert torch.equal(y, wanted)
 
 

@@ -26,18 +26,19 @@ from mot_kernels import (
     Int8W8A8,
     Int8W8A16,
     Path,
+    QuantizedRows,
     RoutePlan,
+    TileConfig,
     WeightScales,
     dequantize,
     dispatch,
     mot_linear,
-    quantize_rows,
     quantize_weight,
     reference_formats,
     stack_bias,
     use_path,
 )
-from mot_kernels.formats import quantizes_activations
+from mot_kernels.formats import DATA_DTYPES, quantizes_activations, scales_shape
 from mot_kernels.testing import (
     ROUTES,
     Route,
@@ -47,7 +48,11 @@ from mot_kernels.testing import (
     poisoned,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_allocations"),
+    # SiLU*mul of large numbers: exp(-gate), or y in float16; NumPy, as the interpreter, warns.
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 
 FORMATS: list[Format] = [
     *(Fp8W8A8(scales) for scales in WeightScales),
@@ -82,9 +87,15 @@ def as_the_format_sees(x: torch.Tensor, weight: ExpertWeight, labels: torch.Tens
     """The activations that are multiplied, (M, K) float64."""
     if not quantizes_activations(weight.format):
         return x.double()
-    static = weight.activation_scale
-    data, scales = quantize_rows(x, weight.format, None if static is None else static[labels])
-    return data.double() * scales.double()[:, None]
+    rows = quantized(x, weight, labels)
+    return rows.data.double() * rows.scales.double()[:, None]
+
+
+def quantized(x: torch.Tensor, weight: ExpertWeight, labels: torch.Tensor) -> QuantizedRows:
+    plan = RoutePlan.from_labels(labels, weight.shape[0])
+    return reference_formats.quantize_rows(
+        x, weight.format, plan, activation_scale=weight.activation_scale
+    )
 
 
 def check(
@@ -95,8 +106,9 @@ def check(
     *,
     bias: torch.Tensor | None = None,
     epilogue: Epilogue | None = None,
+    config: TileConfig | None = None,
 ) -> None:
-    y = mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)
+    y = mot_linear(x, weight, plan, bias=bias, epilogue=epilogue, config=config)
     assert y.dtype is x.dtype
     seen, wide = as_the_format_sees(x, weight, labels), dequantize(weight, torch.float64)
     truth = looped_linear(
@@ -118,8 +130,10 @@ def make_epilogue(name: str, residual: torch.Tensor) -> Epilogue | None:
 
 
 @all_formats
-@epilogues
-@pytest.mark.parametrize("which", ["no_bias", "first_bias", "last_bias"])
+@pytest.mark.parametrize(
+    ("epilogue", "which"),
+    [("none", "first_bias"), ("silu_mul", "last_bias"), ("add_residual", "no_bias")],
+)
 def test_formats(
     format: Format, epilogue: str, which: str, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -140,13 +154,12 @@ def test_formats(
     )
 
 
-@pytest.mark.parametrize("format", [Fp8W8A8(), Int8W8A8(), Int4W4A16(32)], ids=str)
+@pytest.mark.parametrize("format", [Fp8W8A8(), Int4W4A16(32)], ids=str)
 @pytest.mark.parametrize("route", ROUTES.values(), ids=str)
-def test_formats_routes(
-    format: Format, route: Route, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_formats_routes(format: Format, route: Route, device: torch.device) -> None:
+    """One format of each kernel, one dtype: the routing is not about them."""
     torch.manual_seed(0)
-    x = torch.randn(route.num_rows, 64, device=device).to(dtype)
+    x = torch.randn(route.num_rows, 64, device=device).half()
     weight = make_weight(route.num_experts, 48, 64, format, device)
     check(x, weight, route.plan(device), labels_of(route, device), epilogue=SILU_MUL)
 
@@ -161,8 +174,7 @@ def test_formats_static_scale(format: Format, dtype: torch.dtype, device: torch.
     weight = make_weight(2, 48, 64, format, device, static=True)
     labels = labels_of(route, device)
     check(x, weight, route.plan(device), labels)
-    assert weight.activation_scale is not None
-    data, _ = quantize_rows(x, format, weight.activation_scale[labels])
+    data = quantized(x, weight, labels).data
     assert (data.float().abs() == (448 if isinstance(format, Fp8W8A8) else 127)).any()
 
 
@@ -186,7 +198,7 @@ def test_formats_sizes(
     format: Format, k: int, n: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     torch.manual_seed(0)
-    route = ROUTES["every_second_row"]
+    route = ROUTES["gen17"]
     x = torch.randn(route.num_rows, k, device=device).to(dtype)
     weight = make_weight(2, n, k, format, device)
     check(x, weight, route.plan(device), labels_of(route, device))
@@ -196,7 +208,7 @@ def test_formats_sizes(
 def test_formats_one_column(format: Format, device: torch.device) -> None:
     """K = 1: no sum, only the two scales, and each of their float32 products rounds once."""
     torch.manual_seed(0)
-    route = ROUTES["every_second_row"]
+    route = ROUTES["gen17"]
     x = torch.randn(route.num_rows, 1, device=device)
     weight = make_weight(2, 2, 1, format, device)
     labels = labels_of(route, device)
@@ -210,7 +222,7 @@ def test_formats_one_column(format: Format, device: torch.device) -> None:
 def test_formats_zero_rows(format: Format, dtype: torch.dtype, device: torch.device) -> None:
     """A row of zeros, and an expert of zeros, give exactly the bias."""
     torch.manual_seed(0)
-    route = ROUTES["one_branch"]
+    route = ROUTES["first_and_last_row"]
     x = torch.randn(route.num_rows, 128, device=device).to(dtype)
     x[7] = 0.0
     w = torch.randn(2, 30, 128, device=device)
@@ -226,14 +238,13 @@ def test_formats_zero_rows(format: Format, dtype: torch.dtype, device: torch.dev
 
 def exact_int8(x: torch.Tensor, weight: ExpertWeight, labels: torch.Tensor) -> torch.Tensor:
     """int64 sums, scales in float64."""
-    static = weight.activation_scale
-    data, scales = quantize_rows(x, weight.format, None if static is None else static[labels])
+    rows = quantized(x, weight, labels)
     y = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.float64, device=x.device)
     for e in range(weight.shape[0]):
         # Not a matrix product: CUDA has none for int64.
-        sums = (data[labels == e].long()[:, None] * weight.data[e].long()).sum(-1)
+        sums = (rows.data[labels == e].long()[:, None] * weight.data[e].long()).sum(-1)
         y[labels == e] = sums.double() * weight.scales[e].double()
-    return y * scales.double()[:, None]
+    return y * rows.scales.double()[:, None]
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["per_token", "static"])
@@ -267,30 +278,47 @@ def test_exact_int8_product(m: int, n: int, k: int, device: torch.device) -> Non
 # --- rounding, outputs, paths
 
 
+def integer_weight(format: Format, device: torch.device) -> ExpertWeight:
+    """(2, 40, 128): small integers with powers of two as scales, so sums are exact in any order."""
+    shape = (2, 40, 128)
+    data = torch.randint(-7, 8, shape, device=device).to(DATA_DTYPES[type(format)])
+    zeros = None
+    if isinstance(format, Int4W4A16):
+        data = torch.randint(0, 256, (2, 40, 64), device=device).to(torch.uint8)
+        if not format.symmetric:
+            zeros = torch.randint(0, 16, scales_shape(format, shape), device=device)
+    scales = 2.0 ** torch.randint(-3, 1, scales_shape(format, shape), device=device)
+    static = torch.tensor([1.0, 2.0], device=device) if quantizes_activations(format) else None
+    return ExpertWeight(
+        data, scales, format, None if zeros is None else zeros.to(torch.uint8), static
+    )
+
+
 @all_formats
-@epilogues
+@pytest.mark.parametrize("epilogue", ["none", "add_residual"])
 def test_formats_round_once(
     format: Format, epilogue: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """In 16 bits it is bit for bit the float32 result of the same inputs, rounded."""
+    """Of integers y is the exact number, rounded to the nearest, whatever the order of sums."""
     torch.manual_seed(0)
-    route = ROUTES["scattered"]
-    plan = route.plan(device)
-    x = torch.randn(route.num_rows, 128, device=device).to(dtype)
-    weight = make_weight(2, 40, 128, format, device)
-    bias = torch.randn(2, 40, device=device).to(dtype)
-    residual = torch.randn(route.num_rows, 40, device=device).to(dtype)
-    y = mot_linear(x, weight, plan, bias=bias, epilogue=make_epilogue(epilogue, residual))
-    step = make_epilogue(epilogue, residual.float())
-    wide = mot_linear(x.float(), weight, plan, bias=bias.float(), epilogue=step)
-    assert torch.equal(y, wide.to(dtype))
+    route = ROUTES["first_and_last_row"]
+    x = torch.randint(-3, 4, (route.num_rows, 128), device=device).to(dtype) * 2
+    weight = integer_weight(format, device)
+    bias = torch.randint(-999, 1000, (2, 40), device=device).to(dtype)
+    residual = (torch.randint(-999, 1000, (route.num_rows, 40), device=device) / 8).to(dtype)
+    step = make_epilogue(epilogue, residual)
+    plan, labels = route.plan(device), labels_of(route, device)
+    y = mot_linear(x, weight, plan, bias=bias, epilogue=step)
+    wide = dequantize(weight, torch.float64)
+    exact = looped_linear(x.double(), wide, labels, bias=bias.double(), epilogue=step)
+    assert torch.equal(y, exact.to(dtype))
 
 
 @all_formats
 def test_formats_out(format: Format, dtype: torch.dtype, device: torch.device) -> None:
     """`out` may be strided, and may be the residual."""
     torch.manual_seed(0)
-    route = ROUTES["scattered"]
+    route = ROUTES["first_and_last_row"]
     plan = route.plan(device)
     x = torch.randn(route.num_rows, 128, device=device).to(dtype)
     weight = make_weight(2, 40, 128, format, device)
@@ -312,45 +340,111 @@ def test_formats_chunked_columns(monkeypatch: pytest.MonkeyPatch, device: torch.
     x = torch.randn(9, 256, device=device)
     for format in FORMATS:
         weight = make_weight(1, 300, 256, format, device)
-        whole = mot_linear(x, weight)
-        with monkeypatch.context() as patch:
+        with use_path(Path.REFERENCE):
+            whole = mot_linear(x, weight)
+        with use_path(Path.REFERENCE), monkeypatch.context() as patch:
             few = [slice(0, 128), slice(128, 256), slice(256, 300)]
             patch.setattr(reference_formats, "row_chunks", lambda n, k, few=few: few)
             torch.testing.assert_close(mot_linear(x, weight), whole, rtol=1e-5, atol=1e-4)
 
 
-def test_formats_say_once_that_there_is_no_kernel(
+def test_formats_strides(device: torch.device) -> None:
+    """Parts of larger tensors: everything but the rows of data may have any strides."""
+    torch.manual_seed(0)
+    route = ROUTES["three_experts"]
+    x = torch.randn(route.num_rows, 256, device=device).half()
+    for format in (Fp8W8A8(WeightScales.BLOCK), Int8W8A16(), Int4W4A16(64, symmetric=False)):
+        weight = make_weight(3, 144, 256, format, device)
+
+        def spread(t: torch.Tensor) -> torch.Tensor:
+            wide = t.new_zeros([2 * size for size in t.shape])
+            view = wide[tuple(slice(None, None, 2) for _ in t.shape)]
+            view.copy_(t)
+            return view
+
+        padded = weight.data.new_zeros(3, 150, weight.data.shape[2] + 16)
+        data = padded[:, :144, : weight.data.shape[2]]
+        data.copy_(weight.data)
+        zeros = None if weight.zero_points is None else spread(weight.zero_points)
+        apart = ExpertWeight(data, spread(weight.scales), format, zeros)
+        plan = route.plan(device)
+        bias = torch.randn(3, 144, device=device).half()
+        y = mot_linear(spread(x), apart, plan, bias=spread(bias), epilogue=SILU_MUL)
+        assert torch.equal(y, mot_linear(x, weight, plan, bias=bias, epilogue=SILU_MUL))
+
+
+@pytest.mark.parametrize("format", [Fp8W8A8(), Fp8W8A8(WeightScales.BLOCK), Int8W8A16()], ids=str)
+def test_formats_dirty_padding(format: Format, device: torch.device) -> None:
+    """What lies behind the K of a row is not read, or does not count: NaN."""
+    torch.manual_seed(0)
+    route = ROUTES["gen17"]
+    plan = route.plan(device)
+    weight = make_weight(2, 20, 33, format, device)
+    data = torch.full((2, 20, 64), 0x7F, dtype=torch.uint8, device=device)  # NaN as e4m3fn
+    padded = data.view(weight.data.dtype)[:, :, :33]
+    padded.copy_(weight.data)
+    apart = ExpertWeight(padded, weight.scales, format)
+    x = poisoned((route.num_rows, 64), torch.float16, device)[:, :33]
+    x.copy_(torch.randn(x.shape))
+    rows: torch.Tensor | QuantizedRows = x
+    if quantizes_activations(format):
+        clean = reference_formats.quantize_rows(x, format)
+        wide = torch.full((route.num_rows, 64), 0x7F, dtype=torch.uint8, device=device)
+        wide.view(clean.data.dtype)[:, :33].copy_(clean.data)
+        rows = QuantizedRows(wide.view(clean.data.dtype)[:, :33], clean.scales, x.dtype)
+    y = mot_linear(rows, apart, plan)
+    assert torch.equal(y, mot_linear(x.contiguous(), weight, plan))
+    assert not y.isnan().any()
+
+
+@pytest.mark.usefixtures("kernels")
+@all_formats
+def test_formats_config(format: Format, device: torch.device) -> None:
+    """Tiles of the caller's: small ones, several steps to a scale where scales vary along K."""
+    torch.manual_seed(0)
+    route = ROUTES["three_experts"]
+    x = torch.randn(route.num_rows, 256, device=device).half()
+    weight = make_weight(3, 48, 256, format, device)
+    plan = route.plan(device)
+    for config in (TileConfig(16, 16, 32, 2, 1, 2), TileConfig(64, 32, 32, 1, 4, 1)):
+        check(x, weight, plan, labels_of(route, device), config=config)
+    with pytest.raises(ValueError, match=r"block_k=16; with format \w+ it can be 32\.\."):
+        mot_linear(x, weight, plan, config=TileConfig(16, 16, 16))
+    hopper = TileConfig(128, 128, 64, schedule="hopper")
+    with pytest.raises(ValueError, match="has a kernel for 'portable' only"):
+        mot_linear(x, weight, plan, config=hopper)
+    if isinstance(format, Int4W4A16 | Fp8W8A8):
+        with pytest.raises(ValueError, match=r"block_k=256; .* it can be 32\.\.\d+"):
+            mot_linear(x, weight, plan, config=TileConfig(16, 16, 256))
+
+
+def test_formats_say_once_that_plain_pytorch_is_slow(
     caplog: pytest.LogCaptureFixture, device: torch.device
 ) -> None:
     dispatch.warn_once.cache_clear()
     weight = make_weight(1, 8, 32, Int8W8A16(), device)
-    with caplog.at_level(logging.WARNING, logger="mot_kernels"):
+    with use_path(Path.REFERENCE), caplog.at_level(logging.WARNING, logger="mot_kernels"):
         for _ in range(3):
             mot_linear(torch.randn(2, 32, device=device), weight)
     assert [r.getMessage() for r in caplog.records] == [
-        "mot_linear: format int8_w8a16 has no kernel yet; plain PyTorch computes it, rightly but "
-        "slowly"
+        "mot_linear: plain PyTorch computes format int8_w8a16, rightly but slowly: "
+        "use_path(Path.REFERENCE) is in force"
     ]
 
 
-def test_formats_refuse_to_be_forced_onto_kernels(device: torch.device) -> None:
-    weight = make_weight(1, 8, 32, Int8W8A8(), device)
-    with (
-        use_path(Path.TRITON),
-        pytest.raises(ValueError, match="in force, but format int8_w8a8 has no kernel"),
-    ):
-        mot_linear(torch.randn(2, 32, device=device), weight)
-
-
-def test_formats_under_compile(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """A graph break, not an error."""
-    monkeypatch.undo()  # Dynamo does not trace poisoned allocations
-    torch._dynamo.reset()
-    weight = make_weight(2, 8, 32, Int8W8A8(), device)
-    plan = ROUTES["one_branch"].plan(device)
-    x = torch.randn(plan.num_rows, 32, device=device)
-    compiled = torch.compile(lambda x: mot_linear(x * 2, weight, plan) + 1, backend="eager")
-    assert torch.equal(compiled(x), mot_linear(x * 2, weight, plan) + 1)
+@pytest.mark.usefixtures("kernels")
+def test_formats_say_once_that_there_are_no_fp8_units(
+    caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
+    if dispatch.has_fp8_units(device):
+        pytest.skip("this GPU has FP8 units")
+    dispatch.warn_once.cache_clear()
+    weight = make_weight(1, 8, 32, Fp8W8A8(), device)
+    with caplog.at_level(logging.WARNING, logger="mot_kernels"):
+        for _ in range(3):
+            mot_linear(torch.randn(2, 32, device=device), weight)
+    (record,) = caplog.records
+    assert "the kernel of format fp8_w8a8_per_channel multiplies in float16" in record.getMessage()
 
 
 def shapes_and_errors() -> Sequence[tuple[type[Exception], dict[str, object], str]]:

@@ -11,11 +11,17 @@ import torch
 from mot_kernels import (
     SILU_MUL,
     AddResidual,
+    ExpertWeight,
+    Fp8W8A8,
+    Int4W4A16,
+    Int8W8A8,
+    Int8W8A16,
     Path,
     RoutePlan,
     mot_linear,
     mot_qk_norm_rope,
     mot_rms_norm,
+    quantize_weight,
     use_path,
 )
 from mot_kernels.testing import ROUTES
@@ -42,6 +48,12 @@ class Tensors:
         self.weight, self.bias = self.random(2, N, K), self.random(2, N)
         self.residual = self.random(ROWS, N)
         self.gamma = self.random(2, K)
+        wide = torch.randint(-2, 3, (2, N, K)).to(self.device)
+        self.fp8, self.int8, self.int8_a16, self.int4 = (
+            quantize_weight(wide.float(), format)
+            for format in (Fp8W8A8(), Int8W8A8(), Int8W8A16(), Int4W4A16(32))
+        )
+        self.static = torch.tensor([0.5, 0.25], device=self.device)
         self.qkv = self.random(ROWS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
         self.q_weight, self.k_weight = self.random(2, 2, HEAD_DIM)
         self.rope = torch.randn(99, HEAD_DIM, device=self.device)
@@ -92,6 +104,33 @@ def linear_arguments(
     )
 
 
+def format_arguments(
+    t: Tensors, weight: ExpertWeight, *, quantized: bool = False, out_scales: bool = False
+) -> tuple[object, ...]:
+    x = t.x.to(weight.data.dtype) if quantized else t.x
+    out = t.random(ROWS, N)
+    return (
+        out.to(torch.int8) if out_scales else out,
+        t.random(ROWS).float() if out_scales else None,
+        x,
+        torch.ones(ROWS, device=t.device) if quantized else None,
+        weight.data,
+        weight.scales,
+        weight.zero_points,
+        t.bias,
+        None,
+        t.static if out_scales else None,
+        t.plan.row_ids,
+        t.plan.tiles,
+        list(t.plan.counts),
+        [offset for table in t.plan.tile_offsets for offset in table],
+        str(weight.format),
+        t.dtype,
+        False,
+        [],
+    )
+
+
 def qk_arguments(t: Tensors, *, kv_rows: bool, plan: bool) -> tuple[object, ...]:
     slots = ROWS + 9 if kv_rows else ROWS
     return (
@@ -109,22 +148,49 @@ def qk_arguments(t: Tensors, *, kv_rows: bool, plan: bool) -> tuple[object, ...]
     )
 
 
+def eight_bits(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 rows to write to, and their scales."""
+    return t.random(ROWS, K).to(torch.int8), t.random(ROWS).float()
+
+
+def rms_norm_arguments(
+    t: Tensors, *, plan: bool = True, residual: bool = False, quantize: bool = False
+) -> tuple[object, ...]:
+    out, out_scales = eight_bits(t) if quantize else (t.random(ROWS, K), None)
+    return (
+        out,
+        out_scales,
+        t.random(ROWS, K) if residual else None,
+        t.x,
+        t.y if residual else None,
+        t.gamma,
+        t.static if quantize else None,
+        t.plan.expert_ids if plan else None,
+        1e-6,
+    )
+
+
 OPERATORS: dict[str, tuple[str, Arguments]] = {
     "linear": ("linear_", linear_arguments),
     "linear-bias_and_config": ("linear_", lambda t: linear_arguments(t, bias=True)),
     "linear-residual": ("linear_", lambda t: linear_arguments(t, residual=True)),
     "linear-silu_mul": ("linear_", lambda t: linear_arguments(t, silu_mul=True)),
-    "rms_norm": (
-        "rms_norm_",
-        lambda t: (t.random(ROWS, K), None, t.x, None, t.gamma, t.plan.expert_ids, 1e-6),
+    "linear_format-int4": ("linear_format_", lambda t: format_arguments(t, t.int4)),
+    "linear_format-int8-out_scales": (
+        "linear_format_",
+        lambda t: format_arguments(t, t.int8, quantized=True, out_scales=True),
     ),
-    "rms_norm-without_plan": (
-        "rms_norm_",
-        lambda t: (t.random(ROWS, K), None, t.x, None, t.gamma, None, 1e-6),
+    "quantize_rows": ("quantize_rows_", lambda t: (*eight_bits(t), t.x, None, None)),
+    "quantize_rows-static": (
+        "quantize_rows_",
+        lambda t: (*eight_bits(t), t.x, t.static, t.plan.expert_ids),
     ),
-    "rms_norm-residual": (
+    "rms_norm": ("rms_norm_", lambda t: rms_norm_arguments(t)),
+    "rms_norm-without_plan": ("rms_norm_", lambda t: rms_norm_arguments(t, plan=False)),
+    "rms_norm-residual": ("rms_norm_", lambda t: rms_norm_arguments(t, residual=True)),
+    "rms_norm-quantize": (
         "rms_norm_",
-        lambda t: (*t.random(2, ROWS, K), t.x, t.y, t.gamma, t.plan.expert_ids, 1e-6),
+        lambda t: rms_norm_arguments(t, residual=True, quantize=True),
     ),
     "qk_norm_rope": ("qk_norm_rope_", lambda t: qk_arguments(t, kv_rows=False, plan=True)),
     "qk_norm_rope-kv_rows": ("qk_norm_rope_", lambda t: qk_arguments(t, kv_rows=True, plan=True)),
@@ -177,6 +243,28 @@ def linear_out_is_residual(t: Tensors, x: torch.Tensor, plan: RoutePlan) -> Outp
     return (mot_linear(x, t.weight, plan, epilogue=AddResidual(stream), out=stream), stream)
 
 
+def linear_fp8(t: Tensors, x: torch.Tensor, plan: RoutePlan) -> Outputs:
+    return (mot_linear(x, t.fp8, plan, bias=t.bias), mot_linear(x, t.fp8))
+
+
+def linear_int8_a16(t: Tensors, x: torch.Tensor, plan: RoutePlan) -> Outputs:
+    return (mot_linear(x, t.int8_a16, plan, epilogue=AddResidual(t.residual)),)
+
+
+def linear_int4(t: Tensors, x: torch.Tensor, plan: RoutePlan) -> Outputs:
+    return (mot_linear(x, t.int4, plan, epilogue=SILU_MUL),)
+
+
+def linear_int8_chain(t: Tensors, x: torch.Tensor, plan: RoutePlan) -> Outputs:
+    """Norm, linear and the rounding for the linear that follows, static and for each row."""
+    rows, summed = mot_rms_norm(x, t.gamma, plan, residual=t.y, quantize=t.int8.format)
+    static = mot_linear(
+        rows, t.int8, plan, epilogue=SILU_MUL, quantize=t.int8.format, activation_scale=t.static
+    )
+    dynamic = mot_linear(rows, t.int8, plan, quantize=t.fp8.format)
+    return rows.float(), summed, static.float(), dynamic.float()
+
+
 def rms_norm(t: Tensors, x: torch.Tensor, plan: RoutePlan) -> Outputs:
     return (mot_rms_norm(x, t.gamma, plan),)
 
@@ -226,6 +314,10 @@ STEPS: tuple[Step, ...] = (
     linear_dense,
     linear_silu_mul,
     linear_out_is_residual,
+    linear_fp8,
+    linear_int8_a16,
+    linear_int4,
+    linear_int8_chain,
     rms_norm,
     rms_norm_residual,
     rms_norm_out_is_x,

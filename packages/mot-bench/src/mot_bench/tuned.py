@@ -33,7 +33,8 @@ def file_stem(device_name: str) -> str:
 def problem_key(problem: Problem) -> str:
     """A problem as a string, unique among problems."""
     rows = "+".join(str(count) for count in problem.counts)
-    return f"k{problem.k} n{problem.n} {problem.dtype_name} {problem.epilogue} rows {rows}"
+    format = "" if problem.format is None else f" {problem.format}"
+    return f"k{problem.k} n{problem.n} {problem.dtype_name}{format} {problem.epilogue} rows {rows}"
 
 
 def config_key(config: TileConfig) -> str:
@@ -141,10 +142,14 @@ def merge_entry(path: Path, environment: Environment, protocol: str, entry: dict
         except ValueError as error:
             raise MeasurementError(f"{error}; repair or remove the file") from error
         entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
-    same = ("n", "k", "dtype", "epilogue", "rows")
-    entries = [old for old in entries if any(old[key] != entry[key] for key in same)]
+    # Entries of plain weights have no format.
+    same = ("n", "k", "dtype", "epilogue", "rows", "format")
+    entries = [old for old in entries if any(old.get(key) != entry.get(key) for key in same)]
     order = ("dtype", "epilogue", "k", "n", "rows")
-    entries = sorted([*entries, entry], key=lambda each: [each[key] for key in order])
+    entries = sorted(
+        [*entries, entry],
+        key=lambda each: [each.get("format") or "", *(each[key] for key in order)],
+    )
     header = {
         "schema": SCHEMA,
         "op": OP,
@@ -162,7 +167,7 @@ def merge_entry(path: Path, environment: Environment, protocol: str, entry: dict
     try:
         load_entries.cache_clear()
         found = {_key(problem): asdict(config) for problem, config in load_entries(draft)}
-        if found.get(tuple(map(str, (entry[key] for key in same)))) != entry["config"]:
+        if found.get(tuple(str(entry.get(key)) for key in same)) != entry["config"]:
             raise ValueError(f"{draft} does not read back as it was written")
         os.replace(draft, path)
     except ValueError as error:
@@ -180,6 +185,6 @@ def _one_line_each(header: Mapping[str, Any], entries: Sequence[Mapping[str, Any
 
 
 def _key(problem: Problem) -> tuple[str, ...]:
-    """n, k, dtype, epilogue and rows, as text."""
-    rows = str(list(problem.counts))
-    return str(problem.n), str(problem.k), problem.dtype_name, problem.epilogue, rows
+    """n, k, dtype, epilogue, rows and format, as text."""
+    rows, shape = str(list(problem.counts)), (str(problem.n), str(problem.k))
+    return *shape, problem.dtype_name, problem.epilogue, rows, str(problem.format)

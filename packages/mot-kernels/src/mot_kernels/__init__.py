@@ -9,12 +9,14 @@ from mot_kernels.formats import (
     Int4W4A16,
     Int8W8A8,
     Int8W8A16,
+    QuantizedRows,
     WeightScales,
 )
 from mot_kernels.linear import mot_linear, stack_bias
 from mot_kernels.norm import mot_qk_norm_rope, mot_rms_norm
 from mot_kernels.plan import RoutePlan
-from mot_kernels.quantize import dequantize, quantize_rows, quantize_weight
+from mot_kernels.quantize import dequantize, quantize_weight
+from mot_kernels.rows import quantize_rows
 from mot_kernels.tuning.config import TileConfig
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ __all__ = [
     "Int8W8A8",
     "Int8W8A16",
     "Path",
+    "QuantizedRows",
     "RoutePlan",
     "SiluMul",
     "TileConfig",

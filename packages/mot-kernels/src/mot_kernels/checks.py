@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mot_kernels.formats import Format, QuantizedRows, check_activation_scale, rows_dtype
 from mot_kernels.plan import RoutePlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -14,7 +15,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_same_dtype(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_same_dtype(x: torch.Tensor | QuantizedRows, **others: torch.Tensor | None) -> None:
     """x has a supported dtype, and the others share its dtype and device."""
     # float64 is not computed by any kernel, but the reference path takes it (gradient checks).
     if x.dtype not in DTYPES and not (x.dtype is torch.float64 and x.device.type == "cpu"):
@@ -46,11 +47,31 @@ def check_plan(plan: RoutePlan | None, rows: int, experts: int, device: torch.de
         )
 
 
-def check_out(name: str, out: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
+def check_out(
+    name: str, out: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor | QuantizedRows
+) -> None:
     """A tensor of the caller's to write to or add: shape given, dtype and device of x."""
     if tuple(out.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(out.shape)}; expected {shape}")
     check_same_dtype(x, **{name: out})
+
+
+def check_quantize(
+    quantize: Format | None,
+    activation_scale: torch.Tensor | None,
+    out: torch.Tensor | None,
+    experts: int,
+    device: torch.device,
+) -> None:
+    """The arguments by which an operation is asked to round its result to 8 bits."""
+    if quantize is None:
+        if activation_scale is not None:
+            raise ValueError("activation_scale is given, but quantize is not: what is it for?")
+        return
+    rows_dtype(quantize)
+    if out is not None:
+        raise ValueError("out is given along with quantize, whose result is no single tensor")
+    check_activation_scale(activation_scale, experts, device)
 
 
 def check_row_contiguous(name: str, t: torch.Tensor) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mot_kernels.formats import Format, Fp8W8A8
+
 logger = logging.getLogger("mot_kernels")
 
 HOPPER_BLOCK_K = 64
@@ -83,16 +85,30 @@ def _choose_freely(device_type: str, dtype: torch.dtype, needs_grad: bool) -> Ch
     return Choice(Path.REFERENCE, f"Triton kernels do not run on device type {device_type!r}")
 
 
-def choose_format_path(format: str) -> Choice:
-    """The path `mot_linear` takes for an `ExpertWeight` of this format, on any device.
+def choose_format_path(format: Format, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The path `mot_linear` takes for an `ExpertWeight` of this format and rows of this dtype.
 
     Raises:
-        ValueError: `use_path(Path.TRITON)` is in force: no format has a kernel yet.
+        ValueError: `use_path(Path.TRITON)` is in force where Triton cannot run.
     """
-    why = f"format {format} has no kernel yet; plain PyTorch computes it, rightly but slowly"
-    if _forced is Path.TRITON:
-        raise ValueError(f"use_path(Path.TRITON) is in force, but {why}")
-    return Choice(Path.REFERENCE, why)
+    choice = choose_path(device, dtype)
+    if choice.path is Path.REFERENCE:
+        why = f"plain PyTorch computes format {format}, rightly but slowly: {choice.why}"
+        return Choice(Path.REFERENCE, why)
+    if isinstance(format, Fp8W8A8) and not has_fp8_units(device):
+        why = (
+            f"{choice.why}, where nothing multiplies e4m3fn (NVIDIA GPUs from compute capability "
+            f"8.9 do): the kernel of format {format} multiplies in float16, rightly but slower"
+        )
+        return Choice(Path.TRITON, why)
+    return choice
+
+
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether matrix units multiply e4m3fn. AMD's gfx942 has another e4m3 (fnuz): False there."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def why_not_hopper(

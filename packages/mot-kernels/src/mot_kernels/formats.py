@@ -100,6 +100,16 @@ class Int4W4A16:
 
 Format = Fp8W8A8 | Int8W8A8 | Int8W8A16 | Int4W4A16
 
+_ALL: tuple[Format, ...] = (
+    *(Fp8W8A8(scales) for scales in WeightScales),
+    Int8W8A8(),
+    Int8W8A16(),
+    *(Int4W4A16(size, symmetric) for size in GROUP_SIZES for symmetric in (True, False)),
+)
+
+FORMATS: dict[str, Format] = {str(format): format for format in _ALL}
+"""Every format there is, by its name: how operators and tuned files spell it."""
+
 DATA_DTYPES = {
     Fp8W8A8: torch.float8_e4m3fn,
     Int8W8A8: torch.int8,
@@ -204,9 +214,93 @@ class ExpertWeight:
             raise ValueError(f"{name} is on {part.device} but data is on {self.device}; move one")
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizedRows:
+    """Activations rounded to 8 bits: x[r] is about scales[r] * data[r].
+
+    `quantize_rows`, `mot_rms_norm(quantize=)` and `mot_linear(quantize=)` make them, `mot_linear`
+    multiplies them by an `ExpertWeight`. Which format they are of is told by the data's dtype:
+    FP8 formats differ in their weights only.
+
+    Attributes:
+        data: (M, K) float8_e4m3fn for `Fp8W8A8`, int8 for `Int8W8A8`; rows are contiguous.
+        scales: (M,) float32, contiguous; each multiplies its row.
+        dtype: bfloat16, float16 or float32: that of the rows before, and of the product.
+
+    Raises:
+        TypeError: a dtype is not one of these.
+        ValueError: shapes, strides or devices do not fit together.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        _check_dtype("data", self.data, torch.float8_e4m3fn, torch.int8)
+        _check_dtype("scales", self.scales, torch.float32)
+        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise TypeError(f"dtype is {self.dtype}; rows were bfloat16, float16 or float32")
+        if self.data.dim() != 2 or self.scales.shape != self.data.shape[:1]:
+            raise ValueError(
+                f"data has shape {tuple(self.data.shape)} and scales {tuple(self.scales.shape)}; "
+                "expected (M, K) and (M,)"
+            )
+        for name, part in (("data", self.data), ("scales", self.scales)):
+            if part.shape[-1] > 1 and part.stride(-1) != 1:
+                raise ValueError(
+                    f"{name} has strides {part.stride()}; its last dimension must be contiguous"
+                )
+        if self.scales.device != self.device:
+            raise ValueError(f"scales are on {self.scales.device}, data on {self.device}; move one")
+
+    @property
+    def shape(self) -> torch.Size:
+        """(M, K)."""
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where both parts live."""
+        return self.data.device
+
+    def float(self) -> torch.Tensor:
+        """The rows the numbers stand for, (M, K) float32."""
+        return self.data.float() * self.scales[:, None]
+
+
 def quantizes_activations(format: Format) -> bool:
     """Whether `mot_linear` rounds x to the format before it multiplies."""
     return isinstance(format, Fp8W8A8 | Int8W8A8)
+
+
+def rows_dtype(format: Format) -> torch.dtype:
+    """The dtype of `QuantizedRows.data` that `mot_linear` multiplies by this format.
+
+    Raises:
+        TypeError: it is no format, or one that keeps activations as they are.
+    """
+    check_format(format)
+    if not quantizes_activations(format):
+        raise TypeError(
+            f"format is {format!r}, which keeps activations as they are; Fp8W8A8 and Int8W8A8 "
+            "round them"
+        )
+    return DATA_DTYPES[type(format)]
+
+
+def check_activation_scale(scale: torch.Tensor | None, experts: int, device: torch.device) -> None:
+    """Static scales of activations are (E,) float32."""
+    if scale is None:
+        return
+    _check_dtype("activation_scale", scale, torch.float32)
+    if tuple(scale.shape) != (experts,):
+        raise ValueError(
+            f"activation_scale has shape {tuple(scale.shape)}; expected {(experts,)}, one static "
+            "scale for each expert"
+        )
+    if scale.device != device:
+        raise ValueError(f"activation_scale is on {scale.device} but x is on {device}; move one")
 
 
 def scales_shape(format: Format, shape: tuple[int, int, int]) -> tuple[int, ...]:

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
-from mot_kernels import ops, reference, reference_formats
-from mot_kernels.checks import DTYPES, check_out, check_plan, check_same_dtype, needs_grad
+from mot_kernels import ops, reference
+from mot_kernels.checks import (
+    DTYPES,
+    check_out,
+    check_plan,
+    check_quantize,
+    check_same_dtype,
+    needs_grad,
+)
 from mot_kernels.epilogue import AddResidual, Epilogue, SiluMul
-from mot_kernels.formats import ExpertWeight
+from mot_kernels.formats import (
+    ExpertWeight,
+    Format,
+    QuantizedRows,
+    quantizes_activations,
+)
 from mot_kernels.plan import RoutePlan
+from mot_kernels.rows import empty_rows, quantize_rows
 from mot_kernels.tuning.config import TileConfig
 
 
+@overload
 def mot_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
+    weight: torch.Tensor | ExpertWeight,
+    plan: RoutePlan | None = ...,
+    *,
+    bias: torch.Tensor | None = ...,
+    epilogue: Epilogue | None = ...,
+    out: torch.Tensor | None = ...,
+    config: TileConfig | None = ...,
+    quantize: None = ...,
+    activation_scale: None = ...,
+) -> torch.Tensor: ...
+@overload
+def mot_linear(
+    x: torch.Tensor | QuantizedRows,
+    weight: torch.Tensor | ExpertWeight,
+    plan: RoutePlan | None = ...,
+    *,
+    bias: torch.Tensor | None = ...,
+    epilogue: Epilogue | None = ...,
+    out: None = ...,
+    config: TileConfig | None = ...,
+    quantize: Format,
+    activation_scale: torch.Tensor | None = ...,
+) -> QuantizedRows: ...
+def mot_linear(
+    x: torch.Tensor | QuantizedRows,
     weight: torch.Tensor | ExpertWeight,
     plan: RoutePlan | None = None,
     *,
@@ -23,17 +63,19 @@ def mot_linear(
     epilogue: Epilogue | None = None,
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
-) -> torch.Tensor:
+    quantize: Format | None = None,
+    activation_scale: torch.Tensor | None = None,
+) -> torch.Tensor | QuantizedRows:
     """y[r] = epilogue(x[r] @ weight[e]^T + bias[e]), where e is the expert of row r.
 
     Args:
-        x: (M, K) bfloat16, float16 or float32; any strides.
+        x: (M, K) bfloat16, float16 or float32; any strides. Or `QuantizedRows`, for a weight
+            whose format rounds activations: they are then taken with their own scales. Other
+            rows are rounded first, as `quantize_rows` does.
         weight: (E, N, K) in x's dtype, any strides; or an `ExpertWeight`, whose format then says
-            what is computed: x may be rounded to 8 bits first. No format has a kernel yet: plain
-            PyTorch runs on every device and says so once, and `torch.compile` breaks its graph
-            there.
+            what is computed.
         plan: routing of the M rows to E experts. None means every row is expert 0: plain dense
-            PyTorch operations run.
+            PyTorch operations run, unless the weight has a format.
         bias: (E, N) in x's dtype, or None. An expert without a bias has a row of zeros; see
             `stack_bias`.
         epilogue: None, `SILU_MUL` (N = 2F, y is (M, F)) or `AddResidual(residual)`.
@@ -41,35 +83,68 @@ def mot_linear(
             must not overlap x.
         config: tile sizes; looked up if None (see `mot_kernels.tuning.lookup`). Only the Triton
             path has tiles.
+        quantize: `Fp8W8A8` or `Int8W8A8`, to have y rounded as `quantize_rows` does, for the next
+            linear; not with `out`. Static scales cost no pass over y if weight's own format
+            rounds activations, too. A scale of each row cannot be known before the row is
+            complete: it takes one pass.
+        activation_scale: (E,) float32, static scales for `quantize`.
 
     Returns:
         (M, N_out) in x's dtype; N_out is N, or N / 2 for `SILU_MUL`. The Triton path accumulates
         in fp32, adds bias and epilogue in fp32 and rounds once, and so does an `ExpertWeight`;
-        dense and reference paths round the matrix product before the epilogue.
+        dense and reference paths round the matrix product before the epilogue. `QuantizedRows`
+        with `quantize`, the same bits as from `quantize_rows(y)`.
 
     Raises:
-        TypeError: a dtype is not supported or differs from x's.
+        TypeError: a dtype is not supported or differs from x's, or a format does not round
+            activations where it should.
         ValueError: shapes or devices do not fit together, or autograd would need the backward of
-            an `ExpertWeight`, which there is not.
+            an `ExpertWeight` or of rounding, which there is not.
     """
-    rows, columns = _check(x, weight, plan, bias, epilogue)
+    shape = _check(x, weight, plan, bias, epilogue)
     if out is not None:
-        check_out("out", out, (rows, columns), x)
+        check_out("out", out, shape, x)
+    check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
     residual = epilogue.residual if isinstance(epilogue, AddResidual) else None
     if isinstance(weight, ExpertWeight):
-        if needs_grad(x, bias, residual):
+        if needs_grad(x if isinstance(x, torch.Tensor) else None, bias, residual):
             raise ValueError(
                 f"an input requires grad, but weight is {weight.format} and has no backward; use "
                 "torch.no_grad(), or dequantize(weight)"
             )
-        y = x.new_empty(rows, columns) if out is None else out
-        reference_formats.mot_linear_(y, x, weight, plan, bias=bias, epilogue=epilogue)
+        narrow = quantizes_activations(weight.format)
+        if narrow and quantize is not None and activation_scale is not None:
+            rows = empty_rows(weight.data, shape, quantize, x.dtype)
+            _format_linear_(
+                rows.data, rows.scales, x, weight, plan, bias, epilogue, activation_scale, config
+            )
+            return rows
+        y = weight.data.new_empty(shape, dtype=x.dtype) if out is None else out
+        _format_linear_(y, None, x, weight, plan, bias, epilogue, None, config)
+    else:
+        assert isinstance(x, torch.Tensor)
+        y = _plain_linear(x, weight, plan, bias, epilogue, shape, out, config)
+    if quantize is None:
         return y
+    return quantize_rows(y, quantize, plan, activation_scale=activation_scale)
+
+
+def _plain_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutePlan | None,
+    bias: torch.Tensor | None,
+    epilogue: Epilogue | None,
+    shape: tuple[int, int],
+    out: torch.Tensor | None,
+    config: TileConfig | None,
+) -> torch.Tensor:
+    residual = epilogue.residual if isinstance(epilogue, AddResidual) else None
     if plan is None or needs_grad(x, weight, bias, residual):
         y = reference.mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)
         return y if out is None else out.copy_(y)
     if out is None:
-        out = x.new_empty(rows, columns)
+        out = x.new_empty(shape)
     ops.linear_(
         out,
         x,
@@ -87,6 +162,43 @@ def mot_linear(
     return out
 
 
+def _format_linear_(
+    out: torch.Tensor,
+    out_scales: torch.Tensor | None,
+    x: torch.Tensor | QuantizedRows,
+    weight: ExpertWeight,
+    plan: RoutePlan | None,
+    bias: torch.Tensor | None,
+    epilogue: Epilogue | None,
+    activation_scale: torch.Tensor | None,
+    config: TileConfig | None,
+) -> None:
+    """Write into out; with `out_scales` rounded to 8 bits by `activation_scale`."""
+    if quantizes_activations(weight.format) and isinstance(x, torch.Tensor):
+        x = quantize_rows(x, weight.format, plan, activation_scale=weight.activation_scale)
+    ops.linear_format_(
+        out,
+        out_scales,
+        x.data if isinstance(x, QuantizedRows) else x,
+        x.scales if isinstance(x, QuantizedRows) else None,
+        weight.data,
+        weight.scales,
+        weight.zero_points,
+        bias,
+        epilogue.residual if isinstance(epilogue, AddResidual) else None,
+        activation_scale,
+        None if plan is None else plan.row_ids,
+        None if plan is None else plan.tiles,
+        # Without a plan every row is expert 0.
+        [x.shape[0], *[0] * (weight.shape[0] - 1)] if plan is None else plan.counts,
+        [] if plan is None else [offset for table in plan.tile_offsets for offset in table],
+        str(weight.format),
+        x.dtype,
+        isinstance(epilogue, SiluMul),
+        [] if config is None else config.as_ints(),
+    )
+
+
 def stack_bias(biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Stack per-expert biases, (N,) each, into the (E, N) tensor `mot_linear` takes.
 
@@ -100,14 +212,14 @@ def stack_bias(biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 def _check(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: torch.Tensor | ExpertWeight,
     plan: RoutePlan | None,
     bias: torch.Tensor | None,
     epilogue: Epilogue | None,
 ) -> tuple[int, int]:
     """Validate the arguments; returns the output's shape."""
-    if x.dim() != 2 or len(weight.shape) != 3:
+    if len(x.shape) != 2 or len(weight.shape) != 3:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (M, K) "
             "and weight (experts, N, K)"
@@ -119,6 +231,16 @@ def _check(
             f"weight has shape {tuple(weight.shape)}, so K={weight_k}, but x has K={k} columns; "
             "weight is (experts, N, K), as torch.nn.Linear stores it"
         )
+    if isinstance(x, QuantizedRows):
+        wanted = weight.format if isinstance(weight, ExpertWeight) else weight.dtype
+        if not isinstance(weight, ExpertWeight) or not (
+            quantizes_activations(weight.format) and weight.data.dtype is x.data.dtype
+        ):
+            raise TypeError(
+                f"x is QuantizedRows of {x.data.dtype}, but weight has format {wanted}; give "
+                "rows that are not quantized, or a weight whose format rounds activations to "
+                "that dtype"
+            )
     if isinstance(weight, ExpertWeight):
         if x.dtype not in DTYPES:
             raise TypeError(f"x has dtype {x.dtype}; an ExpertWeight multiplies {DTYPES}")

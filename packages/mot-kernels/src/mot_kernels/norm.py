@@ -10,11 +10,14 @@ from mot_kernels import ops, reference
 from mot_kernels.checks import (
     check_out,
     check_plan,
+    check_quantize,
     check_row_contiguous,
     check_same_dtype,
     needs_grad,
 )
+from mot_kernels.formats import Format, QuantizedRows
 from mot_kernels.plan import RoutePlan
+from mot_kernels.rows import empty_rows
 
 
 @overload
@@ -26,6 +29,8 @@ def mot_rms_norm(
     eps: float = ...,
     residual: None = ...,
     out: torch.Tensor | None = ...,
+    quantize: None = ...,
+    activation_scale: None = ...,
 ) -> torch.Tensor: ...
 @overload
 def mot_rms_norm(
@@ -36,7 +41,33 @@ def mot_rms_norm(
     eps: float = ...,
     residual: torch.Tensor,
     out: torch.Tensor | None = ...,
+    quantize: None = ...,
+    activation_scale: None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def mot_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutePlan | None = ...,
+    *,
+    eps: float = ...,
+    residual: None = ...,
+    out: None = ...,
+    quantize: Format,
+    activation_scale: torch.Tensor | None = ...,
+) -> QuantizedRows: ...
+@overload
+def mot_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutePlan | None = ...,
+    *,
+    eps: float = ...,
+    residual: torch.Tensor,
+    out: None = ...,
+    quantize: Format,
+    activation_scale: torch.Tensor | None = ...,
+) -> tuple[QuantizedRows, torch.Tensor]: ...
 def mot_rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -45,7 +76,9 @@ def mot_rms_norm(
     eps: float = 1e-6,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    quantize: Format | None = None,
+    activation_scale: torch.Tensor | None = None,
+) -> torch.Tensor | QuantizedRows | tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
     """RMSNorm with the weight of each row's expert, optionally after adding a residual.
 
     y[r] = h[r] / sqrt(mean(h[r]^2) + eps) * weight[e], h = x or x + residual
@@ -58,14 +91,20 @@ def mot_rms_norm(
         eps: added to the mean square.
         residual: (M, D) in x's dtype, added to x before the norm.
         out: (M, D) tensor for y; may be x. Allocated if None.
+        quantize: `Fp8W8A8` or `Int8W8A8`, to get y as `QuantizedRows` from the same pass, with the
+            very bits that `quantize_rows` makes of y; not with `out`.
+        activation_scale: (E,) float32, static scales for `quantize`; None means a scale of each
+            row.
 
     Returns:
         y (M, D), or with a residual (y, h) with h = x + residual (M, D), both in x's dtype. Sum
         and norm are computed in fp32; y is rounded once, from the unrounded sum.
 
     Raises:
-        TypeError: a dtype is not supported or differs from x's.
-        ValueError: shapes, devices or strides do not fit.
+        TypeError: a dtype is not supported or differs from x's, or `quantize` does not round
+            activations.
+        ValueError: shapes, devices or strides do not fit, or an input requires grad and `quantize`
+            is given: rounding has no backward.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -82,16 +121,35 @@ def mot_rms_norm(
     if out is not None:
         check_out("out", out, tuple(x.shape), x)
         check_row_contiguous("out", out)
+    check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
     if needs_grad(x, weight, residual):
+        if quantize is not None:
+            raise ValueError(
+                "an input requires grad, but quantize has no backward; use torch.no_grad()"
+            )
         result = reference.mot_rms_norm(x, weight, plan, eps=eps, residual=residual)
         y, summed = result if isinstance(result, tuple) else (result, None)
         y = y if out is None else out.copy_(y)
         return y if summed is None else (y, summed)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    rows = None if quantize is None else empty_rows(x, x.shape, quantize, x.dtype)
+    if rows is not None:
+        y = rows.data
+    else:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     summed = None if residual is None else x.new_empty(x.shape)
-    expert_ids = None if plan is None else plan.expert_ids
-    ops.rms_norm_(y, summed, x, residual, weight, expert_ids, eps)
-    return y if summed is None else (y, summed)
+    ops.rms_norm_(
+        y,
+        None if rows is None else rows.scales,
+        summed,
+        x,
+        residual,
+        weight,
+        activation_scale,
+        None if plan is None else plan.expert_ids,
+        eps,
+    )
+    normed = y if rows is None else rows
+    return normed if summed is None else (normed, summed)
 
 
 def mot_qk_norm_rope(

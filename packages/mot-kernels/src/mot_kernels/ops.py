@@ -13,16 +13,31 @@ from typing import NamedTuple
 
 import torch
 
-from mot_kernels import dispatch, reference
+from mot_kernels import dispatch, reference, reference_formats
 from mot_kernels.epilogue import SILU_MUL, AddResidual, Epilogue
+from mot_kernels.formats import (
+    FORMATS,
+    ExpertWeight,
+    Format,
+    Fp8W8A8,
+    Int8W8A8,
+    QuantizedRows,
+)
 from mot_kernels.tuning.config import TileConfig
 
 _SCHEMAS = (
     "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
     "Tensor row_ids, Tensor tiles, Tensor flags, int[] counts, int[] tile_offsets, bool silu_mul, "
     "int[] config) -> ()",
-    "rms_norm_(Tensor(a!) out, Tensor(b!)? residual_out, Tensor x, Tensor? residual, "
-    "Tensor weight, Tensor? expert_ids, float eps) -> ()",
+    "linear_format_(Tensor(a!) out, Tensor(b!)? out_scales, Tensor x, Tensor? x_scales, "
+    "Tensor weight, Tensor weight_scales, Tensor? zero_points, Tensor? bias, Tensor? residual, "
+    "Tensor? activation_scale, Tensor? row_ids, Tensor? tiles, int[] counts, int[] tile_offsets, "
+    "str format, ScalarType dtype, bool silu_mul, int[] config) -> ()",
+    "quantize_rows_(Tensor(a!) data, Tensor(b!) scales, Tensor x, Tensor? activation_scale, "
+    "Tensor? expert_ids) -> ()",
+    "rms_norm_(Tensor(a!) out, Tensor(b!)? out_scales, Tensor(c!)? residual_out, Tensor x, "
+    "Tensor? residual, Tensor weight, Tensor? activation_scale, Tensor? expert_ids, float eps) "
+    "-> ()",
     "qk_norm_rope_(Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, Tensor qkv, Tensor q_weight, "
     "Tensor k_weight, Tensor rope, Tensor positions, Tensor? kv_rows, Tensor? expert_ids, "
     "float eps) -> ()",
@@ -130,28 +145,124 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
+def _linear_format(
+    out: torch.Tensor,
+    out_scales: torch.Tensor | None,
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    row_ids: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    counts: Sequence[int],
+    tile_offsets: Sequence[int],
+    format: str,
+    dtype: torch.dtype,
+    silu_mul: bool,
+    config: Sequence[int],
+) -> None:
+    """`activation_scale` is that of the rows written to out and `out_scales`, if they are 8-bit."""
+    kind = FORMATS[format]
+    choice = dispatch.choose_format_path(kind, x.device, dtype)
+    reference_path = choice.path is dispatch.Path.REFERENCE
+    if reference_path or (isinstance(kind, Fp8W8A8) and not dispatch.has_fp8_units(x.device)):
+        dispatch.warn_once(f"mot_linear: {choice.why}")
+    part = ExpertWeight(weight, weight_scales, kind, zero_points)
+    rows = x if x_scales is None else QuantizedRows(x, x_scales, dtype)
+    if not reference_path:
+        from mot_kernels._triton.launch_formats import launch_linear_format
+
+        launch_linear_format(
+            out,
+            out_scales,
+            rows,
+            part,
+            bias,
+            residual,
+            activation_scale,
+            row_ids,
+            tiles,
+            tuple(counts),
+            tile_offsets,
+            silu_mul,
+            TileConfig.from_ints(config) if config else None,
+        )
+        return
+    epilogue: Epilogue | None = SILU_MUL if silu_mul else None
+    if residual is not None:
+        epilogue = AddResidual(residual)
+    routing = None
+    if row_ids is not None:
+        labels = torch.repeat_interleave(torch.tensor(counts, device=x.device))
+        expert_ids = torch.empty_like(labels).index_copy_(0, row_ids.long(), labels)
+        routing = _Routing(tuple(counts), row_ids, expert_ids)
+    y = out if out_scales is None else torch.empty(out.shape, dtype=dtype, device=x.device)
+    reference_formats.mot_linear_(y, rows, part, routing, bias=bias, epilogue=epilogue)
+    if out_scales is not None:
+        _reference_quantize(out, out_scales, y, activation_scale, routing)
+
+
+def _quantize_rows(
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    x: torch.Tensor,
+    activation_scale: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+) -> None:
+    if dispatch.choose_path(x.device, x.dtype).path is dispatch.Path.TRITON:
+        from mot_kernels._triton.launch_formats import launch_quantize_rows
+
+        launch_quantize_rows(data, scales, x, activation_scale, expert_ids)
+        return
+    routing = None if expert_ids is None else _Routing((), expert_ids, expert_ids)
+    _reference_quantize(data, scales, x, activation_scale, routing)
+
+
+def _reference_quantize(
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    x: torch.Tensor,
+    activation_scale: torch.Tensor | None,
+    routing: _Routing | None,
+) -> None:
+    format: Format = Int8W8A8() if data.dtype is torch.int8 else Fp8W8A8()
+    rows = reference_formats.quantize_rows(x, format, routing, activation_scale=activation_scale)
+    data.copy_(rows.data)
+    scales.copy_(rows.scales)
+
+
 def _rms_norm(
     out: torch.Tensor,
+    out_scales: torch.Tensor | None,
     residual_out: torch.Tensor | None,
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
+    activation_scale: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     eps: float,
 ) -> None:
     if dispatch.choose_path(x.device, x.dtype).path is dispatch.Path.TRITON:
         from mot_kernels._triton.launch import launch_rms_norm
 
-        launch_rms_norm(out, residual_out, x, residual, weight, expert_ids, eps)
+        launch_rms_norm(
+            out, out_scales, residual_out, x, residual, weight, activation_scale, expert_ids, eps
+        )
         return
     routing = None if expert_ids is None else _Routing((), expert_ids, expert_ids)
     result = reference.mot_rms_norm(x, weight, routing, eps=eps, residual=residual)
-    if residual_out is None:
-        assert isinstance(result, torch.Tensor)
-        out.copy_(result)
+    y, summed = result if isinstance(result, tuple) else (result, None)
+    if out_scales is None:
+        out.copy_(y)
     else:
-        out.copy_(result[0])
-        residual_out.copy_(result[1])
+        _reference_quantize(out, out_scales, y, activation_scale, routing)
+    if residual_out is not None:
+        assert summed is not None
+        residual_out.copy_(summed)
 
 
 def _qk_norm_rope(
@@ -200,6 +311,8 @@ def _writes_nothing(*args: object) -> None:
 
 for _name, _implementation in (
     ("linear_", _linear),
+    ("linear_format_", _linear_format),
+    ("quantize_rows_", _quantize_rows),
     ("rms_norm_", _rms_norm),
     ("qk_norm_rope_", _qk_norm_rope),
 ):
@@ -207,5 +320,7 @@ for _name, _implementation in (
     torch.library.register_fake(f"mot::{_name}", _writes_nothing, lib=_LIBRARY)
 
 linear_ = torch.ops.mot.linear_.default
+linear_format_ = torch.ops.mot.linear_format_.default
+quantize_rows_ = torch.ops.mot.quantize_rows_.default
 rms_norm_ = torch.ops.mot.rms_norm_.default
 qk_norm_rope_ = torch.ops.mot.qk_norm_rope_.default

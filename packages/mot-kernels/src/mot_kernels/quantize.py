@@ -1,4 +1,4 @@
-"""Into number formats and back: weights, and the activations of formats that round them."""
+"""Weights into number formats and back, in plain PyTorch (activations: `mot_kernels.rows`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from mot_kernels.formats import (
     WeightScales,
     check_format,
     check_k,
-    quantizes_activations,
     scales_shape,
 )
 
@@ -79,7 +78,7 @@ def quantize_weight(
         if format == Fp8W8A8(WeightScales.PER_TENSOR):
             parts = [matrix[rows].abs().amax().float() for rows in row_chunks(n, k)]
             amax = torch.stack(parts).amax() if k else torch.zeros(())
-            scales[e] = _scale(amax, FP8_MAX)
+            scales[e] = scale_of(amax, FP8_MAX)
         for rows in row_chunks(n, k):
             wide = matrix[rows].to(device, torch.float32)
             match format:
@@ -93,12 +92,12 @@ def quantize_weight(
                     divisor = scales[e]
                 case Fp8W8A8(WeightScales.BLOCK):
                     blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
-                    scales[e, blocks] = _scale(_block_amax(wide), FP8_MAX)
+                    scales[e, blocks] = scale_of(_block_amax(wide), FP8_MAX)
                     divisor = _spread_blocks(scales[e, blocks], wide.shape)
                 case _:
-                    scales[e, rows] = _scale(_amax(wide), _largest(format))
+                    scales[e, rows] = scale_of(row_amax(wide), largest(data.dtype))
                     divisor = scales[e, rows, None]
-            data[e, rows] = _round(wide / divisor, format)
+            data[e, rows] = round_to(wide / divisor, data.dtype)
     return ExpertWeight(data, scales, format, zeros, activation_scale)
 
 
@@ -130,56 +129,31 @@ def dequantize_rows(weight: ExpertWeight, expert: int, rows: slice) -> torch.Ten
     return data.float() * scales[rows, None]
 
 
-def quantize_rows(
-    x: torch.Tensor, format: Format, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round activations to a format, saturating.
-
-    Args:
-        x: (M, K) floating-point.
-        format: `Fp8W8A8` or `Int8W8A8`.
-        scale: static scale, () or (M,) float32; None takes each row's own, its largest magnitude
-            over 448 or 127. An infinity or NaN then leaves no finite number in the row's product;
-            INT8 with a static scale has no way to keep a NaN.
-
-    Returns:
-        data (M, K) float8_e4m3fn or int8, and scales (M,) float32, which multiply it.
-
-    Raises:
-        TypeError: the format keeps activations as they are.
-    """
-    if not quantizes_activations(format):
-        raise TypeError(
-            f"format is {format!r}, which keeps activations as they are; Fp8W8A8 and Int8W8A8 "
-            "round them"
-        )
-    wide = x.float()
-    scales = _scale(_amax(wide), _largest(format)) if scale is None else scale.expand(x.shape[0])
-    return _round(wide / scales[:, None], format), scales
-
-
 def row_chunks(n: int, k: int) -> list[slice]:
     """0..n in slices of about 2^24 elements, each but the last a multiple of `BLOCK` rows."""
     step = max(1, 2**24 // max(1, k) // BLOCK) * BLOCK
     return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
 
-def _largest(format: Format) -> float:
-    return FP8_MAX if isinstance(format, Fp8W8A8) else INT8_MAX
+def largest(dtype: torch.dtype) -> float:
+    """The largest magnitude that is written, of float8_e4m3fn or int8."""
+    return FP8_MAX if dtype is torch.float8_e4m3fn else INT8_MAX
 
 
-def _amax(wide: torch.Tensor) -> torch.Tensor:
+def row_amax(wide: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each row; 0 for rows without elements."""
     return wide.abs().amax(-1) if wide.shape[-1] else wide.new_zeros(wide.shape[:-1])
 
 
-def _scale(span: torch.Tensor, steps: float) -> torch.Tensor:
-    return (span / steps).clamp_min(_LEAST_SCALE)
+def scale_of(span: torch.Tensor, steps: float) -> torch.Tensor:
+    """span / steps, never 0."""
+    # By a tensor: on GPUs torch divides by a number as it multiplies by 1 / steps, other bits.
+    return (span / torch.full_like(span, steps)).clamp_min(_LEAST_SCALE)
 
 
-def _round(scaled: torch.Tensor, format: Format) -> torch.Tensor:
+def round_to(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """To the nearest, ties to even, saturating (a conversion to e4m3fn alone would give NaN)."""
-    if isinstance(format, Fp8W8A8):
+    if dtype is torch.float8_e4m3fn:
         return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return scaled.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
@@ -190,12 +164,12 @@ def _quantize_groups(
     """Levels (rows, K) uint8 in 0..15, scales and zero points (rows, K / group_size)."""
     groups = wide.unflatten(-1, (-1, format.group_size))
     if format.symmetric:
-        scale = _scale(groups.abs().amax(-1), 7.0)
+        scale = scale_of(groups.abs().amax(-1), 7.0)
         zero = torch.full_like(scale, 8.0)
     else:
         # With 0 in the range, 0 is exact and the zero point a level.
         low, high = groups.amin(-1).clamp_max(0.0), groups.amax(-1).clamp_min(0.0)
-        scale = _scale(high - low, 15.0)
+        scale = scale_of(high - low, 15.0)
         zero = (-low / scale).round().clamp(0.0, 15.0)
     levels = (groups / scale[..., None]).round() + zero[..., None]
     return levels.clamp(0.0, 15.0).to(torch.uint8).flatten(1), scale, zero.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""`mot_linear` with an `ExpertWeight`, in plain PyTorch: right on every device, not fast.
+"""Twins of `quantize_rows`, and of `mot_linear` with an `ExpertWeight`: right anywhere, not fast.
 
 Only conversions, no arithmetic, happen in 8-bit floats, so GPUs without FP8 units compute the same.
 Per element of y, with a(r) the row as the format sees it and s(r) its scale (1 where the format
@@ -16,25 +16,44 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mot_kernels import dispatch
 from mot_kernels.epilogue import AddResidual, Epilogue, SiluMul
 from mot_kernels.formats import (
     ExpertWeight,
+    Format,
     Fp8W8A8,
     Int4W4A16,
     Int8W8A8,
+    QuantizedRows,
     WeightScales,
     quantizes_activations,
+    rows_dtype,
 )
-from mot_kernels.quantize import dequantize_rows, quantize_rows, row_chunks
+from mot_kernels.quantize import dequantize_rows, largest, round_to, row_amax, row_chunks, scale_of
 from mot_kernels.reference import Routing
 
 
-@torch.compiler.disable
+def quantize_rows(
+    x: torch.Tensor,
+    format: Format,
+    plan: Routing | None = None,
+    *,
+    activation_scale: torch.Tensor | None = None,
+) -> QuantizedRows:
+    """See `mot_kernels.quantize_rows`."""
+    dtype, wide = rows_dtype(format), x.float()
+    if activation_scale is None:
+        scales = scale_of(row_amax(wide), largest(dtype))
+    elif plan is None:
+        scales = activation_scale[:1].repeat(x.shape[0])
+    else:
+        scales = activation_scale.index_select(0, plan.expert_ids.long())
+    return QuantizedRows(round_to(wide / scales[:, None], dtype), scales, x.dtype)
+
+
 @torch.no_grad()
 def mot_linear_(
     out: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: ExpertWeight,
     plan: Routing | None = None,
     *,
@@ -42,31 +61,31 @@ def mot_linear_(
     epilogue: Epilogue | None = None,
 ) -> None:
     """Write `mot_kernels.mot_linear` of checked arguments into `out`, expert by expert."""
-    dispatch.warn_once(f"mot_linear: {dispatch.choose_format_path(str(weight.format)).why}")
+    if quantizes_activations(weight.format) and isinstance(x, torch.Tensor):
+        x = quantize_rows(x, weight.format, plan, activation_scale=weight.activation_scale)
+    data, scales = (x.data, x.scales) if isinstance(x, QuantizedRows) else (x, None)
     if plan is None:
-        out.copy_(_one_expert(x, weight, 0, bias, epilogue))
+        out.copy_(_one_expert(data, scales, weight, 0, bias, epilogue))
         return
     for e, rows in enumerate(torch.split(plan.row_ids.long(), list(plan.counts))):
         if len(rows):
             own = epilogue
             if isinstance(epilogue, AddResidual):  # which may be `out`: read before written
                 own = AddResidual(epilogue.residual.index_select(0, rows))
-            y = _one_expert(x.index_select(0, rows), weight, e, bias, own)
+            own_scales = None if scales is None else scales[rows]
+            y = _one_expert(data[rows], own_scales, weight, e, bias, own)
             out.index_copy_(0, rows, y.to(out.dtype))
 
 
 def _one_expert(
     x: torch.Tensor,
+    scales: torch.Tensor | None,
     weight: ExpertWeight,
     expert: int,
     bias: torch.Tensor | None,
     epilogue: Epilogue | None,
 ) -> torch.Tensor:
-    """(M, N_out) float32: all rows of x through one expert."""
-    scales = None
-    if quantizes_activations(weight.format):
-        static = None if weight.activation_scale is None else weight.activation_scale[expert]
-        x, scales = quantize_rows(x, weight.format, static)
+    """(M, N_out) float32: all rows of x, as the format takes them, through one expert."""
     _, n, k = weight.shape
     y = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
     for columns in row_chunks(n, k):

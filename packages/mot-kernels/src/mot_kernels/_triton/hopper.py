@@ -42,7 +42,7 @@ from mot_kernels._triton.hopper_finish import (
     _residual_chunk,
     _trade,
 )
-from mot_kernels._triton.linear import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
+from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed these.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from mot_kernels import dispatch
 from mot_kernels._triton.activation import _silu_mul_kernel
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
-from mot_kernels._triton.linear import (
+from mot_kernels._triton.linear import _mot_linear_kernel
+from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
+from mot_kernels._triton.rounding import _E4M3, _INT8, _KEEP
+from mot_kernels._triton.tile import (
     _EPILOGUE_ADD_RESIDUAL,
     _EPILOGUE_NONE,
     _EPILOGUE_SILU_MUL,
-    _mot_linear_kernel,
 )
-from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.plan import TILE_ROWS
 from mot_kernels.tuning.config import TileConfig
@@ -96,6 +98,7 @@ def launch_linear(
             stride_w_n=weight.stride(1),
             stride_w_k=weight.stride(2),
             stride_bias_e=0 if bias is None else bias.stride(0),
+            stride_bias_n=0 if bias is None else bias.stride(1),
             stride_residual_m=0 if residual is None else residual.stride(0),
             stride_residual_n=0 if residual is None else residual.stride(1),
             HAS_BIAS=bias is not None,
@@ -133,10 +136,12 @@ def launch_silu_mul(out: torch.Tensor, x: torch.Tensor) -> None:
 
 def launch_rms_norm(
     out: torch.Tensor,
+    out_scales: torch.Tensor | None,
     residual_out: torch.Tensor | None,
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
+    activation_scale: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     eps: float,
 ) -> None:
@@ -145,13 +150,16 @@ def launch_rms_norm(
     if rows == 0:
         return
     block = triton.next_power_of_2(width)
+    units = dispatch.has_fp8_units(x.device)
     with _on(x.device):
         _mot_rms_norm_kernel[(rows,)](
-            out_ptr=out,
+            out_ptr=kernel_view(out, units),
+            out_scales_ptr=out_scales,
             residual_out_ptr=residual_out,
             x_ptr=x,
             residual_ptr=residual,
             weight_ptr=weight,
+            static_ptr=activation_scale,
             expert_ids_ptr=expert_ids,
             D=width,
             stride_out_m=out.stride(0),
@@ -159,9 +167,13 @@ def launch_rms_norm(
             stride_x_m=x.stride(0),
             stride_residual_m=0 if residual is None else residual.stride(0),
             stride_weight_e=weight.stride(0),
+            stride_static_e=0 if activation_scale is None else activation_scale.stride(0),
             eps=eps,
             HAS_PLAN=expert_ids is not None,
             HAS_RESIDUAL=residual is not None,
+            HAS_STATIC=activation_scale is not None,
+            OUT_KIND=out_kind(out),
+            UNITS=units,
             BLOCK_D=block,
             # 32 elements a thread: several loads of 16 bytes under way.
             num_warps=min(max(block // 1024, 1), 16),
@@ -218,6 +230,18 @@ def launch_qk_norm_rope(
             # 32 elements of q a thread
             num_warps=min(max(block_heads * block_half // 512, 1), 8),
         )
+
+
+def out_kind(out: torch.Tensor) -> int:
+    """What the kernels round a result to, by the dtype of where it goes."""
+    if out.dtype is torch.float8_e4m3fn:
+        return int(_E4M3.value)
+    return int(_INT8.value) if out.dtype is torch.int8 else int(_KEEP.value)
+
+
+def kernel_view(t: torch.Tensor, units: bool) -> torch.Tensor:
+    """A tensor as kernels take it: those without UNITS take the bits of e4m3fn."""
+    return t.view(torch.uint8) if t.dtype is torch.float8_e4m3fn and not units else t
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mot_kernels._triton.linear import _EPILOGUE_SILU_MUL
+from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_BLOCK_K
 from mot_kernels.plan import MOST_PROGRAMS, TILE_ROWS
 from mot_kernels.tuning.config import TileConfig

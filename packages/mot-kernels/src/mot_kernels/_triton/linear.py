@@ -1,30 +1,22 @@
 """Portable routed GEMM: y[r] = epilogue(x[r] @ W[e(r)]^T + b[e(r)]) for every packed row r.
 
-One launch for all experts. `tiles` (T, 4) int32 lists (expert, offset into row_ids, live rows,
-first row or -1); a program owns one tile of rows and BLOCK_N output columns. Rows are always
-addressed through `row_ids`, so scattered and contiguous routing take the same path. Accumulates
-in fp32, applies bias and epilogue in fp32, rounds once. Addresses are int64: M x N and E x N x K
-may pass 2^31 elements. Not here: TMA, persistence, number formats other than fp16/bf16/fp32.
+One launch for all experts; a program owns one tile of rows and BLOCK_N output columns (tile.py).
+Accumulates in fp32, applies bias and epilogue in fp32, rounds once. Addresses are int64: M x N and
+E x N x K may pass 2^31 elements. Not here: TMA, persistence, number formats other than
+fp16/bf16/fp32 (linear_8bit.py, linear_16bit.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-_EPILOGUE_NONE = tl.constexpr(0)
-_EPILOGUE_SILU_MUL = tl.constexpr(1)
-_EPILOGUE_ADD_RESIDUAL = tl.constexpr(2)
-
-
-def _launch_metadata(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """Name and flops for profilers (Triton's Proton reads them)."""
-    rows, n, k = args["num_rows"], args["w_rows"], args["K"]
-    tile = f"{args['BLOCK_M']}x{args['BLOCK_N']}x{args['BLOCK_K']}"
-    flops_key = f"flops{8 * args['x_ptr'].element_size()}"
-    return {"name": f"{kernel.name}_M{rows}_N{n}_K{k}_{tile}", flops_key: 2.0 * rows * n * k}
+from mot_kernels._triton.tile import (
+    _EPILOGUE_SILU_MUL,
+    _find_tile,
+    _finish_tile,
+    _launch_metadata,
+)
 
 
 @triton.jit(launch_metadata=_launch_metadata)
@@ -49,6 +41,7 @@ def _mot_linear_kernel(
     stride_w_n,
     stride_w_k,
     stride_bias_e,
+    stride_bias_n,
     stride_residual_m,
     stride_residual_n,
     HAS_BIAS: tl.constexpr,
@@ -61,33 +54,16 @@ def _mot_linear_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Grid: (num_tiles * cdiv(N_OUT, BLOCK_N),); one row tile x BLOCK_N columns each."""
-    # Programs that run together share GROUP_M row tiles and walk the columns: the weights they
-    # read are then hit in L2.
-    pid = tl.program_id(0)
-    num_n = tl.cdiv(N_OUT, BLOCK_N)
-    group = pid // (GROUP_M * num_n)
-    first_tile = group * GROUP_M
-    group_rows = min(num_tiles - first_tile, GROUP_M)
-    tile = first_tile + (pid % (GROUP_M * num_n)) % group_rows
-    block_n = (pid % (GROUP_M * num_n)) // group_rows
-
-    expert = tl.load(tiles_ptr + tile * 4).to(tl.int64)
-    offset = tl.load(tiles_ptr + tile * 4 + 1)
-    live = tl.load(tiles_ptr + tile * 4 + 2)
-
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_m = offs_m < live
-    # Dead lanes repeat the tile's first row: a valid address, never stored.
-    rows = tl.load(row_ids_ptr + offset + tl.where(mask_m, offs_m, 0)).to(tl.int64)
-    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N_OUT
-    cols = tl.where(mask_n, offs_n, 0).to(tl.int64)
+    expert, rows, cols, mask_m, mask_n = _find_tile(
+        row_ids_ptr, tiles_ptr, num_tiles, num_rows, N_OUT, True, BLOCK_M, BLOCK_N, GROUP_M
+    )
     offs_k = tl.arange(0, BLOCK_K)
 
     x_ptrs = x_ptr + rows[:, None] * stride_x_m + offs_k[None, :] * stride_x_k
     w_base = w_ptr + expert * stride_w_e
     w_ptrs = w_base + cols[None, :] * stride_w_n + offs_k[:, None] * stride_w_k
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_up = acc
     if EPILOGUE == _EPILOGUE_SILU_MUL:
         # tl.cast, not .to: an N_OUT of 1 is specialised to a constant, which has no methods.
         up_ptrs = w_ptrs + tl.cast(N_OUT, tl.int64) * stride_w_n
@@ -111,22 +87,24 @@ def _mot_linear_kernel(
         x_ptrs += BLOCK_K * stride_x_k
         w_ptrs += BLOCK_K * stride_w_k
 
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + expert * stride_bias_e + cols
-        acc += tl.load(bias_ptrs).to(tl.float32)[None, :]
-        if EPILOGUE == _EPILOGUE_SILU_MUL:
-            acc_up += tl.load(bias_ptrs + N_OUT).to(tl.float32)[None, :]
-    if EPILOGUE == _EPILOGUE_SILU_MUL:
-        if PRECISION is None:
-            acc = acc * tl.sigmoid(acc) * acc_up
-        else:  # Triton's own division is off by up to two units in the last place
-            acc = tl.div_rn(acc, 1.0 + tl.exp(-acc)) * acc_up
-
     mask = mask_m[:, None] & mask_n[None, :]
-    if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-        residual_ptrs = (
-            residual_ptr + rows[:, None] * stride_residual_m + cols[None, :] * stride_residual_n
-        )
-        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    y = _finish_tile(
+        acc,
+        acc_up,
+        bias_ptr,
+        residual_ptr,
+        expert,
+        rows,
+        cols,
+        mask,
+        N_OUT,
+        stride_bias_e,
+        stride_bias_n,
+        stride_residual_m,
+        stride_residual_n,
+        HAS_BIAS,
+        EPILOGUE,
+        PRECISION is not None,
+    )
     out_ptrs = out_ptr + rows[:, None] * stride_out_m + cols[None, :] * stride_out_n
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)

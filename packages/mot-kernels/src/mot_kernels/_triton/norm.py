@@ -1,6 +1,7 @@
 """Routed RMSNorm and the fused per-head norm + RoPE, each one pass over its input.
 
-RMSNorm: y[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * gamma[e(r)], with `expert_ids` (M,) int32.
+RMSNorm: y[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * gamma[e(r)], with `expert_ids` (M,) int32. With
+OUT_KIND the row, rounded to x's dtype, is rounded on to 8 bits: the bits of two passes in one.
 QK-norm + RoPE: every head of q and k is normalised with its expert's weight and rotated by the
 row's position, v is passed on; K and V go to row `kv_rows[r]` of the caller's tensors. All
 arithmetic is fp32 with one rounding at the store. Rows must be contiguous in the last dimension.
@@ -11,14 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mot_kernels._triton.rounding import _KEEP, _store_quantized_row
+
 
 @triton.jit
 def _mot_rms_norm_kernel(
     out_ptr,  # (M, D) output
+    out_scales_ptr,  # (M,) fp32 contiguous output with OUT_KIND, or unused
     residual_out_ptr,  # (M, D) output, or unused
     x_ptr,  # (M, D)
     residual_ptr,  # (M, D) or unused
     weight_ptr,  # (E, D)
+    static_ptr,  # (E,) fp32 scales of the output with OUT_KIND, or unused
     expert_ids_ptr,  # (M,) int32, or unused
     D,
     stride_out_m,
@@ -26,9 +31,13 @@ def _mot_rms_norm_kernel(
     stride_x_m,
     stride_residual_m,
     stride_weight_e,
+    stride_static_e,
     eps,
     HAS_PLAN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_STATIC: tl.constexpr,
+    OUT_KIND: tl.constexpr,
+    UNITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Grid: (M,); one row each. Everything is loaded before the sum of squares is waited for."""
@@ -37,7 +46,10 @@ def _mot_rms_norm_kernel(
     mask = offs < D
     x = tl.load(x_ptr + row * stride_x_m + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_PLAN:
-        weight_ptr += tl.load(expert_ids_ptr + row).to(tl.int64) * stride_weight_e
+        expert = tl.load(expert_ids_ptr + row).to(tl.int64)
+        weight_ptr += expert * stride_weight_e
+        if HAS_STATIC:
+            static_ptr += expert * stride_static_e
     gamma = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual_ptrs = residual_ptr + row * stride_residual_m + offs
@@ -45,11 +57,22 @@ def _mot_rms_norm_kernel(
         residual_out_ptrs = residual_out_ptr + row * stride_residual_out_m + offs
         tl.store(residual_out_ptrs, x.to(residual_out_ptr.dtype.element_ty), mask=mask)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-    tl.store(
-        out_ptr + row * stride_out_m + offs,
-        (x * scale * gamma).to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    y = (x * scale * gamma).to(x_ptr.dtype.element_ty)
+    out_ptr += row * stride_out_m
+    if OUT_KIND == _KEEP:
+        tl.store(out_ptr + offs, y, mask=mask)
+    else:
+        _store_quantized_row(
+            out_ptr,
+            out_scales_ptr + row,
+            static_ptr,
+            y.to(tl.float32),
+            offs,
+            mask,
+            OUT_KIND,
+            HAS_STATIC,
+            UNITS,
+        )
 
 
 @triton.jit

@@ -5,8 +5,9 @@ In order: the caller's `config=`; a file in `$MOT_TUNED_CONFIG_DIR`; one in
 computed default, which is logged once together with the command that would tune it.
 
 A file is `mot_linear/<GPU name>.json` below the folder: a header (schema, op, device, torch,
-triton, commit, date) and `entries`, each {n, k, dtype, epilogue, rows: rows per expert, config}.
-Among entries for the same (n, k, dtype, epilogue) the one nearest in log(rows) is used.
+triton, commit, date) and `entries`, each {n, k, dtype, epilogue, rows: rows per expert, config},
+and format for weights that have one. Among entries for the same (n, k, dtype, epilogue, format) the
+one nearest in log(rows) is used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from typing import Any
 import torch
 
 from mot_kernels.dispatch import warn_once
+from mot_kernels.formats import FORMATS
 from mot_kernels.tuning.config import TileConfig, is_legal
+from mot_kernels.tuning.format_tiles import check_format_config, default_format_config
 
 SCHEMA = 1
 OP = "mot_linear"
@@ -42,9 +45,10 @@ class Problem:
     Attributes:
         n: rows of each expert's weight (for "silu_mul" gate and up together).
         k: columns of the weight.
-        dtype: of x and the weight.
+        dtype: of x and the weight; with a format, of x (before it was rounded).
         epilogue: "none", "silu_mul" or "add_residual".
         counts: rows per expert.
+        format: the name of the weight's format; None for a plain weight.
     """
 
     n: int
@@ -52,6 +56,7 @@ class Problem:
     dtype: torch.dtype
     epilogue: str
     counts: tuple[int, ...]
+    format: str | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -76,6 +81,13 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
         best = _nearest(load_entries(path), problem, hopper)
         if best is not None:
             return best
+    properties = torch.cuda.get_device_properties(device)
+    if problem.format is not None:
+        warn_once(
+            f"no tuned tiles for {OP} with K={problem.k}, N={problem.n}, format {problem.format}, "
+            f"{problem.dtype_name}, epilogue {problem.epilogue} on {name}: using a computed default"
+        )
+        return default_config(problem, properties.shared_memory_per_block_optin)
     folder_hint = f"export {_FOLDER_VARIABLES[0]}=DIR"
     warn_once(
         f"no tuned tiles for {OP} with K={problem.k}, N={problem.n}, {problem.dtype_name}, "
@@ -83,7 +95,6 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
         f"mot-bench tune --shape {problem.k},{problem.n} --dtype {problem.dtype_name} "
         f"--epilogue {problem.epilogue} --output DIR   and then {folder_hint}"
     )
-    properties = torch.cuda.get_device_properties(device)
     return default_config(problem, properties.shared_memory_per_block_optin, hopper)
 
 
@@ -149,21 +160,21 @@ def _parse_entry(entry: Any) -> tuple[Problem, TileConfig]:
         raise ValueError(f"key 'dtype' is {entry['dtype']!r}; expected for example 'bfloat16'")
     if entry["epilogue"] not in ("none", "silu_mul", "add_residual"):
         raise ValueError(f"key 'epilogue' is {entry['epilogue']!r}")
-    problem = Problem(entry["n"], entry["k"], dtype, entry["epilogue"], tuple(rows))
-    return problem, TileConfig.from_dict(entry["config"])
+    config = TileConfig.from_dict(entry["config"])
+    format = entry.get("format")
+    if format is not None:
+        if not isinstance(format, str) or format not in FORMATS:
+            raise ValueError(f"key 'format' is {format!r}; expected one of {sorted(FORMATS)}")
+        check_format_config(config, FORMATS[format])
+    problem = Problem(entry["n"], entry["k"], dtype, entry["epilogue"], tuple(rows), format)
+    return problem, config
 
 
 def _nearest(
     entries: tuple[tuple[Problem, TileConfig], ...], problem: Problem, hopper: bool
 ) -> TileConfig | None:
-    def same_shape(other: Problem) -> bool:
-        return (other.n, other.k, other.dtype, other.epilogue, len(other.counts)) == (
-            problem.n,
-            problem.k,
-            problem.dtype,
-            problem.epilogue,
-            len(problem.counts),
-        )
+    def shape(p: Problem) -> tuple[object, ...]:
+        return p.n, p.k, p.dtype, p.epilogue, p.format, len(p.counts)
 
     def distance(other: Problem) -> float:
         pairs = zip(other.counts, problem.counts, strict=True)
@@ -172,7 +183,7 @@ def _nearest(
     candidates = [
         (distance(other), config)
         for other, config in entries
-        if same_shape(other) and (hopper or config.schedule != "hopper")
+        if shape(other) == shape(problem) and (hopper or config.schedule != "hopper")
     ]
     return min(candidates, key=lambda pair: pair[0])[1] if candidates else None
 
@@ -186,6 +197,9 @@ def default_config(problem: Problem, shared_memory: int, hopper: bool = False) -
     them, deep steps where there are not (a short tile is bound by reading the weights).
     """
     rows = max(problem.counts)
+    if problem.format is not None:
+        format = FORMATS[problem.format]
+        return default_format_config(format, problem.dtype, problem.epilogue, rows, shared_memory)
     silu_mul = problem.epilogue == "silu_mul"
     if hopper and rows >= 128:
         return TileConfig(128, 256, 64, 8, 4, 4, schedule="hopper")

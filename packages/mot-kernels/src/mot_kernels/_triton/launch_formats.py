@@ -1,0 +1,195 @@
+"""Launch the kernels of the number formats: grids, constexprs, tiles. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mot_kernels import dispatch
+from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
+from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
+from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
+from mot_kernels._triton.rounding import _quantize_rows_kernel
+from mot_kernels.formats import ExpertWeight, Int4W4A16, QuantizedRows
+from mot_kernels.plan import TILE_ROWS
+from mot_kernels.tuning.config import TileConfig
+from mot_kernels.tuning.format_tiles import check_format_config
+from mot_kernels.tuning.lookup import Problem, find_config
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def launch_linear_format(
+    out: torch.Tensor,
+    out_scales: torch.Tensor | None,
+    x: torch.Tensor | QuantizedRows,
+    weight: ExpertWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation_scale: torch.Tensor | None,
+    row_ids: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    counts: tuple[int, ...],
+    tile_offsets: Sequence[int],
+    silu_mul: bool,
+    config: TileConfig | None,
+) -> None:
+    """One launch for all experts; see `ops` for the arguments and `mot_linear` for shapes.
+
+    Raises:
+        ValueError: `config` does not fit the format.
+    """
+    rows, k = x.shape
+    if rows == 0:
+        return
+    n = weight.shape[1]
+    epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
+    if config is None:
+        problem = Problem(n, k, x.dtype, epilogue, counts, str(weight.format))
+        config = find_config(problem, x.device)
+    else:
+        check_format_config(config, weight.format)
+    if row_ids is None or tiles is None:
+        num_tiles = triton.cdiv(rows, config.block_m)
+    else:
+        # tile_offsets is RoutePlan.tile_offsets, flattened: 3 numbers for each tile size.
+        first, _, last = tile_offsets[3 * TILE_ROWS.index(config.block_m) :][:3]
+        tiles, num_tiles = tiles[first:last], last - first
+    common = {
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "row_ids_ptr": row_ids,
+        "tiles_ptr": tiles,
+        "num_tiles": num_tiles,
+        "num_rows": rows,
+        "w_rows": n,
+        "N_OUT": out.shape[1],
+        "K": k,
+        "stride_out_m": out.stride(0),
+        "stride_out_n": out.stride(1),
+        "stride_w_e": weight.data.stride(0),
+        "stride_w_n": weight.data.stride(1),
+        "stride_bias_e": 0 if bias is None else bias.stride(0),
+        "stride_bias_n": 0 if bias is None else bias.stride(1),
+        "stride_residual_m": 0 if residual is None else residual.stride(0),
+        "stride_residual_n": 0 if residual is None else residual.stride(1),
+        "HAS_PLAN": row_ids is not None,
+        "HAS_BIAS": bias is not None,
+        "EPILOGUE": _EPILOGUES[epilogue],
+        "EVEN_K": k % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
+    with _on(x.device):
+        if isinstance(x, QuantizedRows):
+            _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
+        else:
+            _launch_16bit(grid, common, out, x, weight)
+
+
+def _launch_8bit(
+    grid: tuple[int, ...],
+    common: dict[str, Any],
+    out: torch.Tensor,
+    out_scales: torch.Tensor | None,
+    x: QuantizedRows,
+    weight: ExpertWeight,
+    activation_scale: torch.Tensor | None,
+) -> None:
+    # float32 means float32: units for e4m3fn add up with fewer bits.
+    units = dispatch.has_fp8_units(x.device) and x.dtype is not torch.float32
+    scales = weight.scales
+    _mot_linear_8bit_kernel[grid](
+        out_ptr=kernel_view(out, units),
+        out_scales_ptr=out_scales,
+        x_ptr=kernel_view(x.data, units),
+        x_scales_ptr=x.scales,
+        w_ptr=kernel_view(weight.data, units),
+        w_scales_ptr=scales,
+        static_ptr=activation_scale,
+        stride_x_m=x.data.stride(0),
+        stride_w_scales_e=scales.stride(0),
+        stride_w_scales_n=scales.stride(1) if scales.dim() > 1 else 0,
+        stride_w_scales_k=scales.stride(2) if scales.dim() > 2 else 0,
+        stride_static_e=0 if activation_scale is None else activation_scale.stride(0),
+        BLOCK_SCALES=scales.dim() == 3,
+        UNITS=units,
+        DTYPE=_DTYPES[x.dtype],
+        OUT_KIND=out_kind(out),
+        **common,
+    )
+
+
+def _launch_16bit(
+    grid: tuple[int, ...],
+    common: dict[str, Any],
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: ExpertWeight,
+) -> None:
+    scales, zeros = weight.scales, weight.zero_points
+    zero_strides = (0, 0, 0) if zeros is None else zeros.stride()
+    _mot_linear_16bit_kernel[grid](
+        out_ptr=out,
+        x_ptr=x,
+        w_ptr=weight.data,
+        w_scales_ptr=scales,
+        w_zeros_ptr=zeros,
+        stride_x_m=x.stride(0),
+        stride_x_k=x.stride(1),
+        stride_w_scales_e=scales.stride(0),
+        stride_w_scales_n=scales.stride(1),
+        stride_w_scales_k=scales.stride(2) if scales.dim() > 2 else 0,
+        stride_w_zeros_e=zero_strides[0],
+        stride_w_zeros_n=zero_strides[1],
+        stride_w_zeros_k=zero_strides[2],
+        HAS_ZEROS=zeros is not None,
+        GROUP=weight.format.group_size if isinstance(weight.format, Int4W4A16) else 0,
+        # float32 means float32: TF32 would lose 13 bits that the caller asked for.
+        PRECISION="ieee" if x.dtype is torch.float32 else None,
+        **common,
+    )
+
+
+def launch_quantize_rows(
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    x: torch.Tensor,
+    activation_scale: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+) -> None:
+    """One row per program; see `mot_kernels.quantize_rows` for shapes."""
+    rows, k = x.shape
+    if rows == 0:
+        return
+    block = triton.next_power_of_2(max(k, 1))
+    units = dispatch.has_fp8_units(x.device)
+    with _on(x.device):
+        _quantize_rows_kernel[(rows,)](
+            data_ptr=kernel_view(data, units),
+            scales_ptr=scales,
+            x_ptr=x,
+            static_ptr=activation_scale,
+            expert_ids_ptr=expert_ids,
+            K=k,
+            stride_data_m=data.stride(0),
+            stride_x_m=x.stride(0),
+            stride_x_k=x.stride(1),
+            stride_static_e=0 if activation_scale is None else activation_scale.stride(0),
+            KIND=out_kind(data),
+            HAS_STATIC=activation_scale is not None,
+            HAS_PLAN=expert_ids is not None,
+            UNITS=units,
+            BLOCK_K=block,
+            # 16 bytes a thread of a 16-bit row: 8 elements, 256 a warp.
+            num_warps=min(max(block // 512, 1), 16),
+        )

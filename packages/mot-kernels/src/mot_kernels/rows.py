@@ -1,0 +1,63 @@
+"""`quantize_rows`: activations into the 8-bit formats that round them."""
+
+from __future__ import annotations
+
+import torch
+
+from mot_kernels import ops
+from mot_kernels.checks import DTYPES, check_plan, needs_grad
+from mot_kernels.formats import Format, QuantizedRows, check_activation_scale, rows_dtype
+from mot_kernels.plan import RoutePlan
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    format: Format,
+    plan: RoutePlan | None = None,
+    *,
+    activation_scale: torch.Tensor | None = None,
+) -> QuantizedRows:
+    """Round activations to a format, saturating: q = round(x[r] / s[r]), ties to even.
+
+    `mot_linear` does it by itself where it gets other rows. Call it if several linears take the
+    same x; or have `mot_rms_norm` or `mot_linear` do it to their results (`quantize=`), which
+    saves this pass over x.
+
+    Args:
+        x: (M, K) bfloat16, float16 or float32, any strides.
+        format: `Fp8W8A8` or `Int8W8A8`.
+        plan: routing of the M rows to E experts; None means every row is expert 0. It matters
+            for static scales only.
+        activation_scale: (E,) float32, the static scale of each expert's rows. None takes each
+            row's own, its largest magnitude over 448 (FP8) or 127 (INT8), never 0. An infinity or
+            NaN then leaves no finite number in the row's product; INT8 with a static scale has no
+            way to keep a NaN.
+
+    Raises:
+        TypeError: the format keeps activations as they are, or a dtype is not supported.
+        ValueError: shapes, devices or routing do not fit, or x requires grad: there is no backward.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K)")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; quantize_rows takes {DTYPES}")
+    rows_dtype(format)
+    if plan is not None:
+        check_plan(plan, x.shape[0], plan.num_experts, x.device)
+    if activation_scale is not None:
+        experts = activation_scale.shape[0] if plan is None else plan.num_experts
+        check_activation_scale(activation_scale, experts, x.device)
+    if needs_grad(x):
+        raise ValueError("x requires grad, but rounding has no backward; use torch.no_grad()")
+    rows = empty_rows(x, x.shape, format, x.dtype)
+    expert_ids = None if plan is None else plan.expert_ids
+    ops.quantize_rows_(rows.data, rows.scales, x, activation_scale, expert_ids)
+    return rows
+
+
+def empty_rows(
+    like: torch.Tensor, shape: tuple[int, ...], format: Format, dtype: torch.dtype
+) -> QuantizedRows:
+    """Rows to write into: of `shape`, on the device of `like`, in place of rows of `dtype`."""
+    data = like.new_empty(shape, dtype=rows_dtype(format))
+    return QuantizedRows(data, like.new_empty(shape[0], dtype=torch.float32), dtype)

@@ -1,0 +1,105 @@
+"""Tiles of `mot_linear` with an `ExpertWeight`: what a format demands, and computed defaults."""
+
+from __future__ import annotations
+
+import torch
+
+from mot_kernels.formats import (
+    BLOCK,
+    Format,
+    Fp8W8A8,
+    Int4W4A16,
+    Int8W8A8,
+    quantizes_activations,
+)
+from mot_kernels.tuning.config import TileConfig
+
+# 8-bit matrix instructions take 32 at a time.
+_LEAST_BLOCK_K = 32
+
+
+def most_block_k(format: Format) -> int:
+    """The deepest step: one scale along K holds for all of it, and FP8 units add up no more."""
+    if isinstance(format, Int4W4A16):
+        return format.group_size
+    return BLOCK if isinstance(format, Fp8W8A8) else 256
+
+
+def check_format_config(config: TileConfig, format: Format) -> None:
+    """Raise a ValueError that says why a config does not fit a format."""
+    if config.schedule != "portable":
+        raise ValueError(
+            f"config has schedule {config.schedule!r}, but format {format} has a kernel for "
+            "'portable' only"
+        )
+    most = most_block_k(format)
+    if not _LEAST_BLOCK_K <= config.block_k <= most:
+        raise ValueError(
+            f"config has block_k={config.block_k}; with format {format} it can be "
+            f"{_LEAST_BLOCK_K}..{most}"
+        )
+
+
+def shared_memory_bytes(
+    config: TileConfig, format: Format, dtype: torch.dtype, epilogue: str
+) -> int:
+    """Shared memory the tiles take, in bytes: the pipeline's, and the weight in x's dtype.
+
+    The latter once, beside the stages, where the matrix unit reads its operands from there.
+    """
+    narrow = quantizes_activations(format)
+    x_bytes = 1 if narrow else dtype.itemsize
+    weights = config.block_n * config.block_k * (2 if epilogue == "silu_mul" else 1)
+    stored = weights // 2 if isinstance(format, Int4W4A16) else weights
+    stages = (config.block_m * config.block_k * x_bytes + stored) * config.num_stages
+    # e4m3fn without FP8 units becomes fp16, both operands.
+    if isinstance(format, Fp8W8A8):
+        return stages
+    return stages if narrow else stages + config.block_n * config.block_k * dtype.itemsize
+
+
+def default_format_config(
+    format: Format,
+    dtype: torch.dtype,
+    epilogue: str,
+    rows: int,
+    shared_memory: int,
+) -> TileConfig:
+    """A config computed from the shape, as `tuning.lookup.default_config` does for plain weights.
+
+    Few rows: reading the weights is all the work, so narrow tiles, to have more programs than
+    multiprocessors, and deep steps and many stages, to have many bytes under way. Many rows: as
+    large as registers allow, by ptxas' count of spilled ones for BAGEL's shapes. INT8 adds up where
+    it multiplies; FP8 and groups have the sums of a step beside the accumulators.
+    """
+    most = most_block_k(format)
+    halves = 2 if epilogue == "silu_mul" else 1
+    narrow = quantizes_activations(format)
+    # From sm_90 on matrix units read operands from shared memory, of which there is more; before,
+    # operands take registers, all the more where e4m3fn is turned into fp16.
+    roomy = shared_memory > 200 * 1024
+    int8 = isinstance(format, Int8W8A8)
+    if dtype is torch.float32 and not int8:  # no tensor cores in full precision: small tiles
+        height = 64 if rows > 32 else 16
+        candidates = [TileConfig(height, 64, 32, 8, 4, stages) for stages in (3, 2, 1)]
+    elif rows <= 64:
+        height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        width = 32 if rows <= 16 else 64 // halves
+        candidates = [
+            TileConfig(height, width, depth, 1, 4, stages)
+            for depth, stages in ((256, 5), (256, 3), (128, 8), (128, 5), (128, 3), (64, 8))
+            if depth <= most
+        ]
+        candidates += [TileConfig(height, width, 32, 1, 4, stages) for stages in (8, 5, 3)]
+    else:
+        depth = min(128 if int8 or (narrow and roomy) else 64, most)
+        candidates = [
+            TileConfig(128, width // halves, depth, 8, 8, stages)
+            for width in ((256, 128) if int8 and roomy else (128,))
+            for stages in (4, 3, 2)
+        ]
+        candidates += [TileConfig(64, 64 // halves, 32, 8, 4, stages) for stages in (3, 2, 1)]
+    for config in candidates:
+        if shared_memory_bytes(config, format, dtype, epilogue) <= shared_memory:
+            return config
+    raise ValueError(f"no tile fits {shared_memory} bytes of shared memory for format {format}")
