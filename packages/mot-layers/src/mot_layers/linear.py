@@ -117,6 +117,8 @@ class _MoTLinear(StackedExperts, LinearBase):
             expert.quant_method = ConvertedLinearMethod(
                 reading, expert.quant_method, self._share_parts_if_read
             )
+            # vLLM (0.32) says so where its kernel takes rows that a norm has quantised.
+            expert.__dict__.pop("_input_quant_key", None)
 
     def _share_parts_if_read(self) -> None:
         if all(is_converted(expert) for expert in self._experts):
