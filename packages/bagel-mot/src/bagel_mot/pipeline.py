@@ -7,12 +7,14 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL import Image
 
 from bagel_mot import checkpoint
+from bagel_mot.compressed import stored_formats, stored_targets
 from bagel_mot.config import BagelConfig
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
@@ -26,6 +28,7 @@ from bagel_mot.parallel import (
     start,
     world_size_from_environment,
 )
+from bagel_mot.quantization import LayerFormats, Quantization
 from bagel_mot.reading import Prepared, Reading, read_prompt
 from bagel_mot.request import Noise, Part, Request, Result
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
@@ -89,6 +92,7 @@ class BagelPipeline:
         dtype: str | torch.dtype = torch.bfloat16,
         attention: str | None = None,
         parallel: ParallelConfig | None = None,
+        quantization: str | Quantization | None = None,
         cuda_graphs: bool = True,
         on_tensor: Callable[[str, int], None] | None = None,
     ) -> Self:
@@ -102,14 +106,18 @@ class BagelPipeline:
             attention: attention backend, see `bagel_mot.model.attention_choice`.
             parallel: how several processes share the work; each of them makes the same calls and
                 gets the same results. Default: this process alone.
+            quantization: a number format for the decoder layers, "fp8", "int8", "w8a16" or "w4a16",
+                or a `Quantization`, which says what is kept. Each tensor is quantised as it is
+                read, so that the device never holds more than a part of it besides. None for a
+                checkpoint that is quantised already: it is loaded as it is.
             cuda_graphs: see `BagelPipeline`.
             on_tensor: called with name and element count of each loaded tensor.
 
         Raises:
             FileNotFoundError: the folder or a file is missing.
             CheckpointError: the files do not hold exactly the model's tensors.
-            ValueError: a config value, device, dtype, attention backend or parallel size makes no
-                sense.
+            ValueError: a config value, device, dtype, attention backend, parallel size or format
+                makes no sense, or the checkpoint is quantised already.
         """
         folder = model_folder(path)
         dtype = _parse_dtype(dtype)
@@ -124,6 +132,10 @@ class BagelPipeline:
                 f"{config.llm.vocab_size} rows; the files belong to different models"
             )
         parallel.check(config.llm, world_size_from_environment())
+        found = stored_formats(folder, stored, config)
+        formats = _choose_formats(folder, found, quantization, config)
+        if formats is not None:
+            formats.check(config.llm, parallel.tensor)
         place = _parse_device(device)
         if attention is not None:
             # A backend that cannot be used is an error before anything is loaded.
@@ -131,8 +143,11 @@ class BagelPipeline:
         joined = start(parallel, place.type)
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
-        model = build_model(config, device=place, dtype=dtype, attention=attention)
-        targets = checkpoint.model_targets(config) | checkpoint.vae_targets(model.vae)
+        model = build_model(config, device=place, dtype=dtype, attention=attention, formats=formats)
+        targets = checkpoint.model_targets(config)
+        if found is not None:
+            targets = stored_targets(targets, found)
+        targets |= checkpoint.vae_targets(model.vae)
         checkpoint.check_names(stored, targets)
         checkpoint.load_checkpoint(model, stored, targets, on_tensor)
         return cls(model, tokenizer, joined, cuda_graphs=cuda_graphs)
@@ -350,13 +365,14 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     attention: str | None = None,
+    formats: LayerFormats | None = None,
 ) -> Bagel:
     """A `Bagel` with uninitialised weights; call `bagel_mot.parallel.start` first."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return Bagel(config, attention)
+            return Bagel(config, attention, formats)
     finally:
         torch.set_default_dtype(default)
 
@@ -377,6 +393,23 @@ def _pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
 
 def _rows(job: ImageJob) -> int:
     return len(job.branches) * (job.grid[0] * job.grid[1] + 2)
+
+
+def _choose_formats(
+    folder: Path,
+    found: LayerFormats | None,
+    quantization: str | Quantization | None,
+    config: BagelConfig,
+) -> LayerFormats | None:
+    """What the model's layers are to be in: as the checkpoint has them, or as one asks."""
+    if quantization is None:
+        return found
+    if found is not None:
+        raise ValueError(
+            f"quantization is {quantization!r}, but {folder} is quantised already, in "
+            f"{found.format}; leave quantization out, or take the original checkpoint"
+        )
+    return Quantization.of(quantization).formats(config.llm)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -87,7 +87,7 @@ class ConvertedLinearMethod(FormatLinearMethod):
             delattr(layer, name)
         for name in self.part_names:
             parameter = nn.Parameter(parts[name].contiguous(), requires_grad=False)
-            parameter.mot_format = self.format  # type: ignore[attr-defined]
+            parameter.mot_format = self.format
             layer.register_parameter(name, parameter)
         self.when_done()
 
