@@ -88,7 +88,7 @@ def random_pipeline(
 ) -> BagelPipeline:
     """A pipeline with random weights; nothing is read from disk or copied from the host.
 
-    However many ranks share it, it is the same model.
+    However many ranks share it, it is the same model; a quantised one is that model rounded.
 
     Args:
         config: for example one of `SIZES`.
@@ -130,9 +130,8 @@ def fill_randomly(model: nn.Module, generator: torch.Generator) -> None:
         targets = [*model_targets(model.config).values(), *vae_targets(model.vae).values()]
     for target in targets:
         parameter = parameters[target.parameter]
-        dtype = parameter.dtype
-        if dtype.itemsize == 1:  # a quantised weight: rounded as it comes
-            dtype = torch.bfloat16
+        is_quantized = parameter.dtype.itemsize == 1  # then it is rounded as it comes
+        dtype = model.dtype if is_quantized else parameter.dtype
         values = torch.empty(target.shape, dtype=dtype, device=parameter.device)
         if values.dim() > 1:
             values.normal_(0, values[0].numel() ** -0.5, generator=generator)
