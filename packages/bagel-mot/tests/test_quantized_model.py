@@ -27,7 +27,9 @@ from torch import Tensor
 
 from bagel_mot.launch import run_ranks
 from bagel_mot.parallel import ParallelConfig
+from bagel_mot.pipeline import BagelPipeline, build_model
 from bagel_mot.quantization import PROJECTIONS, Quantization
+from bagel_mot.synthetic import BAGEL_7B
 
 ROUNDS_ACTIVATIONS = ("fp8", "int8")
 
@@ -187,3 +189,31 @@ def test_groups_that_ranks_would_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="divide the 112 columns of down_proj on a rank"):
         load(quantization="w4a16:32", parallel=ParallelConfig(tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("format", "layers", "everything", "ends_kept"),
+    [
+        ("fp8", 12.17, 15.22, 16.09),
+        ("int8", 12.17, 15.22, 16.09),
+        ("w8a16", 12.17, 15.22, 16.09),
+        ("w4a16", 6.46, 9.51, 10.79),
+        ("w4a16:64", 6.84, 9.89, 11.14),
+        ("w4a16:32", 7.60, 10.65, 11.85),
+    ],
+)
+def test_memory_of_7b(
+    format: str, layers: float, everything: float, ends_kept: float, cpu: BagelPipeline
+) -> None:
+    """The table of docs/formats.md, in GiB."""
+
+    def sizes(keep: str) -> tuple[float, float]:
+        formats = Quantization.parse(format, keep).formats(BAGEL_7B.llm)
+        model = build_model(
+            BAGEL_7B, device=torch.device("meta"), dtype=torch.bfloat16, formats=formats
+        )
+        inner = sum(parameter.nbytes for parameter in model.transformer.layers.parameters())
+        return inner / 2**30, sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+
+    assert sizes("") == (pytest.approx(layers, abs=0.005), pytest.approx(everything, abs=0.005))
+    assert sizes("first,last")[1] == pytest.approx(ends_kept, abs=0.005)

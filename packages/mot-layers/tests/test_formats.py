@@ -32,6 +32,7 @@ from mot_kernels import (
     mot_linear,
     quantize_weight,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mot_layers import FormatConfig, stacking
 
@@ -184,3 +185,21 @@ def test_conversion_to_another_dtype_is_refused() -> None:
     """`Module.to(dtype)` would turn FP8 numbers into wider ones without their scales' help."""
     with pytest.raises(TypeError, match=r"data has dtype torch\.float16; expected torch\.float8"):
         in_format("row", Fp8W8A8()).to(torch.float16)
+
+
+class Unsynchronised(TorchDispatchMode):
+    """Fails where the host would wait for the device: such a layer is not for CUDA graphs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["plan", "no_plan"])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_nothing_waits_for_the_device(format: Any, planned: bool) -> None:
+    layer, x = in_format("gate_up", format), torch.randn(PLAN.num_rows, HIDDEN)
+    with Unsynchronised():
+        layer(x, PLAN if planned else None, epilogue=SILU_MUL)
+    with pytest.raises(AssertionError), Unsynchronised():
+        x.sum().item()
