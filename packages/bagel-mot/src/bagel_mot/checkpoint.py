@@ -262,7 +262,7 @@ def load_checkpoint(
     parameters = dict(model.named_parameters())
     filled = {target.parameter for target in targets.values()}
     # A weight that is quantised as it comes fills its scales, too.
-    plain = {target.parameter for target in targets.values() if target.dtypes is PLAIN_DTYPES}
+    plain = {target.parameter for target in targets.values() if target.dtypes == PLAIN_DTYPES}
     filled |= parameters.keys() & {f"{name}_scale" for name in plain}
     if parameters.keys() != filled:
         difference = sorted(parameters.keys() ^ filled)

@@ -42,7 +42,7 @@ from bagel_mot.checkpoint import (
     model_targets,
 )
 from bagel_mot.config import COMBINED_FILE, BagelConfig
-from bagel_mot.quantization import PROJECTIONS, LayerFormats, Projection
+from bagel_mot.quantization import PROJECTIONS, LayerFormats, Projection, Quantization
 
 CONFIG_KEY = "quantization_config"
 
@@ -52,6 +52,35 @@ _INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
 _FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
 # The model's other linear layers; patterns are compressed-tensors'.
 _NEVER = ["language_model.lm_head", "re:.*vit.*", "re:connector.*", "re:.*vae.*", "re:time_embed.*"]
+
+
+def choose_formats(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    config: BagelConfig,
+    quantization: str | Quantization | None,
+) -> tuple[LayerFormats | None, dict[str, Target]]:
+    """What a model's layers are to be in (None: nothing is quantised), and where tensors go.
+
+    Args:
+        folder, stored, config: of the checkpoint.
+        quantization: what is asked for; None to load what there is.
+
+    Raises:
+        CheckpointError: see `stored_formats`.
+        ValueError: the format is not known, or the checkpoint is quantised already.
+    """
+    targets = model_targets(config)
+    found = stored_formats(folder, stored, config)
+    if found is None:
+        asked = None if quantization is None else Quantization.of(quantization).formats(config.llm)
+        return asked, targets
+    if quantization is not None:
+        raise ValueError(
+            f"quantization is {quantization!r}, but {folder} is quantised already, in "
+            f"{found.format}; leave quantization out, or take the original checkpoint"
+        )
+    return found, stored_targets(targets, found)
 
 
 def quantized_matrices(
@@ -113,7 +142,13 @@ def _check_shape(module: str, n: int, k: int) -> Callable[[torch.Tensor], None]:
 
 
 def encode(matrix: torch.Tensor, format: Format, device: torch.device) -> dict[str, torch.Tensor]:
-    """Quantise a matrix (N, K) on `device`; the tensors that stand for it, on the CPU."""
+    """Quantise a matrix (N, K) on `device`; the tensors that stand for it, on the CPU.
+
+    Raises:
+        ValueError: K does not go with the format, or with packing.
+    """
+    if isinstance(format, Int8W8A16) and matrix.shape[1] % 4:
+        raise ValueError(f"w8a16 packs 4 columns in one number, but K is {matrix.shape[1]}")
     weight = quantize_weight([matrix], format, device=device)
     data, scale = weight.data[0].cpu(), weight.scales[0].cpu()
     match format:

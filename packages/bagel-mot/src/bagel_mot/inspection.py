@@ -9,15 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mot_kernels import Int4W4A16
 
 from bagel_mot import checkpoint
-from bagel_mot.checkpoint import (
-    PLAIN_DTYPES,
-    CheckpointError,
-    StoredTensor,
-    Target,
-    model_targets,
-)
+from bagel_mot.checkpoint import PLAIN_DTYPES, CheckpointError, StoredTensor, Target
 from bagel_mot.compressed import stored_formats, stored_targets
 from bagel_mot.config import BagelConfig
 from bagel_mot.model.attention_choice import choose_attention
@@ -77,10 +72,10 @@ class Report:
         tensor, target = self.stored[name], self.targets.get(name)
         if target is None or not self._is_quantized(name):
             return tensor.elements
-        module, _, part = name.rpartition(".")
-        if part not in ("weight", "weight_packed"):
-            return 0
-        return torch.Size(model_targets(self.config)[f"{module}.weight"].shape).numel()
+        assert self.formats is not None
+        bits = 4 if isinstance(self.formats.format, Int4W4A16) else 8
+        packed = {"weight": 1, "weight_packed": 32 // bits}  # values in an element
+        return tensor.elements * packed.get(name.rpartition(".")[2], 0)
 
     def memory_of(self, name: str) -> int:
         """Bytes that a tensor takes once it is loaded."""

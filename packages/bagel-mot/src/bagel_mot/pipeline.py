@@ -7,14 +7,13 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL import Image
 
 from bagel_mot import checkpoint
-from bagel_mot.compressed import stored_formats, stored_targets
+from bagel_mot.compressed import choose_formats
 from bagel_mot.config import BagelConfig
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
@@ -132,8 +131,7 @@ class BagelPipeline:
                 f"{config.llm.vocab_size} rows; the files belong to different models"
             )
         parallel.check(config.llm, world_size_from_environment())
-        found = stored_formats(folder, stored, config)
-        formats = _choose_formats(folder, found, quantization, config)
+        formats, targets = choose_formats(folder, stored, config, quantization)
         if formats is not None:
             formats.check(config.llm, parallel.tensor)
         place = _parse_device(device)
@@ -144,9 +142,6 @@ class BagelPipeline:
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
         model = build_model(config, device=place, dtype=dtype, attention=attention, formats=formats)
-        targets = checkpoint.model_targets(config)
-        if found is not None:
-            targets = stored_targets(targets, found)
         targets |= checkpoint.vae_targets(model.vae)
         checkpoint.check_names(stored, targets)
         checkpoint.load_checkpoint(model, stored, targets, on_tensor)
@@ -393,23 +388,6 @@ def _pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
 
 def _rows(job: ImageJob) -> int:
     return len(job.branches) * (job.grid[0] * job.grid[1] + 2)
-
-
-def _choose_formats(
-    folder: Path,
-    found: LayerFormats | None,
-    quantization: str | Quantization | None,
-    config: BagelConfig,
-) -> LayerFormats | None:
-    """What the model's layers are to be in: as the checkpoint has them, or as one asks."""
-    if quantization is None:
-        return found
-    if found is not None:
-        raise ValueError(
-            f"quantization is {quantization!r}, but {folder} is quantised already, in "
-            f"{found.format}; leave quantization out, or take the original checkpoint"
-        )
-    return Quantization.of(quantization).formats(config.llm)
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
