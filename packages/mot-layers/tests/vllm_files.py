@@ -30,6 +30,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import awq_pack, gptq_pack
 
 FP8 = torch.float8_e4m3fn
+SERIALIZED = True  # said, because before vLLM 0.32 the default was to quantise online
 
 
 @dataclass(frozen=True)
@@ -187,23 +188,28 @@ def awq_config(group: int) -> AutoAWQConfig:
     )
 
 
+def gptq_config(bits: int, group: int) -> AutoGPTQConfig:
+    # Named, because before vLLM 0.32 no names meant that nothing is quantised.
+    return AutoGPTQConfig(bits, group, False, True, False, {}, {}, ["layers"])
+
+
 def weights(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
     return {"num_bits": bits, "type": kind, "strategy": strategy} | more
 
 
 CHECKPOINTS = [
-    Checkpoint("fp8", by_tensor_format, Fp8Config, write_8_bit("tensor", FP8)),
+    Checkpoint("fp8", by_tensor_format, lambda: Fp8Config(SERIALIZED), write_8_bit("tensor", FP8)),
     Checkpoint(
         "fp8-static",
         by_tensor_format,
-        lambda: Fp8Config(activation_scheme="static"),
+        lambda: Fp8Config(SERIALIZED, activation_scheme="static"),
         write_8_bit("tensor", FP8, static=True),
         has_input_scale=True,
     ),
     Checkpoint(
         "fp8-block",
         lambda _: Fp8W8A8(WeightScales.BLOCK),
-        lambda: Fp8Config(weight_block_size=[128, 128]),
+        lambda: Fp8Config(SERIALIZED, weight_block_size=[128, 128]),
         write_8_bit("block", FP8, scale_name="weight_scale_inv"),
     ),
     Checkpoint(
@@ -270,13 +276,13 @@ CHECKPOINTS = [
     Checkpoint(
         "gptq-4",
         lambda _: Int4W4A16(128),
-        lambda: AutoGPTQConfig(4, 128, False, True, False, {}, {}),
+        lambda: gptq_config(4, 128),
         write_gptq(4, 128),
     ),
     Checkpoint(
         "gptq-8",
         lambda _: Int8W8A16(),
-        lambda: AutoGPTQConfig(8, -1, False, True, False, {}, {}),
+        lambda: gptq_config(8, -1),
         write_gptq(8, None),
     ),
     Checkpoint(
