@@ -85,6 +85,15 @@ def test_without_plan_all_rows_are_und(format: Any, epilogue: bool) -> None:
     torch.testing.assert_close(y, und, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("und", [False, True], ids=["gen_bias", "both"])
+def test_without_plan_the_bias_is_unds(und: bool) -> None:
+    layer, x = in_format("row", Int8W8A16(), bias=und), torch.randn(4, in_features("row"))
+    if und:
+        layer.bias.data.fill_(2)
+    want = mot_linear(x, quantised("row", Int8W8A16()))
+    torch.testing.assert_close(layer(x)[0], want + 2 * und, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_gen_expert_alone(format: Any) -> None:
     """The submodule is a layer of its own, as tools that walk modules expect."""

@@ -31,12 +31,12 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.utils import set_weight_attrs
 
-WEIGHT, SCALE, ZERO_POINT, INPUT_SCALE = (
-    "weight",
-    "weight_scale",
-    "weight_zero_point",
-    "input_scale",
-)
+from mot_layers.stacking import StackedExperts
+
+WEIGHT = "weight"
+SCALE = "weight_scale"
+ZERO_POINT = "weight_zero_point"
+INPUT_SCALE = "input_scale"
 
 
 class FormatLinearMethod(LinearMethodBase):
@@ -65,21 +65,25 @@ class FormatLinearMethod(LinearMethodBase):
             parts[WEIGHT], parts[SCALE], self.format, parts.get(ZERO_POINT), parts.get(INPUT_SCALE)
         )
 
-    def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., K) times the layer's own weight: (..., N)."""
-        parts = {name: getattr(layer, name).data[None] for name in self.part_names}
-        weight = self.expert_weight(parts)
+        if isinstance(layer, StackedExperts) and layer.shares_storage:
+            # Expert 0 of a weight that lives as long as the layer: what a kernel has prepared for
+            # it stays valid, in CUDA graphs as well.
+            weight, biases = layer.routed_weight, layer.stacked_bias
+        else:
+            weight = self.expert_weight({n: getattr(layer, n).data[None] for n in self.part_names})
+            biases = None if bias is None else bias[None]
         rows = x.reshape(-1, x.shape[-1])
-        y = mot_linear(rows, weight, bias=None if bias is None else bias[None])
+        y = mot_linear(rows, weight, bias=None if bias is None else biases)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the parameters are as they are used."""
 
     def create_weights(self, layer: nn.Module, *args: Any, **extra: Any) -> None:
-        raise NotImplementedError("what makes the layer's parameters is a subclass's business")
+        """The business of the classes that derive from this one."""
+        raise NotImplementedError(f"{type(self).__name__} makes no parameters")
 
 
 class QuantizingLinearMethod(FormatLinearMethod):

@@ -153,7 +153,7 @@ class _MoTLinear(StackedExperts, LinearBase):
         Raises:
             RuntimeError: the layer is quantised in a way that has no format, or not loaded yet.
         """
-        if not self._addresses:
+        if not self.shares_storage:
             method = type(self.quant_method).__name__
             if isinstance(self.quant_method, FormatLinearMethod):
                 raise RuntimeError(
@@ -189,7 +189,7 @@ class _MoTLinear(StackedExperts, LinearBase):
 
         None if neither has a bias.
         """
-        if not self._addresses:
+        if not self.shares_storage:
             return stack_bias([self.bias, self.gen_exp.bias])
         return self._stacked()[-1]
 
@@ -247,7 +247,7 @@ class _MoTLinear(StackedExperts, LinearBase):
         if plan is None:
             y = self.quant_method.apply(self, x, self.bias if add_bias else None)
             return _finish(y, epilogue)
-        if not (self._addresses or isinstance(self.quant_method, FormatLinearMethod)):
+        if not (self.shares_storage or isinstance(self.quant_method, FormatLinearMethod)):
             return _finish(self._multiply_gathered(x, plan, add_bias), epilogue)
         weight = self.routed_weight
         bias = self._stacks[-1] if add_bias else None  # as new as the weight
