@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mot_kernels import Int4W4A16, dequantize, quantize_weight
 
 from bagel_mot import checkpoint
 from bagel_mot.config import BagelConfig
@@ -71,6 +72,18 @@ def test_ranks_hold_parts_of_one_model(
     printed = capfd.readouterr()
     # Two experts of two layers: the weights of four linears, and the biases of one.
     assert code == 0 and printed.out == "split: 20\n", printed.out + printed.err
+
+
+def test_quantised_is_the_same_model(tiny: BagelPipeline) -> None:
+    """With the same seed, so that quality can be measured on random weights."""
+    quantized = random_pipeline(TINY, device=CPU, dtype=torch.float32, quantization="w4a16:32")
+    for mine, own in zip(
+        quantized.model.transformer.layers, tiny.model.transformer.layers, strict=True
+    ):
+        weight = own.mlp.gate_up.stacked_weight
+        expected = dequantize(quantize_weight(weight, Int4W4A16(32)))
+        assert torch.equal(dequantize(mine.mlp.gate_up.routed_weight), expected)
+    assert torch.equal(quantized.model.lm_head.weight, tiny.model.lm_head.weight)
 
 
 def test_parallel_sizes_are_checked() -> None:

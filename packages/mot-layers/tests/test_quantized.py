@@ -22,7 +22,7 @@ LAYERS = [Layer(kind, bias) for kind in KINDS for bias in BIASES]
 
 @pytest.fixture(autouse=True)
 def warn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_gathered_methods", set())
+    monkeypatch.setattr(linear, "_gathered", set())
 
 
 def assert_right(

@@ -19,6 +19,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from format_cases import FORMATS, in_format, part_of_rank
+from format_cases import KINDS as FORMAT_KINDS
+from format_cases import PLAN as FORMAT_PLAN
+from format_cases import Weights as FormatWeights
+from format_cases import quantised as quantised_whole
 from halves_format import HalvesConfig, quantised
 from layer_cases import (
     BIASES,
@@ -33,10 +38,21 @@ from layer_cases import (
     plain,
     rows_of_rank,
 )
-from mot_kernels import SILU_MUL, AddResidual, Epilogue, RoutePlan
+from mot_kernels import (
+    SILU_MUL,
+    AddResidual,
+    Epilogue,
+    ExpertWeight,
+    RoutePlan,
+    dequantize,
+    mot_linear,
+)
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm_files import CHECKPOINTS
+from vllm_files import loaded as loaded_by_vllm
+from vllm_files import meaning as meaning_of
 
 from mot_layers import MoTRMSNorm
 from mot_layers.runtime import init_parallel, shutdown_parallel
@@ -209,6 +225,64 @@ def quantised_layer(rank: int, tp_size: int, kind: str) -> None:
     layer = quantised(spec)
     assert isinstance(layer.quant_config, HalvesConfig)
     assert_computes(layer(x, PLAN, epilogue=epilogue)[0], spec, epilogue, mine)
+
+
+@check(kind=list(FORMAT_KINDS), number=list(range(len(FORMATS))))
+def formats(rank: int, tp_size: int, kind: str, number: int) -> None:
+    """A rank's scales are those of its rows and columns, and of the whole rows."""
+    format = FORMATS[number]
+    layer = in_format(kind, format)
+    mine = part_of_rank(kind, rank, tp_size)
+    whole = dequantize(quantised_whole(kind, format))
+    x = torch.randn(
+        FORMAT_PLAN.num_rows, whole.shape[2], generator=torch.Generator().manual_seed(3)
+    )
+    y, _ = layer(x[:, mine[1]], FORMAT_PLAN)
+    assert torch.equal(dequantize(layer.routed_weight), whole[:, mine[0]][:, :, mine[1]])
+    # Rows of 8-bit activations get another scale on each rank: sums of what each should compute.
+    want = torch.zeros(x.shape[0], len(mine[0]))
+    want += FormatWeights.of(kind).bias[FORMAT_PLAN.expert_ids.long()][:, mine[0]]
+    ranks = range(tp_size) if kind == "row" else [rank]
+    for r in ranks:
+        rows, columns = part_of_rank(kind, r, tp_size)
+        part = _sliced(quantised_whole(kind, format), rows, columns)
+        want += mot_linear(x[:, columns], part, FORMAT_PLAN)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+def _sliced(weight: ExpertWeight, rows: torch.Tensor, columns: torch.Tensor) -> ExpertWeight:
+    """Some rows and neighbouring columns of a weight."""
+    start, length, k = int(columns[0]), len(columns), weight.shape[2]
+
+    def cut(part: torch.Tensor | None) -> torch.Tensor | None:
+        if part is None:
+            return None
+        part = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+        part = part[:, rows]
+        if part.dim() == 2:
+            return part
+        return part.narrow(2, start * part.shape[2] // k, length * part.shape[2] // k).contiguous()
+
+    data, scales = cut(weight.data), cut(weight.scales)
+    assert data is not None and scales is not None
+    return ExpertWeight(
+        data.view(weight.data.dtype), scales, weight.format, cut(weight.zero_points)
+    )
+
+
+# Of those that vLLM can build on a CPU.
+VLLM_FILES = ("compressed-int8-channel", "compressed-int8-tensor", "compressed-w4a16-group32")
+VLLM_FILES += ("compressed-w4a16-group128-zero-points", "awq")
+
+
+@check(kind=list(FORMAT_KINDS), name=list(VLLM_FILES))
+def vllms_formats(rank: int, tp_size: int, kind: str, name: str) -> None:
+    """What vLLM's loaders split is read part by part."""
+    checkpoint = next(each for each in CHECKPOINTS if each.name == name)
+    layer = loaded_by_vllm(checkpoint, kind)
+    rows, columns = part_of_rank(kind, rank, tp_size)
+    want = meaning_of(checkpoint, kind)[:, rows][:, :, columns]
+    assert torch.equal(dequantize(layer.routed_weight), want)
 
 
 @check()

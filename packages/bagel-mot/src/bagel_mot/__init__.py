@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bagel_mot.config import BagelConfig
     from bagel_mot.pipeline import BagelPipeline, Cancelled
+    from bagel_mot.quantization import Keep, Quantization
     from bagel_mot.request import Noise, Request, Result
     from bagel_mot.sampling import ImageSettings, Step
 
@@ -18,7 +19,9 @@ __all__ = [
     "BagelPipeline",
     "Cancelled",
     "ImageSettings",
+    "Keep",
     "Noise",
+    "Quantization",
     "Request",
     "Result",
     "Step",
@@ -31,7 +34,9 @@ _HOMES = {
     "BagelPipeline": "pipeline",
     "Cancelled": "pipeline",
     "ImageSettings": "sampling",
+    "Keep": "quantization",
     "Noise": "request",
+    "Quantization": "quantization",
     "Request": "request",
     "Result": "request",
     "Step": "sampling",

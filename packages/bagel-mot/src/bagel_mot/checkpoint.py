@@ -24,7 +24,8 @@ from bagel_mot.config import BagelConfig
 MODEL_FILE = "ema.safetensors"
 VAE_FILE = "ae.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+"""Of tensors that are not quantised, and of scales; as safetensors spells them."""
 
 # (checkpoint name, parameter, shape, shard). {i} is the layer; {gen} is "" and "_moe_gen", and
 # with it {exp} is "" and ".gen_exp": one line stands for a tensor and its generation twin. The
@@ -105,11 +106,16 @@ class Target:
         parameter: name in `Bagel.named_parameters()`.
         shape: the checkpoint tensor's shape (before any tensor-parallel split).
         shard: part of a fused parameter, None for the whole.
+        dtypes: what it may be stored in.
+        decode: from what is stored to what the parameter takes; None if that is the same. Returns
+            None for a tensor that only had to be checked.
     """
 
     parameter: str
     shape: tuple[int, ...]
     shard: str | int | None = None
+    dtypes: tuple[str, ...] = PLAIN_DTYPES
+    decode: Callable[[torch.Tensor], torch.Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,7 @@ def config_with_grids(config: BagelConfig, stored: dict[str, StoredTensor]) -> B
 
 
 def check_names(stored: dict[str, StoredTensor], targets: dict[str, Target]) -> None:
-    """Every tensor has a place, every place a tensor, with the right shape and a float dtype.
+    """Every tensor has a place, every place a tensor, with the right shape and dtype.
 
     Raises:
         CheckpointError: listing all that is wrong.
@@ -226,9 +232,11 @@ def check_names(stored: dict[str, StoredTensor], targets: dict[str, Target]) -> 
             problems.append(
                 f"wrong shape: {name} is {list(found.shape)}, expected {list(wanted.shape)}"
             )
-        if found.dtype not in _FLOATS:
+        if found.dtype not in wanted.dtypes:
+            expected = ", ".join(wanted.dtypes)
             problems.append(
-                f"wrong dtype: {name} is {found.dtype}, expected one of {', '.join(_FLOATS)}"
+                f"wrong dtype: {name} is {found.dtype}, expected "
+                + (f"one of {expected}" if len(wanted.dtypes) > 1 else expected)
             )
     if problems:
         raise CheckpointError(
@@ -253,6 +261,9 @@ def load_checkpoint(
     """
     parameters = dict(model.named_parameters())
     filled = {target.parameter for target in targets.values()}
+    # A weight that is quantised as it comes fills its scales, too.
+    plain = {target.parameter for target in targets.values() if target.dtypes == PLAIN_DTYPES}
+    filled |= parameters.keys() & {f"{name}_scale" for name in plain}
     if parameters.keys() != filled:
         difference = sorted(parameters.keys() ^ filled)
         raise CheckpointError(f"model and name table disagree about: {', '.join(difference)}")
@@ -261,9 +272,15 @@ def load_checkpoint(
         with _opened(file) as tensors:
             for name in names:
                 target = targets[name]
-                fill(parameters[target.parameter], tensors.get_tensor(name), target.shard)
+                _place(parameters[target.parameter], tensors.get_tensor(name), target)
                 if on_tensor is not None:
                     on_tensor(name, stored[name].elements)
+
+
+def _place(parameter: nn.Parameter, stored: torch.Tensor, target: Target) -> None:
+    tensor = stored if target.decode is None else target.decode(stored)
+    if tensor is not None:
+        fill(parameter, tensor, target.shard)
 
 
 @torch.no_grad()

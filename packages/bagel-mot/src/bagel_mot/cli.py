@@ -1,9 +1,8 @@
-"""The command `bagel-mot`: generate, edit, ask, inspect, demo, train-tiny."""
+"""The command `bagel-mot`: generate, edit, ask, inspect, quantize, demo, train-tiny."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,6 @@ from bagel_mot import __version__
 from bagel_mot.cli_io import (
     IS_FIRST_RANK,
     console,
-    find_model,
     open_images,
     output_files,
     progress,
@@ -26,6 +24,21 @@ from bagel_mot.cli_io import (
     user_errors,
 )
 from bagel_mot.demo import demo
+from bagel_mot.model_options import (
+    AttentionOption,
+    CfgParallelOption,
+    DeviceOption,
+    DtypeOption,
+    GraphsOption,
+    KeepOption,
+    ModelOption,
+    NprocOption,
+    Place,
+    QuantizationOption,
+    SpOption,
+    TpOption,
+)
+from bagel_mot.quantize_command import quantize
 from bagel_mot.tiny.command import train_tiny
 
 app = typer.Typer(
@@ -34,42 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Paint, edit and answer with BAGEL on routed kernels.",
 )
-ModelOption = Annotated[
-    Path,
-    typer.Option(
-        "--model",
-        "-m",
-        callback=find_model,
-        help="Checkpoint folder in the official layout, or tiny: the model shipped with us.",
-    ),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(help="Where to run, e.g. cuda:0 or cpu. Default: a GPU if there is one."),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32."),
-]
-AttentionOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Attention: fa3, fa2, cudnn, sdpa or math. Default: the fastest; see inspect."
-    ),
-]
-GraphsOption = Annotated[
-    bool,
-    typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, launch each step as one."),
-]
-TpOption = Annotated[int, typer.Option(help="Tensor parallel ranks.")]
-SpOption = Annotated[
-    str | None,
-    typer.Option(help="Sequence parallel ranks: ulysses:2, ring:3, ulysses:2,ring:2, allgather:2."),
-]
-CfgParallelOption = Annotated[int, typer.Option(help="Ranks the guidance is spread over.")]
-NprocOption = Annotated[
-    int | None, typer.Option(help="Start this many ranks here (else: torchrun does).")
-]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, help="Same seed, same result. Default: a random one.")
 ]
@@ -139,6 +116,8 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    quantization: QuantizationOption = None,
+    keep_bf16: KeepOption = "",
     cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
@@ -155,7 +134,7 @@ def generate(
             settings,
             output,
             overwrite,
-            Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc),
+            _place(locals()),
             height=height,
             width=width,
             think=think,
@@ -193,6 +172,8 @@ def edit(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    quantization: QuantizationOption = None,
+    keep_bf16: KeepOption = "",
     cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
@@ -209,7 +190,7 @@ def edit(
             settings,
             output,
             overwrite,
-            Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc),
+            _place(locals()),
             height=height,
             width=width,
             think=think,
@@ -234,6 +215,8 @@ def ask(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    quantization: QuantizationOption = None,
+    keep_bf16: KeepOption = "",
     cuda_graphs: GraphsOption = True,
     tp: TpOption = 1,
     sp: SpOption = None,
@@ -254,7 +237,7 @@ def ask(
             temperature=temperature,
             seed=seed,
         )
-        place = Place(model, device, dtype, attention, cuda_graphs, tp, sp, cfg_parallel, nproc)
+        place = _place(locals())
         place.start_ranks()
         answer = place.load().ask(
             pictures,
@@ -298,6 +281,7 @@ def inspect(
 
 
 app.command()(demo)
+app.command()(quantize)
 app.command()(train_tiny)
 
 
@@ -322,67 +306,9 @@ def _given(arguments: dict[str, Any], settings_class: type[Any]) -> dict[str, An
     }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which model runs where: the options every command that runs it has."""
-
-    model: Path
-    device: str | None
-    dtype: str | None
-    attention: str | None
-    cuda_graphs: bool
-    tp: int
-    sp: str | None
-    cfg_parallel: int
-    nproc: int | None
-
-    def start_ranks(self) -> None:
-        """With --nproc: run this command on so many ranks instead, and exit as they do."""
-        from bagel_mot.config import BagelConfig
-        from bagel_mot.launch import run_ranks
-        from bagel_mot.parallel import ParallelConfig, world_size_from_environment
-
-        require_folder(self.model)
-        if self.nproc is not None and self.nproc < 1:
-            raise ValueError(f"--nproc {self.nproc}: expected at least 1")
-        sizes = ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel)
-        ranks = self.nproc or world_size_from_environment()
-        sizes.check(BagelConfig.from_folder(self.model).llm, ranks)
-        if self.nproc is None or self.nproc == 1:
-            return
-        words = iter(sys.argv[1:])
-        command = [sys.executable, "-m", "bagel_mot"]
-        for word in words:
-            if word == "--nproc":
-                next(words)
-            elif not word.startswith("--nproc="):
-                command.append(word)
-        raise typer.Exit(run_ranks(command, self.nproc))
-
-    def load(self) -> Any:
-        """The pipeline."""
-        import torch
-
-        from bagel_mot import checkpoint
-        from bagel_mot.parallel import ParallelConfig
-        from bagel_mot.pipeline import BagelPipeline
-
-        dtype = self.dtype
-        if dtype is None:
-            on_gpu = self.device.startswith("cuda") if self.device else torch.cuda.is_available()
-            dtype = "bfloat16" if on_gpu else "float32"
-        headers = checkpoint.read_headers(self.model)
-        total = sum(tensor.elements for tensor in headers.values())
-        with progress("loading", total, numbers=False) as advance:
-            return BagelPipeline.from_pretrained(
-                self.model,
-                device=self.device,
-                dtype=dtype,
-                attention=self.attention,
-                cuda_graphs=self.cuda_graphs,
-                parallel=ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel),
-                on_tensor=lambda _, elements: advance(elements),
-            )
+def _place(arguments: dict[str, Any]) -> Place:
+    """Which model runs where, from a command's arguments."""
+    return Place(**{field.name: arguments[field.name] for field in fields(Place)})
 
 
 def _make_images(

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mot_kernels import Int4W4A16
 
 from bagel_mot import checkpoint
-from bagel_mot.checkpoint import CheckpointError, StoredTensor, Target
+from bagel_mot.checkpoint import PLAIN_DTYPES, CheckpointError, StoredTensor, Target
+from bagel_mot.compressed import stored_formats, stored_targets
 from bagel_mot.config import BagelConfig
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.vae import AutoEncoder
+from bagel_mot.quantization import LayerFormats
 
-# Bytes an element takes once loaded.
+# Bytes an element takes once loaded, by what the model computes in.
 _WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Bytes an element takes in a file; other dtypes have no place in the model and count as nothing.
+_STORED_WIDTHS = defaultdict(
+    int, {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "I32": 4, "I64": 8}
+)
 
 Rows = list[tuple[str, ...]]
 
@@ -31,7 +38,8 @@ class Report:
         stored: every tensor in the files.
         targets: where each expected tensor goes.
         problems: why it would not load; empty if it would.
-        width: bytes an element takes in memory.
+        formats: what is quantised in the files; None if nothing is.
+        width: bytes an element takes in memory, if it is not quantised.
         attention: the attention backend that would run here, and why.
     """
 
@@ -39,6 +47,7 @@ class Report:
     stored: dict[str, StoredTensor]
     targets: dict[str, Target]
     problems: list[str]
+    formats: LayerFormats | None
     width: int
     attention: str
 
@@ -52,6 +61,55 @@ class Report:
             return "gen expert" if ".gen_exp" in target.parameter else "und expert"
         return {"vit": "vision tower", "vae": "VAE"}.get(top, "embeddings and heads")
 
+    def format_of(self, name: str) -> str:
+        """How a checkpoint tensor is stored: the format it is a part of, or its dtype."""
+        if self.formats is not None and self._is_quantized(name):
+            return str(self.formats.format)
+        return self.stored[name].dtype
+
+    def parameters_of(self, name: str) -> int:
+        """How many of the model's parameters a tensor stands for; scales are none."""
+        tensor, target = self.stored[name], self.targets.get(name)
+        if target is None or not self._is_quantized(name):
+            return tensor.elements
+        assert self.formats is not None
+        bits = 4 if isinstance(self.formats.format, Int4W4A16) else 8
+        packed = {"weight": 1, "weight_packed": 32 // bits}  # values in an element
+        return tensor.elements * packed.get(name.rpartition(".")[2], 0)
+
+    def memory_of(self, name: str) -> int:
+        """Bytes that a tensor takes once it is loaded."""
+        tensor = self.stored[name]
+        if not self._is_quantized(name):
+            return tensor.elements * self.width
+        part = name.rpartition(".")[2]
+        widths = {"weight_scale": 4, "weight_shape": 0}  # scales become float32
+        return tensor.elements * widths.get(part, _STORED_WIDTHS[tensor.dtype])
+
+    def _is_quantized(self, name: str) -> bool:
+        """Whether a tensor is a part of a quantised matrix."""
+        target = self.targets.get(name)
+        if target is None:
+            return False
+        return target.dtypes != PLAIN_DTYPES or target.parameter.endswith("_scale")
+
+    def _summed(self, key: Callable[[str], str]) -> Rows:
+        """A row of sums for each kind of tensor, the one with most parameters first."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in self.stored:
+            groups[key(name)].append(name)
+        largest_first = sorted(groups, key=lambda kind: -sum(map(self.parameters_of, groups[kind])))
+        return [(kind, *self._sums(groups[kind])) for kind in largest_first]
+
+    def _sums(self, names: list[str]) -> tuple[str, str, str]:
+        """Tensors, parameters and memory."""
+        memory = _gib(sum(map(self.memory_of, names)))
+        return str(len(names)), f"{sum(map(self.parameters_of, names)):,}", memory
+
+    def _bytes_in_files(self, kind: str) -> int:
+        tensors = [self.stored[name] for name in self.stored if self.format_of(name) == kind]
+        return sum(tensor.elements * _STORED_WIDTHS[tensor.dtype] for tensor in tensors)
+
     def kv_bytes_per_row(self) -> int:
         """KV cache bytes of one token, all layers."""
         llm = self.config.llm
@@ -59,19 +117,15 @@ class Report:
 
     def tables(self, *, with_names: bool) -> Iterator[tuple[str, tuple[str, ...], Rows]]:
         """(title, columns, rows) of what there is to print."""
-        count: dict[str, int] = defaultdict(int)
-        elements: dict[str, int] = defaultdict(int)
-        for name, tensor in self.stored.items():
-            part = self.component_of(name)
-            count[part] += 1
-            elements[part] += tensor.elements
-        rows: Rows = [
-            (part, str(count[part]), f"{elements[part]:,}", _gib(elements[part] * self.width))
-            for part in sorted(elements, key=lambda part: -elements[part])
+        columns = ("tensors", "parameters", "memory")
+        parts = self._summed(self.component_of)
+        parts.append(("all", *self._sums([*self.stored])))
+        yield "components", ("part", *columns), parts
+        formats = [
+            (kind, *sums, _gib(self._bytes_in_files(kind)))
+            for kind, *sums in self._summed(self.format_of)
         ]
-        total = sum(elements.values())
-        rows.append(("all", str(len(self.stored)), f"{total:,}", _gib(total * self.width)))
-        yield "components", ("part", "tensors", "parameters", "memory"), rows
+        yield "formats", ("stored as", *columns, "in files"), formats
 
         unit = self.config.latent_token_pixels
         side = unit * self.config.latent_grid
@@ -119,9 +173,14 @@ def inspect_checkpoint(path: str | os.PathLike[str], dtype: str = "bfloat16") ->
     config = checkpoint.config_with_grids(config, stored)
     with torch.device("meta"):
         vae = AutoEncoder(config.vae)
-    targets = checkpoint.model_targets(config) | checkpoint.vae_targets(vae)
+    targets = checkpoint.model_targets(config)
     problems: list[str] = []
+    formats = None
     try:
+        formats = stored_formats(folder, stored, config)
+        if formats is not None:
+            targets = stored_targets(targets, formats)
+        targets |= checkpoint.vae_targets(vae)
         checkpoint.check_names(stored, targets)
     except CheckpointError as error:
         problems = str(error).splitlines()
@@ -130,7 +189,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], dtype: str = "bfloat16") ->
         dtype=getattr(torch, dtype),
         head_dim=config.llm.head_dim,
     )
-    return Report(config, stored, targets, problems, _WIDTHS[dtype], str(attention))
+    return Report(config, stored, targets, problems, formats, _WIDTHS[dtype], str(attention))
 
 
 def _gib(size: float) -> str:

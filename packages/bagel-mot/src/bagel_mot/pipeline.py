@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from bagel_mot import checkpoint
+from bagel_mot.compressed import choose_formats
 from bagel_mot.config import BagelConfig
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
@@ -26,6 +27,7 @@ from bagel_mot.parallel import (
     start,
     world_size_from_environment,
 )
+from bagel_mot.quantization import LayerFormats, Quantization
 from bagel_mot.reading import Prepared, Reading, read_prompt
 from bagel_mot.request import Noise, Part, Request, Result
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
@@ -89,6 +91,7 @@ class BagelPipeline:
         dtype: str | torch.dtype = torch.bfloat16,
         attention: str | None = None,
         parallel: ParallelConfig | None = None,
+        quantization: str | Quantization | None = None,
         cuda_graphs: bool = True,
         on_tensor: Callable[[str, int], None] | None = None,
     ) -> Self:
@@ -102,14 +105,18 @@ class BagelPipeline:
             attention: attention backend, see `bagel_mot.model.attention_choice`.
             parallel: how several processes share the work; each of them makes the same calls and
                 gets the same results. Default: this process alone.
+            quantization: a number format for the decoder layers, "fp8", "int8", "w8a16" or "w4a16",
+                or a `Quantization`, which says what is kept. Each tensor is quantised as it is
+                read, so that the device never holds more than a part of it besides. None for a
+                checkpoint that is quantised already: it is loaded as it is.
             cuda_graphs: see `BagelPipeline`.
             on_tensor: called with name and element count of each loaded tensor.
 
         Raises:
             FileNotFoundError: the folder or a file is missing.
             CheckpointError: the files do not hold exactly the model's tensors.
-            ValueError: a config value, device, dtype, attention backend or parallel size makes no
-                sense.
+            ValueError: a config value, device, dtype, attention backend, parallel size or format
+                makes no sense, or the checkpoint is quantised already.
         """
         folder = model_folder(path)
         dtype = _parse_dtype(dtype)
@@ -124,6 +131,9 @@ class BagelPipeline:
                 f"{config.llm.vocab_size} rows; the files belong to different models"
             )
         parallel.check(config.llm, world_size_from_environment())
+        formats, targets = choose_formats(folder, stored, config, quantization)
+        if formats is not None:
+            formats.check(config.llm, parallel.tensor)
         place = _parse_device(device)
         if attention is not None:
             # A backend that cannot be used is an error before anything is loaded.
@@ -131,8 +141,8 @@ class BagelPipeline:
         joined = start(parallel, place.type)
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
-        model = build_model(config, device=place, dtype=dtype, attention=attention)
-        targets = checkpoint.model_targets(config) | checkpoint.vae_targets(model.vae)
+        model = build_model(config, device=place, dtype=dtype, attention=attention, formats=formats)
+        targets |= checkpoint.vae_targets(model.vae)
         checkpoint.check_names(stored, targets)
         checkpoint.load_checkpoint(model, stored, targets, on_tensor)
         return cls(model, tokenizer, joined, cuda_graphs=cuda_graphs)
@@ -350,13 +360,14 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     attention: str | None = None,
+    formats: LayerFormats | None = None,
 ) -> Bagel:
     """A `Bagel` with uninitialised weights; call `bagel_mot.parallel.start` first."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return Bagel(config, attention)
+            return Bagel(config, attention, formats)
     finally:
         torch.set_default_dtype(default)
 

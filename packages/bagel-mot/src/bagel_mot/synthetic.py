@@ -19,6 +19,7 @@ from bagel_mot.config import BagelConfig, ImageLimits, LlmConfig, VaeConfig, Vit
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.parallel import ParallelConfig, start, world_size_from_environment
 from bagel_mot.pipeline import BagelPipeline, build_model
+from bagel_mot.quantization import Quantization
 from bagel_mot.tokenizer import BagelTokenizer
 
 # Spread of biases, and of norm weights around 1.
@@ -81,28 +82,33 @@ def random_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
     parallel: ParallelConfig | None = None,
+    quantization: str | Quantization | None = None,
     seed: int = 0,
     **options: Any,
 ) -> BagelPipeline:
     """A pipeline with random weights; nothing is read from disk or copied from the host.
 
-    However many ranks share it, it is the same model.
+    However many ranks share it, it is the same model; a quantised one is that model rounded.
 
     Args:
         config: for example one of `SIZES`.
-        device, dtype, attention, parallel: as for `BagelPipeline.from_pretrained`.
+        device, dtype, attention, parallel, quantization: as for `BagelPipeline.from_pretrained`.
         seed: of the weights, which also depend on the device.
         options: what else `BagelPipeline` takes.
 
     Raises:
-        ValueError: the attention backend or a parallel size makes no sense.
+        ValueError: the attention backend, a parallel size or the format makes no sense.
     """
     parallel = parallel or ParallelConfig()
     parallel.check(config.llm, world_size_from_environment())
+    formats = None
+    if quantization is not None:
+        formats = Quantization.of(quantization).formats(config.llm)
+        formats.check(config.llm, parallel.tensor)
     joined = start(parallel, device.type)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    model = build_model(config, device=device, dtype=dtype, attention=attention)
+    model = build_model(config, device=device, dtype=dtype, attention=attention, formats=formats)
     fill_randomly(model, torch.Generator(device).manual_seed(seed))
     return BagelPipeline(model, byte_tokenizer(), joined, **options)
 
@@ -124,7 +130,9 @@ def fill_randomly(model: nn.Module, generator: torch.Generator) -> None:
         targets = [*model_targets(model.config).values(), *vae_targets(model.vae).values()]
     for target in targets:
         parameter = parameters[target.parameter]
-        values = torch.empty(target.shape, dtype=parameter.dtype, device=parameter.device)
+        is_quantized = parameter.dtype.itemsize == 1  # then it is rounded as it comes
+        dtype = model.dtype if is_quantized else parameter.dtype
+        values = torch.empty(target.shape, dtype=dtype, device=parameter.device)
         if values.dim() > 1:
             values.normal_(0, values[0].numel() ** -0.5, generator=generator)
         else:

@@ -16,6 +16,7 @@ if importlib.util.find_spec("vllm") is None:
         "`pip install 'mot-layers[cpu]'` (CPU)"
     )
 
+from mot_layers.formats import FormatConfig
 from mot_layers.linear import (
     MoTMergedColumnParallelLinear,
     MoTQKVParallelLinear,
@@ -24,6 +25,7 @@ from mot_layers.linear import (
 from mot_layers.norm import MoTRMSNorm
 
 __all__ = [
+    "FormatConfig",
     "MoTMergedColumnParallelLinear",
     "MoTQKVParallelLinear",
     "MoTRMSNorm",

@@ -5,8 +5,9 @@ All three work alike, in `_MoTLinear`:
 - The layer itself is vLLM's layer and holds the und expert's parameters; the submodule `gen_exp`
   is a plain vLLM layer of the same arguments and holds the gen expert's.
 - Unquantised weights are rows of one (2, N, K) tensor, N and K of this rank's shard, and
-  `mot_kernels.mot_linear` runs over it.
-- With quantised weights each expert's rows are gathered and go through its own quantisation
+  `mot_kernels.mot_linear` runs over it. So are weights in a number format, and their scales:
+  those that `FormatConfig` asks for, and those of vLLM's quantisation that `vllm_formats` reads.
+- With other quantised weights each expert's rows are gathered and go through its own quantisation
   method. That is right, but slow.
 - An epilogue works on what this rank computed, before results of several ranks are gathered or
   summed.
@@ -19,7 +20,15 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from mot_kernels import AddResidual, Epilogue, RoutePlan, SiluMul, mot_linear, stack_bias
+from mot_kernels import (
+    AddResidual,
+    Epilogue,
+    ExpertWeight,
+    RoutePlan,
+    SiluMul,
+    mot_linear,
+    stack_bias,
+)
 from mot_kernels.checks import check_plan
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
@@ -31,7 +40,9 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
+from mot_layers.formats import WEIGHT, FormatLinearMethod
 from mot_layers.stacking import StackedExperts, logger
+from mot_layers.vllm_formats import ConvertedLinearMethod, NotReadable, is_converted, reading_of
 
 Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
@@ -63,6 +74,10 @@ class _MoTLinear(StackedExperts, LinearBase):
     expert_class: ClassVar[type[LinearBase]]
     gather_output: bool
 
+    # Both experts' weights as `mot_linear` takes them; None while they are not stacked.
+    _routed_weight: torch.Tensor | ExpertWeight | None = None
+    _why_gathered = ""
+
     def __init__(self, *args: Any, gen_bias: bool | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         signature = inspect.signature(self.expert_class.__init__)
@@ -76,31 +91,96 @@ class _MoTLinear(StackedExperts, LinearBase):
             if expert.bias is not None:
                 # vLLM 0.26 leaves this on by mistake; a gathered output then fails in grad mode.
                 expert.bias.requires_grad_(False)
+        methods = [e.quant_method for e in self._experts]
         # Exactly vLLM's own method: one derived from it (of a hardware plugin, say) may keep
         # other weights, and then runs on its own.
-        if all(type(e.quant_method) is UnquantizedLinearMethod for e in self._experts):
+        if all(type(method) is UnquantizedLinearMethod for method in methods):
             for expert in self._experts:
                 expert.quant_method = StackedLinearMethod()
-            self._share_storage("weight", "bias")
+            self._share_storage(WEIGHT, "bias")
+        elif all(isinstance(method, FormatLinearMethod) for method in methods):
+            self._share_parts()
+        elif all(method is not None for method in methods):
+            self._read_vllms_formats()
+
+    def _read_vllms_formats(self) -> None:
+        """Have both experts' parameters read into one format once they are loaded, if possible."""
+        try:
+            readings = [reading_of(expert) for expert in self._experts]
+        except NotReadable as why:
+            self._why_gathered = str(why)
+            return
+        if readings[0] != readings[1]:
+            self._why_gathered = "its experts are in different formats"
+            return
+        for expert, reading in zip(self._experts, readings, strict=True):
+            expert.quant_method = ConvertedLinearMethod(
+                reading, expert.quant_method, self._share_parts_if_read
+            )
+            # vLLM (0.32) says so where its kernel takes rows that a norm has quantised.
+            expert.__dict__.pop("_input_quant_key", None)
+
+    def _share_parts_if_read(self) -> None:
+        if all(is_converted(expert) for expert in self._experts):
+            self._share_parts()
+
+    def _share_parts(self) -> None:
+        und, gen = (e.quant_method for e in self._experts)
+        if (und.format, und.part_names) != (gen.format, gen.part_names):
+            raise ValueError(
+                f"layer {self.prefix!r}: the und expert is in {und.format} and the gen expert in "
+                f"{gen.format}; both must be in one format"
+            )
+        self._share_storage(*und.part_names, "bias")
+
+    def _restack(self) -> None:
+        super()._restack()
+        names = [name for name, _, _ in self._addresses]
+        parts = dict(zip(names, self._stacks, strict=True))
+        if isinstance(self.quant_method, FormatLinearMethod):
+            self._routed_weight = self.quant_method.expert_weight(parts)
+        else:
+            self._routed_weight = parts[WEIGHT]
 
     @property
     def _experts(self) -> tuple[LinearBase, LinearBase]:
         return self, self.gen_exp
 
     @property
-    def stacked_weight(self) -> torch.Tensor:
-        """Both experts' weights, (2, N, K) of this rank's shard: und, gen.
+    def routed_weight(self) -> torch.Tensor | ExpertWeight:
+        """Both experts' weights of this rank's shard, (2, N, K): und, gen.
 
         Raises:
-            RuntimeError: the layer is quantised; its weights have other shapes.
+            RuntimeError: the layer is quantised in a way that has no format, or not loaded yet.
         """
-        if not self._addresses:
+        if not self.shares_storage:
+            method = type(self.quant_method).__name__
+            if isinstance(self.quant_method, FormatLinearMethod):
+                raise RuntimeError(
+                    f"layer {self.prefix!r} still has its weights as they were loaded; call "
+                    "quant_method.process_weights_after_loading(...) for it and its gen_exp"
+                )
             raise RuntimeError(
-                f"layer {self.prefix!r} has no stacked weight: its quantisation method "
-                f"{type(self.quant_method).__name__} keeps each expert's weights in its own format"
+                f"layer {self.prefix!r} has no stacked weight: its quantisation method {method} "
+                f"keeps each expert's weights in its own format ({self._why_gathered})"
             )
-        weight = self._stacked()[0]
-        assert weight is not None
+        self._stacked()
+        assert self._routed_weight is not None
+        return self._routed_weight
+
+    @property
+    def stacked_weight(self) -> torch.Tensor:
+        """`routed_weight` of a layer that is not quantised, a tensor.
+
+        Raises:
+            RuntimeError: the layer is quantised.
+        """
+        weight = self.routed_weight
+        if isinstance(weight, ExpertWeight):
+            raise RuntimeError(
+                f"layer {self.prefix!r} is quantised in {weight.format}; its routed_weight has "
+                "data and scales"
+            )
         return weight
 
     @property
@@ -109,9 +189,9 @@ class _MoTLinear(StackedExperts, LinearBase):
 
         None if neither has a bias.
         """
-        if not self._addresses:
+        if not self.shares_storage:
             return stack_bias([self.bias, self.gen_exp.bias])
-        return self._stacked()[1]
+        return self._stacked()[-1]
 
     def forward(
         self,
@@ -167,17 +247,18 @@ class _MoTLinear(StackedExperts, LinearBase):
         if plan is None:
             y = self.quant_method.apply(self, x, self.bias if add_bias else None)
             return _finish(y, epilogue)
-        if not self._addresses:
+        if not (self.shares_storage or isinstance(self.quant_method, FormatLinearMethod)):
             return _finish(self._multiply_gathered(x, plan, add_bias), epilogue)
-        weight, bias = self._stacked()
-        return mot_linear(x, weight, plan, bias=bias if add_bias else None, epilogue=epilogue)
+        weight = self.routed_weight
+        bias = self._stacks[-1] if add_bias else None  # as new as the weight
+        return mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)
 
     def _multiply_gathered(self, x: torch.Tensor, plan: RoutePlan, add_bias: bool) -> torch.Tensor:
         """Each expert's rows through its own quantisation method; (M, K) -> (M, N)."""
         if x.dim() != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K), one row per token")
         check_plan(plan, x.shape[0], 2, x.device)
-        _warn_gathered(type(self.quant_method).__name__, self.prefix)
+        _warn_gathered(type(self.quant_method).__name__, self.prefix, self._why_gathered)
         # Kernels of quantised formats need not bear zero rows.
         parts = [
             expert.quant_method.apply(
@@ -302,18 +383,19 @@ def _finish(y: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
             )
 
 
-_gathered_methods: set[str] = set()
+_gathered: set[tuple[str, str]] = set()
 
 
-def _warn_gathered(method: str, prefix: str) -> None:
-    """Once per quantisation method: a model has hundreds of such layers."""
-    if method in _gathered_methods:
+def _warn_gathered(method: str, prefix: str, why: str) -> None:
+    """Once per quantisation method and reason: a model has hundreds of such layers."""
+    if (method, why) in _gathered:
         return
-    _gathered_methods.add(method)
+    _gathered.add((method, why))
     logger.warning(
-        "layer %r is quantised by %s, for which there is no routed kernel: each expert's rows are "
-        "gathered and multiplied on their own, which is slow (other layers of this method are not "
-        "mentioned again)",
+        "layer %r is quantised by %s, for which there is no routed operation (%s): each expert's "
+        "rows are gathered and multiplied on their own, which is slow (other layers like it are "
+        "not mentioned again)",
         prefix,
         method,
+        why,
     )

@@ -32,6 +32,11 @@ class StackedExperts(nn.Module):
     _addresses: tuple[tuple[str, int | None, int | None], ...] = ()
     _stacks: tuple[torch.Tensor | None, ...] = ()
 
+    @property
+    def shares_storage(self) -> bool:
+        """Whether both experts' parameters are rows of stacks."""
+        return bool(self._addresses)
+
     def _share_storage(self, *names: str) -> None:
         """Move the parameters `names` of both experts into one (2, ...) tensor per name.
 

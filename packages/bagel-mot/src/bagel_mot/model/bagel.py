@@ -15,6 +15,7 @@ from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
 from bagel_mot.model.transformer import Transformer
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.model.vit import MlpConnector, VisionTransformer
+from bagel_mot.quantization import LayerFormats
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,26 @@ class Bagel(nn.Module):
     `mot_layers.runtime` has set up vLLM's groups. How a prompt becomes rows is `context.py`'s
     business, how rows become an image `sampling.py`'s.
 
+    Args:
+        config: sizes.
+        attention: backend, see `attention_choice`.
+        formats: what is quantised; nothing if None.
+
     Deng et al., "Emerging Properties in Unified Multimodal Pretraining", arXiv:2505.14683.
     """
 
-    def __init__(self, config: BagelConfig, attention: str | None = None) -> None:
+    def __init__(
+        self,
+        config: BagelConfig,
+        attention: str | None = None,
+        formats: LayerFormats | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         hidden = config.llm.hidden_size
         latent = config.vae.z_channels * config.latent_patch_size**2
         self.embed_tokens = nn.Embedding(config.llm.vocab_size, hidden)
-        self.transformer = Transformer(config.llm)
+        self.transformer = Transformer(config.llm, formats)
         self.lm_head = nn.Linear(hidden, config.llm.vocab_size, bias=False)
         self.vit = VisionTransformer(config.vit, config.vit_grid)
         self.connector = MlpConnector(config.vit.hidden_size, hidden)

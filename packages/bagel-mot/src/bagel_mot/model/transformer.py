@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from mot_kernels import SILU_MUL, AddResidual, RoutePlan, mot_qk_norm_rope, mot_rms_norm
 from mot_layers import (
+    FormatConfig,
     MoTMergedColumnParallelLinear,
     MoTQKVParallelLinear,
     MoTRMSNorm,
@@ -16,12 +20,16 @@ from torch import nn
 from bagel_mot.config import LlmConfig
 from bagel_mot.model.attention import Backend
 from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
+from bagel_mot.quantization import LayerFormats, Projection
+
+Formats = Callable[[Projection], FormatConfig | None]
+"""How each projection of one layer is quantised."""
 
 
 class Attention(nn.Module):
     """QKV projection, per-head norm and RoPE into the cache, attention, output projection."""
 
-    def __init__(self, config: LlmConfig, prefix: str) -> None:
+    def __init__(self, config: LlmConfig, prefix: str, formats: Formats) -> None:
         super().__init__()
         heads, kv_heads, head_dim = (
             config.num_attention_heads,
@@ -36,6 +44,7 @@ class Attention(nn.Module):
             kv_heads,
             bias=True,
             return_bias=False,
+            quant_config=formats("qkv_proj"),
             prefix=f"{prefix}.qkv",
         )
         self.q_norm = MoTRMSNorm(head_dim, eps=self.eps)
@@ -45,6 +54,7 @@ class Attention(nn.Module):
             config.hidden_size,
             bias=False,
             return_bias=False,
+            quant_config=formats("o_proj"),
             prefix=f"{prefix}.o",
         )
 
@@ -85,13 +95,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU; where rows are routed, the activation is in the first projection's epilogue."""
 
-    def __init__(self, config: LlmConfig, prefix: str) -> None:
+    def __init__(self, config: LlmConfig, prefix: str, formats: Formats) -> None:
         super().__init__()
         self.gate_up = MoTMergedColumnParallelLinear(
             config.hidden_size,
             [config.intermediate_size] * 2,
             bias=False,
             return_bias=False,
+            quant_config=formats("gate_up_proj"),
             prefix=f"{prefix}.gate_up",
         )
         self.down = MoTRowParallelLinear(
@@ -99,6 +110,7 @@ class MLP(nn.Module):
             config.hidden_size,
             bias=False,
             return_bias=False,
+            quant_config=formats("down_proj"),
             prefix=f"{prefix}.down",
         )
 
@@ -118,12 +130,12 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each adding to the residual stream."""
 
-    def __init__(self, config: LlmConfig, prefix: str) -> None:
+    def __init__(self, config: LlmConfig, prefix: str, formats: Formats) -> None:
         super().__init__()
         self.input_norm = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attn = Attention(config, f"{prefix}.attn")
+        self.attn = Attention(config, f"{prefix}.attn", formats)
         self.post_norm = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config, f"{prefix}.mlp")
+        self.mlp = MLP(config, f"{prefix}.mlp", formats)
 
     def forward(
         self,
@@ -150,10 +162,12 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """All decoder layers and the final norm."""
 
-    def __init__(self, config: LlmConfig) -> None:
+    def __init__(self, config: LlmConfig, formats: LayerFormats | None = None) -> None:
         super().__init__()
+        formats = formats or LayerFormats.none()
         self.layers = nn.ModuleList(
-            DecoderLayer(config, f"layers.{i}") for i in range(config.num_hidden_layers)
+            DecoderLayer(config, f"layers.{i}", partial(formats.config, i))
+            for i in range(config.num_hidden_layers)
         )
         self.norm = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -1,0 +1,45 @@
+"""The command `bagel-mot quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bagel_mot.cli_io import progress, user_errors
+from bagel_mot.model_options import KeepOption
+
+
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Checkpoint folder in the official layout.")
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")
+    ],
+    format: Annotated[
+        str, typer.Option(help="fp8, int8, w8a16, w4a16 (groups of 128), w4a16:32 or w4a16:64.")
+    ],
+    keep: KeepOption = "",
+    device: Annotated[str, typer.Option(help="What quantises, e.g. cuda.")] = "cpu",
+) -> None:
+    """Write a checkpoint with quantised decoder layers, which loads faster and takes less room."""
+    with user_errors():
+        from bagel_mot import checkpoint
+        from bagel_mot.quantization import Quantization
+        from bagel_mot.quantize import quantize_checkpoint
+
+        quantization = Quantization.parse(format, keep)
+        total = 0
+        if source.is_dir():
+            total = sum(tensor.elements for tensor in checkpoint.read_headers(source).values())
+        with progress("quantising", total, numbers=False) as advance:
+            quantize_checkpoint(
+                source,
+                destination,
+                quantization,
+                device=device,
+                on_tensor=lambda _, elements: advance(elements),
+            )
+    typer.echo(destination.resolve())

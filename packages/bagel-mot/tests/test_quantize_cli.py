@@ -1,0 +1,102 @@
+"""Quantisation on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from golden_data import GOLDEN
+from typer.testing import CliRunner
+
+from bagel_mot import quantize
+from bagel_mot.cli import app
+
+CHECKPOINT = str(GOLDEN.checkpoint)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def generate(model: str, output: Path, *options: str) -> Result:
+    size = ["--height", "64", "--width", "64", "--num-timesteps", "3", "--seed", "1"]
+    where = ["--model", model, "--device", "cpu", "--output", str(output)]
+    return run("generate", "a fox", *size, *where, *options)
+
+
+def test_quantize_and_use(tmp_path: Path) -> None:
+    """The written checkpoint paints what quantising while loading paints; inspect knows it."""
+    out = tmp_path / "int8"
+    done = run("quantize", CHECKPOINT, str(out), "--format", "int8", "--keep", "first,down_proj")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.strip() == str(out)
+    shown = run("inspect", "--model", str(out))
+    assert shown.exit_code == 0, shown.stderr
+    (line,) = [line for line in shown.stdout.splitlines() if "int8_w8a8" in line]
+    # Two layers with qkv, o, gate and up of both experts: 6 matrices of values and scales.
+    assert line.split("│")[2].strip() == str(2 * 2 * 6 * 2)
+    assert generate(str(out), tmp_path / "a.png").exit_code == 0
+    options = ("--quantization", "int8", "--keep-bf16", "first,down_proj")
+    assert generate(CHECKPOINT, tmp_path / "b.png", *options).exit_code == 0
+    assert generate(CHECKPOINT, tmp_path / "c.png").exit_code == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_ask(tmp_path: Path) -> None:
+    where = ["--model", CHECKPOINT, "--device", "cpu", "--quantization", "w8a16"]
+    done = run("ask", "what is it?", "--max-text-tokens", "3", *where)
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--quantization", "int3"), "quantization is 'int3'; expected one of fp8, int8, w8a16"),
+        (("--quantization", "w4a16"), "groups of 128 does not divide the 224 columns of down_proj"),
+        (("--quantization", "int8", "--keep-bf16", "head"), "keep: 'head' is none of first"),
+        (("--keep-bf16", "first"), "--keep-bf16 first: nothing is quantised; give --quantization"),
+    ],
+)
+def test_wrong_options_are_refused_before_loading(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bagel_mot.checkpoint.load_checkpoint", lambda *_: pytest.fail("loaded"))
+    done = generate(CHECKPOINT, tmp_path / "x.png", *options)
+    assert done.exit_code == 2
+    assert message in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (CHECKPOINT, ("--format", "fp4"), "quantization is 'fp4'; expected one of"),
+        (CHECKPOINT, ("--format", "fp8", "--keep", "x"), "keep: 'x' is none of"),
+        ("no/such/folder", ("--format", "fp8"), "no/such/folder"),
+    ],
+)
+def test_quantize_refuses(
+    source: str, options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = run("quantize", source, str(tmp_path / "out"), *options)
+    assert done.exit_code == 2
+    assert message in done.stderr.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantize_needs_a_new_folder(tmp_path: Path) -> None:
+    done = run("quantize", CHECKPOINT, str(tmp_path), "--format", "fp8")
+    assert done.exit_code == 2
+    assert "exists; choose a folder that does not" in done.stderr.replace("\n", " ")
+
+
+def test_quantize_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C leaves nothing."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "encode", interrupt)
+    assert run("quantize", CHECKPOINT, str(tmp_path / "out"), "--format", "fp8").exit_code != 0
+    assert not list(tmp_path.iterdir())
