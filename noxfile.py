@@ -45,7 +45,7 @@ TINY = PACKAGES / "bagel-mot" / "src" / "bagel_mot" / "tiny" / "checkpoint"
 TINY_FILES = tuple(f"bagel_mot/tiny/checkpoint/{file.name}" for file in sorted(TINY.glob("*")))
 
 PACKAGE_DATA = {  # what each wheel must hold
-    "mot-kernels": ("mot_kernels/py.typed", "mot_kernels/tuning/configs/README.md"),
+    "mot-kernels": ("mot_kernels/py.typed", "mot_kernels/tuning/configs/mot_linear/*.json"),
     "mot-layers": ("mot_layers/py.typed",),
     "bagel-mot": ("bagel_mot/py.typed", *TINY_FILES),
     "mot-bench": ("mot_bench/py.typed",),

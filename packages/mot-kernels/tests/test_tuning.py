@@ -253,10 +253,10 @@ def test_find_config_wants_the_same_shape(changes: dict[str, object], tmp_path: 
         # the ratio.
         pytest.param((2, 2400), (2, 4096), id="2400_is_nearer_to_4096"),
         pytest.param((2, 1800), (2, 1024), id="1800_is_nearer_to_1024"),
-        pytest.param((2, 1), (2, 1024), id="below_all"),
-        pytest.param((2, 99999), (2, 4096), id="above_all"),
+        pytest.param((2, 256), (2, 1024), id="below_all"),
+        pytest.param((2, 16384), (2, 4096), id="above_all"),
         pytest.param((700, 1024), (600, 1024), id="by_und_rows"),
-        pytest.param((0, 0), (2, 1024), id="no_rows"),
+        pytest.param((419, 3679), (2, 4096), id="first_by_the_largest_expert"),
     ],
 )
 def test_find_config_nearest_in_log_rows(
@@ -267,6 +267,15 @@ def test_find_config_nearest_in_log_rows(
     write(tmp_path / "packaged", *entries)
     problem = Problem(4608, 3584, BF16, "none", counts)
     assert find_config(problem, GPU).block_n == blocks[nearest]
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize("counts", [(0, 0), (2, 255), (2, 16400)], ids=str)
+def test_find_config_out_of_reach(counts: tuple[int, ...], tmp_path: Path) -> None:
+    entries = [entry((2, rows), config=tiles(16)) for rows in (1024, 4096)]
+    write(tmp_path / "packaged", *entries)
+    problem = Problem(4608, 3584, BF16, "none", counts)
+    assert find_config(problem, GPU) == default_config(problem, 227 * KB)
 
 
 @pytest.mark.parametrize(

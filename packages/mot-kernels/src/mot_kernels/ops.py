@@ -49,7 +49,7 @@ for _schema in _SCHEMAS:
 
 
 # From so many rows on, what copying a residual costs is more than a routed launch does.
-_ROWS_TO_COPY = 128
+_ROWS_TO_COPY = 1024
 
 
 class _Routing(NamedTuple):

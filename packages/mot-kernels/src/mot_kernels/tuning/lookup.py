@@ -7,7 +7,7 @@ computed default, which is logged once together with the command that would tune
 A file is `mot_linear/<GPU name>.json` below the folder: a header (schema, op, device, torch,
 triton, commit, date) and `entries`, each {n, k, dtype, epilogue, rows: rows per expert, config},
 and format for weights that have one. Among entries for the same (n, k, dtype, epilogue, format) the
-one nearest in log(rows) is used.
+one whose largest expert is nearest in log(rows) is used, if it is within a factor of REACH.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class Problem:
     def dtype_name(self) -> str:
         """The dtype without "torch."."""
         return str(self.dtype).removeprefix("torch.")
+
+
+REACH = 4
+"""Tiles tuned for so many times more or fewer rows are not taken: a default fits better."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,16 +180,22 @@ def _nearest(
     def shape(p: Problem) -> tuple[object, ...]:
         return p.n, p.k, p.dtype, p.epilogue, p.format, len(p.counts)
 
-    def distance(other: Problem) -> float:
+    def ratio(a: int, b: int) -> float:
+        return abs(math.log((a + 1) / (b + 1)))
+
+    def distance(other: Problem) -> tuple[float, float]:
+        """By the largest expert, which most tiles belong to; then by all."""
         pairs = zip(other.counts, problem.counts, strict=True)
-        return sum(abs(math.log((a + 1) / (b + 1))) for a, b in pairs)
+        largest = ratio(max(other.counts), max(problem.counts))
+        return largest, sum(ratio(a, b) for a, b in pairs)
 
     candidates = [
         (distance(other), config)
         for other, config in entries
         if shape(other) == shape(problem) and (hopper or config.schedule != "hopper")
     ]
-    return min(candidates, key=lambda pair: pair[0])[1] if candidates else None
+    near = [(d, config) for d, config in candidates if d[0] <= math.log(REACH)]
+    return min(near, key=lambda pair: pair[0])[1] if near else None
 
 
 def default_config(problem: Problem, shared_memory: int, hopper: bool = False) -> TileConfig:
