@@ -186,3 +186,11 @@ def test_report_of_steps_and_requests() -> None:
     ):
         assert line in lines
     assert any("attention slow 40 TFLOP/s, fast 50 TFLOP/s" in line for line in lines)
+
+
+def test_the_page_in_docs_is_what_its_results_give() -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    page = report([(file, read(file)) for file in sorted((docs / "results").glob("*.json"))])
+    assert page == (docs / "performance.md").read_text(), (
+        "run: mot-bench report docs/results/*.json --output docs/performance.md"
+    )
