@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from golden_data import GOLDEN, relative_error
+from mot_kernels import QuantizedRows
+from mot_layers import MoTMergedColumnParallelLinear, MoTQKVParallelLinear
 from quantized_models import (
     FORMATS,
     LINEARS,
@@ -63,11 +65,15 @@ def test_each_projection(format: str, tmp_path: Path) -> None:
     """
     pipeline = load(quantization=format)
     twins = dict(floating_twin(tmp_path / "floats", format).model.named_modules())
-    seen = set()
+    seen, given = set(), set()
 
     def check(name: str, arguments: tuple[Any, ...], options: dict[str, Any], got: Tensor) -> None:
         x, plan = (*arguments, None)[:2]
-        used = rounded(x, format) if format in ROUNDS_ACTIVATIONS else x
+        if isinstance(x, QuantizedRows):
+            given.add(name.split(".", 3)[3])
+            used = x.float()
+        else:
+            used = rounded(x, format) if format in ROUNDS_ACTIVATIONS else x
         want = twins[name](used, *arguments[1:], **options)
         experts = torch.zeros(len(x)) if plan is None else plan.expert_ids
         for expert in range(2):
@@ -85,6 +91,17 @@ def test_each_projection(format: str, tmp_path: Path) -> None:
     results(pipeline)
     rows = {(False, 0), (True, 0), (True, 1)}  # texts and pictures; a step's markers and latents
     assert seen == {(name, *kind) for name in PROJECTIONS for kind in rows}
+    # The norms before these two round in passing.
+    assert given == ({"attn.qkv", "mlp.gate_up"} if format in ROUNDS_ACTIVATIONS else set())
+
+
+@pytest.mark.parametrize("format", ROUNDS_ACTIVATIONS)
+def test_rounding_in_passing_changes_no_bit(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = quantized(format)
+    monkeypatch.setattr(MoTQKVParallelLinear, "rounds_to", None)
+    monkeypatch.setattr(MoTMergedColumnParallelLinear, "rounds_to", None)
+    for name, mine, theirs in pairs(got, results(load(quantization=format))):
+        assert torch.equal(mine, theirs), name
 
 
 @cache

@@ -30,6 +30,7 @@ from mot_kernels import (
     WeightScales,
     dequantize,
     mot_linear,
+    quantize_rows,
     quantize_weight,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +71,30 @@ def test_routed(format: Any, kind: str) -> None:
     weight = quantised(kind, format)
     want = mot_linear(x, weight, PLAN, bias=weights.bias, epilogue=epilogue.get(kind))
     assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_rows_rounded_before(format: Any, kind: str) -> None:
+    """The layer says which rows it would round, and takes them rounded, with the same result."""
+    layer, x = in_format(kind, format), torch.randn(PLAN.num_rows, in_features(kind))
+    if not isinstance(format, Fp8W8A8 | Int8W8A8):
+        assert layer.rounds_to is None
+        with pytest.raises(TypeError, match="does not round rows to 8 bits"):
+            layer(quantize_rows(x, Int8W8A8()), PLAN)
+        return
+    assert layer.rounds_to == format
+    rows = quantize_rows(x, format)
+    assert torch.equal(layer(rows, PLAN)[0], layer(x, PLAN)[0])
+    with pytest.raises(TypeError, match="takes them with a plan only"):
+        layer(rows)
+
+
+def test_plain_layers_round_nothing() -> None:
+    layer = build("row", None)
+    assert layer.rounds_to is None
+    with pytest.raises(TypeError, match="does not round rows to 8 bits"):
+        layer(quantize_rows(torch.randn(PLAN.num_rows, in_features("row")), Int8W8A8()), PLAN)
 
 
 @pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "silu_mul"])

@@ -13,7 +13,7 @@ from layer_cases import assert_near as assert_near_truth
 from layer_cases import plain as plainly
 from mot_kernels import SILU_MUL, AddResidual, Epilogue
 
-from mot_layers import linear
+from mot_layers import slow_ways
 
 pytestmark = pytest.mark.usefixtures("vllm_groups")
 
@@ -22,7 +22,7 @@ LAYERS = [Layer(kind, bias) for kind in KINDS for bias in BIASES]
 
 @pytest.fixture(autouse=True)
 def warn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_gathered", set())
+    monkeypatch.setattr(slow_ways, "_gathered", set())
 
 
 def assert_right(

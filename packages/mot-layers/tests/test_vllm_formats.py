@@ -36,7 +36,7 @@ from vllm_files import (
     weights,
 )
 
-from mot_layers import linear
+from mot_layers import slow_ways
 from mot_layers.vllm_formats import ConvertedLinearMethod
 
 pytestmark = pytest.mark.usefixtures("vllm_groups", "vllm_model")
@@ -79,7 +79,7 @@ def vllm_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def warn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_gathered", set())
+    monkeypatch.setattr(slow_ways, "_gathered", set())
 
 
 CASES = [

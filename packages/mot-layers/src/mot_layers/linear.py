@@ -24,12 +24,15 @@ from mot_kernels import (
     AddResidual,
     Epilogue,
     ExpertWeight,
+    Format,
+    QuantizedRows,
     RoutePlan,
     SiluMul,
     mot_linear,
     stack_bias,
 )
 from mot_kernels.checks import check_plan
+from mot_kernels.formats import quantizes_activations
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -41,7 +44,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.platforms import current_platform
 
 from mot_layers.formats import WEIGHT, FormatLinearMethod
-from mot_layers.stacking import StackedExperts, logger
+from mot_layers.slow_ways import finish, warn_gathered
+from mot_layers.stacking import StackedExperts
 from mot_layers.vllm_formats import ConvertedLinearMethod, NotReadable, is_converted, reading_of
 
 Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
@@ -184,6 +188,19 @@ class _MoTLinear(StackedExperts, LinearBase):
         return weight
 
     @property
+    def rounds_to(self) -> Format | None:
+        """The format that rows are rounded to, each by a scale of its own; None if they are not.
+
+        What comes before may then round them in passing, `mot_rms_norm(quantize=...)` for one,
+        and give the layer `QuantizedRows`.
+        """
+        if not (self.shares_storage and isinstance(self.quant_method, FormatLinearMethod)):
+            return None
+        format = self.quant_method.format
+        dynamic = quantizes_activations(format) and not self.quant_method.has_input_scale
+        return format if dynamic else None
+
+    @property
     def stacked_bias(self) -> torch.Tensor | None:
         """Both experts' biases, (2, N) of this rank's shard, zeros for an expert without one.
 
@@ -195,7 +212,7 @@ class _MoTLinear(StackedExperts, LinearBase):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | QuantizedRows,
         plan: RoutePlan | None = None,
         *,
         epilogue: Epilogue | None = None,
@@ -203,7 +220,8 @@ class _MoTLinear(StackedExperts, LinearBase):
         """y[r] = epilogue(x[r] @ weight[e]^T + bias[e]), where e is the expert of row r.
 
         Args:
-            x: (M, K) in the weights' dtype; without a plan (..., K).
+            x: (M, K) in the weights' dtype; without a plan (..., K). With a plan also rows that
+                are rounded already, to the format `rounds_to`, of this rank's columns.
             plan: routing of the M rows to the two experts, 0 und and 1 gen. None means every row
                 is und's: vLLM's own forward runs, then the epilogue in plain torch operations.
             epilogue: None, `SILU_MUL` (merged gate and up projection only) or
@@ -217,9 +235,16 @@ class _MoTLinear(StackedExperts, LinearBase):
             y + bias is right: (M, N) or None.
 
         Raises:
-            TypeError: a dtype differs from x's, or the epilogue is none of these.
+            TypeError: a dtype differs from x's, x is rounded but the layer takes no such rows, or
+                the epilogue is none of these.
             ValueError: shapes do not fit, or `SILU_MUL` is not possible in this layer.
         """
+        if isinstance(x, QuantizedRows) and (plan is None or self.rounds_to is None):
+            raise TypeError(
+                f"x is QuantizedRows, but layer {self.prefix!r} takes them with a plan only"
+                if plan is None
+                else f"x is QuantizedRows, but layer {self.prefix!r} does not round rows to 8 bits"
+            )
         if isinstance(epilogue, SiluMul):
             self._check_silu_mul()
         if plan is None and epilogue is None:
@@ -228,7 +253,10 @@ class _MoTLinear(StackedExperts, LinearBase):
         if isinstance(epilogue, AddResidual) and not adds:
             epilogue = None
         y = self._multiply(
-            self._shard_of(x), plan, add_bias=adds and not self.skip_bias_add, epilogue=epilogue
+            x if isinstance(x, QuantizedRows) else self._shard_of(x),
+            plan,
+            add_bias=adds and not self.skip_bias_add,
+            epilogue=epilogue,
         )
         y = self._collect(y)
         if not self.return_bias:
@@ -241,14 +269,20 @@ class _MoTLinear(StackedExperts, LinearBase):
         return y, None if bias is None else self._gather(bias.index_select(0, plan.expert_ids))
 
     def _multiply(
-        self, x: torch.Tensor, plan: RoutePlan | None, *, add_bias: bool, epilogue: Epilogue | None
+        self,
+        x: torch.Tensor | QuantizedRows,
+        plan: RoutePlan | None,
+        *,
+        add_bias: bool,
+        epilogue: Epilogue | None,
     ) -> torch.Tensor:
         """This rank's output for its shard of x, by the fastest way the weights allow."""
         if plan is None:
             y = self.quant_method.apply(self, x, self.bias if add_bias else None)
-            return _finish(y, epilogue)
+            return finish(y, epilogue)
         if not (self.shares_storage or isinstance(self.quant_method, FormatLinearMethod)):
-            return _finish(self._multiply_gathered(x, plan, add_bias), epilogue)
+            assert isinstance(x, torch.Tensor)
+            return finish(self._multiply_gathered(x, plan, add_bias), epilogue)
         weight = self.routed_weight
         bias = self._stacks[-1] if add_bias else None  # as new as the weight
         return mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)
@@ -258,7 +292,7 @@ class _MoTLinear(StackedExperts, LinearBase):
         if x.dim() != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K), one row per token")
         check_plan(plan, x.shape[0], 2, x.device)
-        _warn_gathered(type(self.quant_method).__name__, self.prefix, self._why_gathered)
+        warn_gathered(type(self.quant_method).__name__, self.prefix, self._why_gathered)
         # Kernels of quantised formats need not bear zero rows.
         parts = [
             expert.quant_method.apply(
@@ -360,42 +394,3 @@ class MoTRowParallelLinear(_MoTLinear, RowParallelLinear):
         if self.reduce_results and self.tp_size > 1:
             return tensor_model_parallel_all_reduce(y)
         return y
-
-
-def _finish(y: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
-    """The epilogue in plain torch operations, in fp32 and rounded once as the kernels do."""
-    match epilogue:
-        case None:
-            return y
-        case SiluMul():
-            gate, up = y.chunk(2, dim=-1)
-            return (F.silu(gate.float()) * up).to(y.dtype)
-        case AddResidual(residual):
-            if residual.shape != y.shape:
-                raise ValueError(
-                    f"epilogue.residual has shape {tuple(residual.shape)}; expected "
-                    f"{tuple(y.shape)}"
-                )
-            return y + residual
-        case _:
-            raise TypeError(
-                f"epilogue is {epilogue!r}; expected None, SILU_MUL or AddResidual(residual)"
-            )
-
-
-_gathered: set[tuple[str, str]] = set()
-
-
-def _warn_gathered(method: str, prefix: str, why: str) -> None:
-    """Once per quantisation method and reason: a model has hundreds of such layers."""
-    if (method, why) in _gathered:
-        return
-    _gathered.add((method, why))
-    logger.warning(
-        "layer %r is quantised by %s, for which there is no routed operation (%s): each expert's "
-        "rows are gathered and multiplied on their own, which is slow (other layers like it are "
-        "not mentioned again)",
-        prefix,
-        method,
-        why,
-    )

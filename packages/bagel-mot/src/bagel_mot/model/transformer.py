@@ -7,7 +7,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from mot_kernels import SILU_MUL, AddResidual, RoutePlan, mot_qk_norm_rope, mot_rms_norm
+from mot_kernels import (
+    SILU_MUL,
+    AddResidual,
+    QuantizedRows,
+    RoutePlan,
+    mot_qk_norm_rope,
+    mot_rms_norm,
+)
 from mot_layers import (
     FormatConfig,
     MoTMergedColumnParallelLinear,
@@ -60,7 +67,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | QuantizedRows,
         residual: torch.Tensor | None,
         layout: Layout | DecodeLayout,
         kv: torch.Tensor | None,
@@ -115,7 +122,10 @@ class MLP(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, layout: Layout | DecodeLayout
+        self,
+        x: torch.Tensor | QuantizedRows,
+        residual: torch.Tensor,
+        layout: Layout | DecodeLayout,
     ) -> torch.Tensor:
         """x, residual (M, D) -> residual + MLP output, (M, D)."""
         if layout.plan is None:
@@ -146,7 +156,7 @@ class DecoderLayer(nn.Module):
         backend: Backend,
     ) -> torch.Tensor:
         """x (M, D) residual stream; kv (S, 2, Hkv, head size), this layer's cache, or None."""
-        h = _normed(self.input_norm, x, layout.plan)
+        h = _normed_for(self.attn.qkv, self.input_norm, x, layout.plan)
         if layout.plan is None:
             # Dense products have no epilogues: the residual joins in the norm.
             h = self.attn(h, None, layout, kv, rope, backend)
@@ -155,7 +165,7 @@ class DecoderLayer(nn.Module):
             )
         else:
             x = self.attn(h, x, layout, kv, rope, backend)
-            h = _normed(self.post_norm, x, layout.plan)
+            h = _normed_for(self.mlp.gate_up, self.post_norm, x, layout.plan)
         return self.mlp(h, x, layout)
 
 
@@ -201,3 +211,16 @@ class Transformer(nn.Module):
 def _normed(norm: MoTRMSNorm, x: torch.Tensor, plan: RoutePlan | None) -> torch.Tensor:
     """One launch, also where all rows are und: vLLM's own forward may be written out in torch."""
     return mot_rms_norm(x, norm.stacked_weight, plan, eps=norm.variance_epsilon)
+
+
+def _normed_for(
+    linear: MoTQKVParallelLinear | MoTMergedColumnParallelLinear,
+    norm: MoTRMSNorm,
+    x: torch.Tensor,
+    plan: RoutePlan | None,
+) -> torch.Tensor | QuantizedRows:
+    """For this linear: routed rows are rounded in passing, if it would round them."""
+    format = linear.rounds_to
+    if plan is None or format is None:
+        return _normed(norm, x, plan)
+    return mot_rms_norm(x, norm.stacked_weight, plan, eps=norm.variance_epsilon, quantize=format)
