@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mot_kernels.formats import FORMATS
 from mot_kernels.tuning.config import is_legal
+from mot_kernels.tuning.format_tiles import is_legal_format, most_block_k
 from mot_kernels.tuning.lookup import Problem, default_config
 
 from mot_bench.space import first_candidates, regrouped
@@ -40,6 +42,26 @@ def test_candidates(problem: Problem, shared_memory: int, hopper: bool) -> None:
         assert is_legal(config, problem.dtype, silu_mul=silu_mul, shared_memory=shared_memory)
     for config in second:
         assert replace(config, group_m=first[0].group_m) in first
+
+
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
+@pytest.mark.parametrize("rows", [(2, 14), (2, 4096)], ids=str)
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_candidates_of_formats(
+    name: str, epilogue: str, rows: tuple[int, ...], shared_memory: int
+) -> None:
+    problem = Problem(37888, 3584, torch.bfloat16, epilogue, rows, name)
+    first = first_candidates(problem, shared_memory)
+    assert first[0] == default_config(problem, shared_memory)
+    second = regrouped(first[:4], problem, shared_memory)
+    assert 4 <= len(first) <= 110
+    assert len(set(first + second)) == len(first) + len(second)
+    for config in first + second:
+        assert is_legal_format(config, FORMATS[name], torch.bfloat16, epilogue, shared_memory), (
+            config
+        )
+    assert max(config.block_k for config in first) <= most_block_k(FORMATS[name])
 
 
 def test_tiles_are_not_much_taller_than_the_rows() -> None:

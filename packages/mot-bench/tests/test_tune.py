@@ -103,6 +103,37 @@ def test_tune_in_the_interpreter(tmp_path: Path) -> None:
     assert config.block_m == 16
 
 
+@pytest.mark.parametrize("name", ["int8_w8a16", "fp8_w8a8_per_channel"])
+def test_tune_a_format_in_the_interpreter(name: str, tmp_path: Path) -> None:
+    tune_one = ("tune", "--shape", "32,16", "--dtype", "float16", "--rows", "2,8", "--rounds", "1")
+    command = [*(sys.executable, "-m", "mot_bench"), *tune_one, "--format", name]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert " 0 failed" in " ".join(done.stderr.split())
+    load_entries.cache_clear()
+    ((problem, config),) = load_entries(result_file(tmp_path))
+    assert problem == Problem(16, 32, torch.float16, "none", (2, 8), name)
+    assert config.schedule == "portable"
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "message"),
+    [
+        ("32,16", "int9", "--format is 'int9'; expected one of fp8_w8a8_per_tensor, "),
+        ("48,16", "int4_w4a16_group32", "layer shape has K=48 is not a multiple of "),
+    ],
+)
+def test_tune_refuses_a_format(
+    shape: str, name: str, message: str, mot_bench: Any, tmp_path: Path
+) -> None:
+    answer = mot_bench("tune", "--shape", shape, "--format", name, "--output", tmp_path)
+    assert answer.code == 2
+    assert message in " ".join(answer.err.split())
+
+
 def test_a_gpu_finds_its_file(
     any_path: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

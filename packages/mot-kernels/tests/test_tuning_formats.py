@@ -113,6 +113,7 @@ def test_find_config_says_once_that_nothing_is_tuned(caplog: pytest.LogCaptureFi
         for rows in (4096, 1024):
             find_config(Problem(4608, 3584, BF16, "none", (2, rows), "int8_w8a16"), GPU)
     (record,) = caplog.records
-    assert "K=3584, N=4608, format int8_w8a16, bfloat16, epilogue none" in record.getMessage()
-    # mot-bench does not tune formats.
-    assert "mot-bench" not in record.getMessage()
+    message = record.getMessage()
+    assert "K=3584, N=4608, bfloat16, epilogue none, format int8_w8a16" in message
+    assert "mot-bench tune --shape 3584,4608 " in message
+    assert "--format int8_w8a16 --output DIR" in message

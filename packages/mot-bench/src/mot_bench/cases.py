@@ -170,11 +170,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One call of `mot_linear`."""
+    """One call of `mot_linear`; `format` is the weight's, as mot-kernels spells it.
+
+    Rows of formats that round them are rounded before.
+    """
 
     layer: Layer
     routing: Routing
     dtype: str
+    format: str | None = None
 
     op = "linear"
 
@@ -184,6 +188,7 @@ class LinearCase:
         parts = [f"{self.layer.name} {self.layer.k}→{self.layer.n}"]
         parts += ["bias"] if self.layer.bias else []
         parts += [self.layer.epilogue] if self.layer.epilogue != "none" else []
+        parts += [self.format] if self.format else []
         return ", ".join(parts)
 
     @property
@@ -196,12 +201,18 @@ class LinearCase:
         """x, the weights of experts that have rows, bias, residual and output, each once."""
         layer, rows = self.layer, self.routing.rows
         experts = sum(count > 0 for count in self.routing.counts)
-        elements = rows * layer.k + experts * layer.n * (layer.k + layer.bias)
-        elements += rows * layer.n_out * (2 if layer.epilogue == "add_residual" else 1)
-        return elements * ITEM_SIZE[self.dtype]
+        outputs = rows * layer.n_out * (2 if layer.epilogue == "add_residual" else 1)
+        outputs += experts * layer.n * layer.bias
+        x, weight = rows * layer.k, experts * layer.n * layer.k
+        size = ITEM_SIZE[self.dtype]
+        x_size = 1 if self.format and "w8a8" in self.format else size
+        # Scales are left out: a hundredth of INT4 in groups of 128.
+        bits = 8 * size if self.format is None else 4 if "int4" in self.format else 8
+        return outputs * size + x * x_size + weight * bits // 8
 
     def __str__(self) -> str:
-        return _name(self, f"K{self.layer.k}-N{self.layer.n}", self.layer.name)
+        name = _name(self, f"K{self.layer.k}-N{self.layer.n}", self.layer.name)
+        return f"{name}-{self.format}" if self.format else name
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,10 @@ def tune(
     tp: TpOption = 1,
     dtype: DtypeOption = "bfloat16",
     epilogue: EpilogueOption = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="The weights' number format, e.g. int8_w8a16. Default: none."),
+    ] = None,
     rows: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,11 +182,13 @@ def tune(
     steps = [Routing.packed(counts) for counts in options.row_counts(rows or [])]
     steps = steps or routings(BRANCHES, IMAGE_TOKENS)
     name = options.dtype(dtype)
-    cases = [LinearCase(layer, route, name) for layer in layers for route in steps]
+    cases = [LinearCase(layer, route, name, format) for layer in layers for route in steps]
     folder = options.output_folder(output)
     _need_kernels()
 
     from mot_bench import tune as tuner
+
+    tuner.check_format(format, layers)
 
     settings = tuner.Settings(
         output=folder,

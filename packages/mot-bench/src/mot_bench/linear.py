@@ -9,11 +9,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from mot_kernels import SILU_MUL, AddResidual, Epilogue, RoutePlan, TileConfig, mot_linear
+from mot_kernels import (
+    SILU_MUL,
+    AddResidual,
+    Epilogue,
+    ExpertWeight,
+    QuantizedRows,
+    RoutePlan,
+    TileConfig,
+    dequantize,
+    mot_linear,
+    quantize_rows,
+    quantize_weight,
+)
+from mot_kernels.formats import FORMATS, quantizes_activations
 from mot_kernels.testing import linear_in_order, looped_linear
 
 from mot_bench.cases import LinearCase
@@ -37,6 +50,8 @@ class LinearProblem:
         weight: (E, N, K) each.
         bias: (E, N) each, or None.
         residual: (M, N) each for the epilogue "add_residual", or None.
+        stored: the weights in the case's format, or None if it has none.
+        rows: x rounded to it, or None if it keeps x.
     """
 
     case: LinearCase
@@ -45,6 +60,8 @@ class LinearProblem:
     weight: list[torch.Tensor]
     bias: list[torch.Tensor] | None
     residual: list[torch.Tensor] | None
+    stored: list[ExpertWeight] | None = None
+    rows: list[QuantizedRows] | None = None
 
     outputs = ("y",)
 
@@ -85,9 +102,12 @@ class LinearProblem:
         epilogue = self.epilogue(index)
         if isinstance(epilogue, AddResidual):
             epilogue = AddResidual(epilogue.residual.to(dtype))
+        # What the numbers of a format stand for.
+        x = self.x[index] if self.rows is None else self.rows[index].float()
+        weight = self.weight[index] if self.stored is None else dequantize(self.stored[index])
         return looped_linear(
-            self.x[index].to(dtype),
-            self.weight[index].to(dtype),
+            x.to(dtype),
+            weight.to(dtype),
             self.plan.expert_ids,
             bias=None if self.bias is None else self.bias[index].to(dtype),
             epilogue=epilogue,
@@ -99,13 +119,22 @@ def make_problem(case: LinearCase, sets: int, device: torch.device) -> LinearPro
     """Random inputs of a size that keeps outputs near 1."""
     layer, rows, experts = case.layer, case.routing.rows, case.routing.num_experts
     draw = Draw(case, sets, device)
-    return LinearProblem(
+    problem = LinearProblem(
         case,
         plan_of(case, device),
         x=draw.normal(rows, layer.k),
         weight=draw.normal(experts, layer.n, layer.k, scale=layer.k**-0.5),
         bias=draw.normal(experts, layer.n) if layer.bias else None,
         residual=draw.normal(rows, layer.n) if layer.epilogue == "add_residual" else None,
+    )
+    if case.format is None:
+        return problem
+    format = FORMATS[case.format]
+    rounds = quantizes_activations(format)
+    return replace(
+        problem,
+        stored=[quantize_weight(weight, format) for weight in problem.weight],
+        rows=[quantize_rows(x, format) for x in problem.x] if rounds else None,
     )
 
 
@@ -117,8 +146,8 @@ def mot_variant(problem: LinearProblem, config: TileConfig | None = None) -> Var
 
     def run(index: int) -> torch.Tensor:
         return mot_linear(
-            problem.x[index],
-            problem.weight[index],
+            (problem.rows or problem.x)[index],
+            (problem.stored or problem.weight)[index],
             problem.plan,
             bias=None if problem.bias is None else problem.bias[index],
             epilogue=problem.epilogue(index),

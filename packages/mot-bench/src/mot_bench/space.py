@@ -2,7 +2,8 @@
 
 Two steps. First the tile's shape, warps and stages, with the computed default's `group_m`; then
 other values of `group_m` for the best of them, as it only changes the order of the tiles.
-Legality is `mot_kernels.tuning.config.is_legal`, the rule that loader and default follow too.
+Legality is `mot_kernels.tuning.config.is_legal`, the rule that loader and default follow too; for
+weights in a format `tuning.format_tiles.is_legal_format`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import replace
 from itertools import product
 
 import torch
+from mot_kernels.formats import FORMATS
 from mot_kernels.plan import TILE_ROWS
 from mot_kernels.tuning.config import TileConfig, is_legal
+from mot_kernels.tuning.format_tiles import is_legal_format
 from mot_kernels.tuning.lookup import Problem, default_config
 
 # Up to this many rows of the largest expert a problem is bound by reading the weights.
@@ -22,6 +25,9 @@ _SHORT_ROWS = 64
 # (block_k, stages): about the same bytes in flight.
 _SHORT_DEPTHS = ((64, 4), (64, 6), (128, 3), (128, 5), (256, 2), (256, 3))
 _LONG_DEPTHS = ((32, 4), (64, 3), (64, 4), (64, 5), (128, 2), (128, 3))
+# Weights of half the bytes and less: deeper.
+_SHORT_FORMAT_DEPTHS = ((32, 8), (64, 8), (128, 3), (128, 5), (256, 3), (256, 5))
+_LONG_FORMAT_DEPTHS = ((32, 4), (64, 3), (64, 4), (128, 2), (128, 3), (128, 4))
 # fp32 has no tensor cores at full precision and twice the bytes.
 _FP32_DEPTHS = ((16, 2), (16, 3), (32, 2), (32, 3))
 
@@ -66,12 +72,16 @@ def regrouped(
 
 
 def _legal(configs: Iterable[TileConfig], problem: Problem, shared_memory: int) -> list[TileConfig]:
-    silu_mul = problem.epilogue == "silu_mul"
-    return [
-        config
-        for config in dict.fromkeys(configs)
-        if is_legal(config, problem.dtype, silu_mul=silu_mul, shared_memory=shared_memory)
-    ]
+    dtype, epilogue = problem.dtype, problem.epilogue
+
+    def legal(config: TileConfig) -> bool:
+        if problem.format is not None:
+            format = FORMATS[problem.format]
+            return is_legal_format(config, format, dtype, epilogue, shared_memory)
+        silu_mul = epilogue == "silu_mul"
+        return is_legal(config, dtype, silu_mul=silu_mul, shared_memory=shared_memory)
+
+    return [config for config in dict.fromkeys(configs) if legal(config)]
 
 
 def _shapes(problem: Problem) -> Iterator[TileConfig]:
@@ -83,7 +93,9 @@ def _shapes(problem: Problem) -> Iterator[TileConfig]:
     heights = [height for height in TILE_ROWS if height < 2 * max(rows, 9)][-3:]
     widths = [w for w in ((32, 64, 128) if short else (64, 128, 256)) if w < 2 * max(columns, 17)]
     depths: Sequence[tuple[int, int]] = _SHORT_DEPTHS if short else _LONG_DEPTHS
-    if problem.dtype is torch.float32:
+    if problem.format is not None:
+        depths = _SHORT_FORMAT_DEPTHS if short else _LONG_FORMAT_DEPTHS
+    elif problem.dtype is torch.float32:
         depths, widths = _FP32_DEPTHS, [min(width, 128) for width in widths]
     depths = [pair for pair in depths if pair[0] < 2 * max(problem.k, 17)] or depths[:1]
     for height, width, (depth, stages), warps in product(heights, widths or [32], depths, (4, 8)):

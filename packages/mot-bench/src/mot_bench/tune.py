@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mot_kernels import Choice, TileConfig, choose_path
 from mot_kernels import Path as KernelPath
-from mot_kernels import TileConfig, choose_path
-from mot_kernels.dispatch import why_not_hopper
+from mot_kernels.dispatch import choose_format_path, why_not_hopper
+from mot_kernels.formats import FORMATS, check_k
 from mot_kernels.tuning.lookup import Problem, default_config
 
-from mot_bench.cases import LinearCase
+from mot_bench import options
+from mot_bench.cases import Layer, LinearCase
 from mot_bench.environment import environment
-from mot_bench.errors import MeasurementError
+from mot_bench.errors import MeasurementError, UsageError
 from mot_bench.kernels import describe_protocol
 from mot_bench.linear import LinearProblem, make_problem, mot_variant
 from mot_bench.protocol import first_line, measure, rotation, stopwatch_for
@@ -83,7 +85,7 @@ def tune(cases: Sequence[LinearCase], settings: Settings, progress: Progress) ->
             the GPU stopped answering. What was found before is in the files.
     """
     for case in cases:
-        choice = choose_path(settings.device, getattr(torch, case.dtype))
+        choice = _choose(case, settings.device)
         if choice.path is not KernelPath.TRITON:
             raise MeasurementError(
                 f"there is nothing to tune for {case.dtype}: mot_linear takes the "
@@ -113,11 +115,36 @@ def tune(cases: Sequence[LinearCase], settings: Settings, progress: Progress) ->
     return target
 
 
+def check_format(format: str | None, layers: Iterable[Layer]) -> None:
+    """Refuse a format that there is not, or that does not go with a layer.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if format is None:
+        return
+    options.one_of("--format", format, tuple(FORMATS))
+    for layer in layers:
+        try:
+            check_k(FORMATS[format], layer.k)
+        except ValueError as error:
+            raise UsageError(
+                f"--format is {format!r}, but layer {layer.name} has {error}"
+            ) from error
+
+
 def problem_of(case: LinearCase) -> Problem:
     """A case as the config lookup sees it."""
     layer = case.layer
     dtype: torch.dtype = getattr(torch, case.dtype)
-    return Problem(layer.n, layer.k, dtype, layer.epilogue, case.routing.counts)
+    return Problem(layer.n, layer.k, dtype, layer.epilogue, case.routing.counts, case.format)
+
+
+def _choose(case: LinearCase, device: torch.device) -> Choice:
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    if case.format is None:
+        return choose_path(device, dtype)
+    return choose_format_path(FORMATS[case.format], device, dtype)
 
 
 class _Tuner:
@@ -139,7 +166,8 @@ class _Tuner:
         bias, residual = (None if t is None else t[0] for t in (inputs.bias, inputs.residual))
         # Outputs are made by mot_linear itself; x's rows stand for theirs.
         self._hopper = (
-            why_not_hopper(inputs.x[0], inputs.x[0], inputs.weight[0], bias, residual) is None
+            case.format is None
+            and why_not_hopper(inputs.x[0], inputs.x[0], inputs.weight[0], bias, residual) is None
         )
 
     def run(self) -> dict[str, Any] | None:
@@ -191,6 +219,7 @@ class _Tuner:
         return {
             "n": self._problem.n,
             "k": self._problem.k,
+            **({} if self._problem.format is None else {"format": self._problem.format}),
             "dtype": self._problem.dtype_name,
             "epilogue": self._problem.epilogue,
             "rows": list(self._problem.counts),

@@ -40,6 +40,20 @@ def check_format_config(config: TileConfig, format: Format) -> None:
         )
 
 
+def is_legal_format(
+    config: TileConfig, format: Format, dtype: torch.dtype, epilogue: str, shared_memory: int
+) -> bool:
+    """`tuning.config.is_legal` for a weight in a format."""
+    try:
+        check_format_config(config, format)
+    except ValueError:
+        return False
+    registers = config.accumulator_registers(silu_mul=epilogue == "silu_mul")
+    return shared_memory_bytes(config, format, dtype, epilogue) <= shared_memory and (
+        registers <= 192
+    )
+
+
 def shared_memory_bytes(
     config: TileConfig, format: Format, dtype: torch.dtype, epilogue: str
 ) -> int:

@@ -85,20 +85,16 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
         best = _nearest(load_entries(path), problem, hopper)
         if best is not None:
             return best
-    properties = torch.cuda.get_device_properties(device)
-    if problem.format is not None:
-        warn_once(
-            f"no tuned tiles for {OP} with K={problem.k}, N={problem.n}, format {problem.format}, "
-            f"{problem.dtype_name}, epilogue {problem.epilogue} on {name}: using a computed default"
-        )
-        return default_config(problem, properties.shared_memory_per_block_optin)
-    folder_hint = f"export {_FOLDER_VARIABLES[0]}=DIR"
+    has_format = "" if problem.format is None else f", format {problem.format}"
+    with_format = "" if problem.format is None else f"--format {problem.format} "
     warn_once(
         f"no tuned tiles for {OP} with K={problem.k}, N={problem.n}, {problem.dtype_name}, "
-        f"epilogue {problem.epilogue} on {name}: using a computed default. To tune, run: "
-        f"mot-bench tune --shape {problem.k},{problem.n} --dtype {problem.dtype_name} "
-        f"--epilogue {problem.epilogue} --output DIR   and then {folder_hint}"
+        f"epilogue {problem.epilogue}{has_format} on {name}: using a computed default. To tune, "
+        f"run: mot-bench tune --shape {problem.k},{problem.n} --dtype {problem.dtype_name} "
+        f"--epilogue {problem.epilogue} {with_format}--output DIR   and then "
+        f"export {_FOLDER_VARIABLES[0]}=DIR"
     )
+    properties = torch.cuda.get_device_properties(device)
     return default_config(problem, properties.shared_memory_per_block_optin, hopper)
 
 
