@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,16 @@ def test_work_of_a_linear() -> None:
     assert silu.bytes_moved == 4 * (12 * 8 + 2 * 6 * 8 + 12 * 3)
     added = LinearCase(Layer("l", 8, 6, "add_residual"), Routing.packed((12, 0)), "bfloat16")
     assert added.bytes_moved == 2 * (12 * 8 + 6 * 8 + 2 * 12 * 6)
+    for name, x_bytes, weight_bits in (
+        ("fp8_w8a8_per_channel", 1, 8),
+        ("int8_w8a16", 2, 8),
+        ("int4_w4a16_group128", 2, 4),
+    ):
+        stored = replace(plain, format=name)
+        weight = 2 * 6 * 8 * weight_bits // 8
+        assert stored.bytes_moved == x_bytes * 12 * 8 + weight + 2 * (2 * 6 + 12 * 6)
+        assert stored.op == "linear_format"
+        assert str(stored).endswith(f"-bfloat16-{name}")
 
 
 def test_work_of_norms() -> None:

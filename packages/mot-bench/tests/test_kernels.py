@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mot_bench import formats
+from mot_bench.cases import Layer, LinearCase, Routing
+from mot_bench.registry import Gate
 from mot_bench.results import Results
 
 PROVIDERS = '''
@@ -147,6 +151,39 @@ def test_unavailable_provider_is_no_failure(
     assert "unavailable: needs a GPU of next year" in answer.out
 
 
+@pytest.mark.parametrize("name", ["fp8_w8a8_per_channel", "int8_w8a16", "int4_w4a16_group32"])
+def test_formats(name: str, mot_bench: Any, tmp_path: Path) -> None:
+    run = (*TINY_RUN, "--shape", "32,16", "--format", name)
+    answer = mot_bench(*run, "--output", tmp_path)
+    assert answer.code == 0, answer.err
+    (case,) = only_results(tmp_path).cases
+    assert (case.op, case.id.endswith(f"-{name}")) == ("linear_format", True)
+    timed = {p.name: p.timing is not None for p in case.providers}
+    assert timed["mot"]
+    assert timed["plain"]
+    (scaled,) = [p for p in case.providers if p.name == "scaled_mm"]
+    if not name.startswith("fp8"):
+        assert "it multiplies fp8_w8a8_per_channel" in scaled.why
+
+
+def test_the_gate_judges_a_format_by_its_own_numbers() -> None:
+    """What is measured agrees with the rounded numbers, and not with those before rounding."""
+    case = LinearCase(Layer("tiny", 64, 32), Routing.packed([3, 20]), "float32", "int8_w8a8")
+    problem = formats.make_problem(case, 1, torch.device("cpu"))
+    ready = formats.mot(problem)
+    Gate(problem).check(ready)
+    plain = formats.plain(problem)
+    with pytest.raises(AssertionError, match="expert"):
+        Gate(problem).check(plain)
+
+
+@pytest.mark.parametrize("command", [("kernels",), ("tune", "--output", "out")])
+def test_unknown_format(command: tuple[str, ...], mot_bench: Any) -> None:
+    answer = mot_bench(*command, "--shape", "32,16", "--format", "int9")
+    assert answer.code == 2
+    assert "--format is 'int9'; expected one of" in answer.err
+
+
 def test_scattered_routing_replaces_steps(mot_bench: Any, tmp_path: Path) -> None:
     answer = mot_bench(*ONE_LAYER, "--und-share", "0.5,1", "--output", tmp_path)
     assert answer.code == 0
@@ -161,7 +198,10 @@ def test_scattered_routing_replaces_steps(mot_bench: Any, tmp_path: Path) -> Non
         ("missing.py:f", "there is no Python file missing.py"),
         ("{file}", "expected FILE.py:FUNCTION"),
         ("{file}:nobody", "defines no function nobody"),
-        ("{file}:of_nothing", "of_nothing must take one of LinearProblem, NormProblem, QkProblem"),
+        (
+            "{file}:of_nothing",
+            "of_nothing must take one of LinearProblem, FormatProblem, NormProblem, QkProblem",
+        ),
         ("{file}:of_norms", "it computes rms_norm; add --op rms_norm"),
         ("{file}:mot", "linear has a provider 'mot' already"),
         ("{folder}/broken.py:f", "cannot be imported: ZeroDivisionError: division by zero"),

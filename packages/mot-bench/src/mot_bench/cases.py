@@ -180,7 +180,10 @@ class LinearCase:
     dtype: str
     format: str | None = None
 
-    op = "linear"
+    @property
+    def op(self) -> str:
+        """Weights in a format are an operation of their own, with other providers."""
+        return "linear" if self.format is None else "linear_format"
 
     @property
     def shape(self) -> str:
@@ -295,13 +298,17 @@ def select(
     model: Model,
     routes: Sequence[Routing],
     dtype: str,
+    format: str | None = None,
 ) -> list[Case]:
-    """The cases of these operations: `layers` for linear, the rest from `model`."""
+    """The cases of these operations: `layers` for linear, the rest from `model`.
+
+    `format` is that of the linears' weights.
+    """
     cases: list[Case] = []
     for op in operations:
         for route in routes:
             if op == "linear":
-                cases += [LinearCase(layer, route, dtype) for layer in layers]
+                cases += [LinearCase(layer, route, dtype, format) for layer in layers]
             elif op == "rms_norm":
                 cases += [NormCase(model.hidden, add, route, dtype) for add in (False, True)]
             elif op == "qk_norm_rope":

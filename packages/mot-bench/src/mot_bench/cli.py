@@ -52,6 +52,10 @@ EpilogueOption = Annotated[
     str | None,
     typer.Option(help="none, silu_mul, add_residual. Default: the layer's own, none for --shape."),
 ]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(help="Number format of the linears' weights, e.g. int8_w8a16. Default: none."),
+]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Samples per variant.")]
 
 
@@ -77,6 +81,7 @@ def kernels(
     tp: TpOption = 1,
     dtype: DtypeOption = "bfloat16",
     epilogue: EpilogueOption = None,
+    format: FormatOption = None,
     provider: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE.py:FUNCTION", help="Measure this function, too; repeat."),
@@ -97,7 +102,7 @@ def kernels(
         options.integers("--image-tokens", image_tokens, least=1, example="4096,1024"),
         options.shares("--und-share", und_share),
     )
-    cases = select(ops, layers, own, routes, options.dtype(dtype))
+    cases = select(ops, layers, own, routes, options.dtype(dtype), format)
     if plot and output is None:
         raise UsageError("--plot writes a picture; say where with --output DIR")
     if plot and importlib.util.find_spec("matplotlib") is None:
@@ -106,10 +111,13 @@ def kernels(
     _need_kernels()
 
     from mot_bench import tables
+    from mot_bench.formats import check_format
     from mot_bench.kernels import result_path, run_kernels
     from mot_bench.results import means
 
-    registry = _registry(provider or [], ops)
+    check_format(format, layers)
+    measured = [*ops, "linear_format"] if format is not None else ops
+    registry = _registry(provider or [], measured)
     device = best_device_or_say()
     console = screen()
     started = False
@@ -159,10 +167,7 @@ def tune(
     tp: TpOption = 1,
     dtype: DtypeOption = "bfloat16",
     epilogue: EpilogueOption = None,
-    format: Annotated[
-        str | None,
-        typer.Option(help="The weights' number format, e.g. int8_w8a16. Default: none."),
-    ] = None,
+    format: FormatOption = None,
     rows: Annotated[
         list[str] | None,
         typer.Option(
@@ -187,8 +192,9 @@ def tune(
     _need_kernels()
 
     from mot_bench import tune as tuner
+    from mot_bench.formats import check_format
 
-    tuner.check_format(format, layers)
+    check_format(format, layers)
 
     settings = tuner.Settings(
         output=folder,

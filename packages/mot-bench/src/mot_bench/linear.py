@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,11 @@ from mot_kernels import (
     SILU_MUL,
     AddResidual,
     Epilogue,
-    ExpertWeight,
     QuantizedRows,
     RoutePlan,
     TileConfig,
-    dequantize,
     mot_linear,
-    quantize_rows,
-    quantize_weight,
 )
-from mot_kernels.formats import FORMATS, quantizes_activations
 from mot_kernels.testing import linear_in_order, looped_linear
 
 from mot_bench.cases import LinearCase
@@ -50,8 +46,6 @@ class LinearProblem:
         weight: (E, N, K) each.
         bias: (E, N) each, or None.
         residual: (M, N) each for the epilogue "add_residual", or None.
-        stored: the weights in the case's format, or None if it has none.
-        rows: x rounded to it, or None if it keeps x.
     """
 
     case: LinearCase
@@ -60,8 +54,6 @@ class LinearProblem:
     weight: list[torch.Tensor]
     bias: list[torch.Tensor] | None
     residual: list[torch.Tensor] | None
-    stored: list[ExpertWeight] | None = None
-    rows: list[QuantizedRows] | None = None
 
     outputs = ("y",)
 
@@ -85,6 +77,14 @@ class LinearProblem:
         """(N,) of one expert, or None."""
         return None if self.bias is None else self.bias[index][expert]
 
+    def operands(self, index: int) -> tuple[torch.Tensor | QuantizedRows, Any]:
+        """x and weight as `mot_linear` takes them."""
+        return self.x[index], self.weight[index]
+
+    def numbers(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrices (M, K) and (E, N, K) that the operands stand for."""
+        return self.x[index], self.weight[index]
+
     def truth(self, index: int) -> Outputs:
         """In float32, or float64 if that is the dtype of the inputs."""
         finer = torch.float64 if self.x[0].dtype is torch.float32 else torch.float32
@@ -102,9 +102,7 @@ class LinearProblem:
         epilogue = self.epilogue(index)
         if isinstance(epilogue, AddResidual):
             epilogue = AddResidual(epilogue.residual.to(dtype))
-        # What the numbers of a format stand for.
-        x = self.x[index] if self.rows is None else self.rows[index].float()
-        weight = self.weight[index] if self.stored is None else dequantize(self.stored[index])
+        x, weight = self.numbers(index)
         return looped_linear(
             x.to(dtype),
             weight.to(dtype),
@@ -119,22 +117,13 @@ def make_problem(case: LinearCase, sets: int, device: torch.device) -> LinearPro
     """Random inputs of a size that keeps outputs near 1."""
     layer, rows, experts = case.layer, case.routing.rows, case.routing.num_experts
     draw = Draw(case, sets, device)
-    problem = LinearProblem(
+    return LinearProblem(
         case,
         plan_of(case, device),
         x=draw.normal(rows, layer.k),
         weight=draw.normal(experts, layer.n, layer.k, scale=layer.k**-0.5),
         bias=draw.normal(experts, layer.n) if layer.bias else None,
         residual=draw.normal(rows, layer.n) if layer.epilogue == "add_residual" else None,
-    )
-    if case.format is None:
-        return problem
-    format = FORMATS[case.format]
-    rounds = quantizes_activations(format)
-    return replace(
-        problem,
-        stored=[quantize_weight(weight, format) for weight in problem.weight],
-        rows=[quantize_rows(x, format) for x in problem.x] if rounds else None,
     )
 
 
@@ -146,8 +135,7 @@ def mot_variant(problem: LinearProblem, config: TileConfig | None = None) -> Var
 
     def run(index: int) -> torch.Tensor:
         return mot_linear(
-            (problem.rows or problem.x)[index],
-            (problem.stored or problem.weight)[index],
+            *problem.operands(index),
             problem.plan,
             bias=None if problem.bias is None else problem.bias[index],
             epilogue=problem.epilogue(index),

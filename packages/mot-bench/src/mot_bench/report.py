@@ -21,6 +21,7 @@ from mot_bench.results import (
 
 _TITLES = {
     "linear": "`mot_linear`",
+    "linear_format": "`mot_linear`, weights in a number format",
     "rms_norm": "`mot_rms_norm`",
     "qk_norm_rope": "`mot_qk_norm_rope`",
 }

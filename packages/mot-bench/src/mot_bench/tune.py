@@ -18,13 +18,13 @@ import torch
 from mot_kernels import Choice, TileConfig, choose_path
 from mot_kernels import Path as KernelPath
 from mot_kernels.dispatch import choose_format_path, why_not_hopper
-from mot_kernels.formats import FORMATS, check_k
+from mot_kernels.formats import FORMATS
 from mot_kernels.tuning.lookup import Problem, default_config
 
-from mot_bench import options
-from mot_bench.cases import Layer, LinearCase
+from mot_bench import formats
+from mot_bench.cases import LinearCase
 from mot_bench.environment import environment
-from mot_bench.errors import MeasurementError, UsageError
+from mot_bench.errors import MeasurementError
 from mot_bench.kernels import describe_protocol
 from mot_bench.linear import LinearProblem, make_problem, mot_variant
 from mot_bench.protocol import first_line, measure, rotation, stopwatch_for
@@ -115,24 +115,6 @@ def tune(cases: Sequence[LinearCase], settings: Settings, progress: Progress) ->
     return target
 
 
-def check_format(format: str | None, layers: Iterable[Layer]) -> None:
-    """Refuse a format that there is not, or that does not go with a layer.
-
-    Raises:
-        UsageError: naming it.
-    """
-    if format is None:
-        return
-    options.one_of("--format", format, tuple(FORMATS))
-    for layer in layers:
-        try:
-            check_k(FORMATS[format], layer.k)
-        except ValueError as error:
-            raise UsageError(
-                f"--format is {format!r}, but layer {layer.name} has {error}"
-            ) from error
-
-
 def problem_of(case: LinearCase) -> Problem:
     """A case as the config lookup sees it."""
     layer = case.layer
@@ -160,7 +142,8 @@ class _Tuner:
         self._progress = progress
         self._shared_memory = _shared_memory(settings.device)
         sets = rotation(case.bytes_moved, settings.device).sets
-        self._inputs: LinearProblem = make_problem(case, sets, settings.device)
+        make = make_problem if case.format is None else formats.make_problem
+        self._inputs: LinearProblem = make(case, sets, settings.device)
         self._gate = Gate(self._inputs)
         inputs = self._inputs
         bias, residual = (None if t is None else t[0] for t in (inputs.bias, inputs.residual))
