@@ -146,20 +146,15 @@ def _fp8_online(layer: Any, method: Any) -> Reading:
 
 def _compressed_tensors(layer: Any, method: Any) -> Reading:
     scheme = layer.scheme
-    match type(scheme).__name__:
-        case "CompressedTensorsW8A8Fp8":
-            return _fp8(
-                layer,
-                scheme.strategy,
-                block=scheme.weight_block_size,
-                is_static=bool(scheme.is_static_input_scheme),
-            )
-        case "CompressedTensorsW8A16Fp8":
-            # Two things: a checkpoint that keeps activations in 16 bits, and vLLM's substitute on
-            # GPUs without FP8 units for one that does not; mot_linear has the format everywhere.
-            scheme_dict = method.quantization_config.get_scheme_dict(layer, layer.prefix) or {}
-            if scheme_dict.get("input_activations") is None:
-                raise NotReadable("FP8 weights with 16-bit activations are no format of ours")
+    name = type(scheme).__name__
+    if name == "CompressedTensorsW8A16Fp8":
+        # Two things: a checkpoint that keeps activations in 16 bits, and vLLM's substitute on
+        # GPUs without FP8 units for one that does not; mot_linear has the format everywhere.
+        scheme_dict = method.quantization_config.get_scheme_dict(layer, layer.prefix) or {}
+        if scheme_dict.get("input_activations") is None:
+            raise NotReadable("FP8 weights with 16-bit activations are no format of ours")
+    match name:
+        case "CompressedTensorsW8A8Fp8" | "CompressedTensorsW8A16Fp8":
             return _fp8(
                 layer,
                 scheme.strategy,
@@ -170,7 +165,7 @@ def _compressed_tensors(layer: Any, method: Any) -> Reading:
             return _int8(layer, scheme)
         case "CompressedTensorsWNA16":
             return _packed(layer, scheme)
-    raise NotReadable(f"there is no format for compressed-tensors' {type(scheme).__name__}")
+    raise NotReadable(f"there is no format for compressed-tensors' {name}")
 
 
 def _fp8(

@@ -109,13 +109,16 @@ class TileConfig:
         return elements * (2 if silu_mul else 1) // (32 * self.num_warps)
 
 
+MOST_ACCUMULATORS = 192
+"""Of a thread's 255 registers: addresses and operands need the rest, beyond it they spill."""
+
+
 def is_legal(config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_memory: int) -> bool:
     """Whether a config fits a GPU with `shared_memory` bytes a block.
 
-    One rule for the tuner, the loader and the default. The accumulators get at most 192 of a
-    thread's 255 registers: addresses and operands need the rest, beyond it they spill.
+    One rule for the tuner, the loader and the default.
     """
     return (
         config.shared_memory_bytes(dtype, silu_mul=silu_mul) <= shared_memory
-        and config.accumulator_registers(silu_mul=silu_mul) <= 192
+        and config.accumulator_registers(silu_mul=silu_mul) <= MOST_ACCUMULATORS
     )

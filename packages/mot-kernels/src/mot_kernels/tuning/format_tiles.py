@@ -12,7 +12,7 @@ from mot_kernels.formats import (
     Int8W8A8,
     quantizes_activations,
 )
-from mot_kernels.tuning.config import TileConfig
+from mot_kernels.tuning.config import MOST_ACCUMULATORS, TileConfig
 
 # 8-bit matrix instructions take 32 at a time.
 _LEAST_BLOCK_K = 32
@@ -50,7 +50,7 @@ def is_legal_format(
         return False
     registers = config.accumulator_registers(silu_mul=epilogue == "silu_mul")
     return shared_memory_bytes(config, format, dtype, epilogue) <= shared_memory and (
-        registers <= 192
+        registers <= MOST_ACCUMULATORS
     )
 
 
