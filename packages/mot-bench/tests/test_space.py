@@ -64,6 +64,16 @@ def test_candidates_of_formats(
     assert max(config.block_k for config in first) <= most_block_k(FORMATS[name])
 
 
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"fp8_w8a8_block"}))
+def test_candidates_of_formats_on_hopper(name: str) -> None:
+    problem = Problem(37888, 3584, torch.bfloat16, "silu_mul", (2, 4096), name)
+    first = first_candidates(problem, 227 * 1024, hopper=True)
+    assert {config.schedule for config in first} == {"hopper"}
+    assert {config.block_n for config in first} == {128, 256}
+    for config in first:
+        assert is_legal_format(config, FORMATS[name], torch.bfloat16, "silu_mul", 227 * 1024)
+
+
 def test_tiles_are_not_much_taller_than_the_rows() -> None:
     for rows, tallest in ((3, 16), (20, 32), (100, 128), (5000, 256)):
         problem = Problem(4608, 3584, torch.bfloat16, "none", (2, rows))

@@ -137,11 +137,29 @@ def linear(
             torch.empty(2, device=_META) if quantize else None,
             plan.row_ids,
             plan.tiles,
+            plan.flags,
             plan.counts,
             [offset for table in plan.tile_offsets for offset in table],
             epilogue == "silu_mul",
             default_config(problem, shared_memory),
         )
+    return caught[0]
+
+
+def dequantize(format_name: str) -> Launch:
+    """BAGEL's gate_up projection written out in 16 bits, both experts."""
+    from mot_kernels._triton import launch_formats
+
+    format = FORMATS[format_name]
+    int4 = isinstance(format, Int4W4A16)
+    n, k = 37_888, 3584
+    data = torch.empty(2, n, k // 2 if int4 else k, dtype=DATA_DTYPES[type(format)], device=_META)
+    scales = torch.empty(scales_shape(format, (2, n, k)), device=_META)
+    zeros = torch.empty(scales.shape, dtype=torch.uint8, device=_META)
+    has_zeros = isinstance(format, Int4W4A16) and not format.symmetric
+    weight = ExpertWeight(data, scales, format, zeros if has_zeros else None)
+    with _caught(launch_formats, "_dequantize_kernel", fp8_units=True) as caught:
+        launch_formats._wide_weight(weight, torch.bfloat16, (2, 4096))
     return caught[0]
 
 

@@ -226,6 +226,11 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
         "int4_w4a16_group128-gen200-none-float32",
     )
 } | {
+    "dequantize-int8": lambda target: recorded_launches.dequantize("int8_w8a16"),
+    "dequantize-int4": lambda target: recorded_launches.dequantize("int4_w4a16_group128"),
+    "dequantize-int4-zeros": lambda target: recorded_launches.dequantize(
+        "int4_w4a16_group32_zero_points"
+    ),
     "quantize_rows-fp8": lambda target: recorded_launches.quantize_rows(
         torch.float8_e4m3fn, fp8_units=target.fp8_units
     ),
@@ -234,12 +239,17 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
     ),
 }
 
-# (epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90.
+# (dtype, epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90.
 HOPPER_KERNELS = {
-    "hopper-none": (0, False, False),
-    "hopper-none-bias-gathered": (0, True, True),
-    "hopper-silu_mul-bias-gathered": (1, True, True),
-    "hopper-add_residual-gathered": (2, False, True),
+    "hopper-none": ("bf16", 0, False, False),
+    "hopper-none-bias-gathered": ("bf16", 0, True, True),
+    "hopper-silu_mul-bias-gathered": ("bf16", 1, True, True),
+    "hopper-add_residual-gathered": ("bf16", 2, False, True),
+    "hopper-fp8-none": ("fp8e4nv", 0, False, False),
+    "hopper-fp8-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
+    "hopper-fp8-add_residual-gathered": ("fp8e4nv", 2, False, True),
+    "hopper-int8-none-bias-gathered": ("i8", 0, True, True),
+    "hopper-int8-silu_mul": ("i8", 1, False, False),
 }
 
 
@@ -252,11 +262,15 @@ def compile_hopper(name: str) -> dict[str, Any]:
 
     from mot_kernels._triton.hopper import _mot_linear_hopper_kernel as kernel
 
-    epilogue, has_bias, has_gathered = HOPPER_KERNELS[name]
-    problem = Problem(4608, 3584, torch.bfloat16, "none", (2, 4096))
+    dtype, epilogue, has_bias, has_gathered = HOPPER_KERNELS[name]
+    bits = 16 if dtype == "bf16" else 8
+    format = {"bf16": None, "fp8e4nv": "fp8_w8a8_per_channel", "i8": "int8_w8a8"}[dtype]
+    problem = Problem(4608, 3584, torch.bfloat16, "none", (2, 4096), format)
     config = default_config(problem, 227 * 1024, hopper=True)
     constants: dict[str, Any] = {
         "HAS_BIAS": has_bias,
+        "HAS_X_SCALES": bits == 8,
+        "HAS_W_SCALES": bits == 8,
         "EPILOGUE": epilogue,
         "HAS_GATHERED": has_gathered,
         "BLOCK_N": config.block_n,
@@ -268,21 +282,34 @@ def compile_hopper(name: str) -> dict[str, Any]:
         constants["bias_ptr"] = None
     if epilogue != 2:
         constants |= {"residual_ptr": None, "residual_desc": None}
-    layout = NVMMASharedLayout(2 * config.block_k, 16, 2)
+    if bits == 16:
+        constants |= {"x_scales_ptr": None, "w_scales_ptr": None}
     w_rows = config.block_n // 2 if epilogue == 1 else config.block_n
-    heights = {"x_desc": config.block_m, "w_desc": w_rows, "residual_desc": config.block_m}
-    pointers = {"partials_ptr": "fp32", "flags_ptr": "i32", "row_ids_ptr": "i32"}
+    descriptors = {
+        "x_desc": (dtype, config.block_m, config.block_k, bits),
+        "w_desc": (dtype, w_rows, config.block_k, bits),
+        "residual_desc": ("bf16", config.block_m, 64, 16),
+    }
+    pointers = {
+        "x_ptr": dtype,
+        "x_scales_ptr": "fp32",
+        "w_scales_ptr": "fp32",
+        "partials_ptr": "i32" if dtype == "i8" else "fp32",
+        "flags_ptr": "i32",
+        "row_ids_ptr": "i32",
+        "tiles_ptr": "i32",
+    }
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in heights:
-            block = f"{heights[argument]},{config.block_k}"
-            signature[argument] = f"tensordesc<bf16[{block}],{layout!r}>"
+        elif argument in descriptors:
+            kind, height, width, element = descriptors[argument]
+            layout = NVMMASharedLayout(128, element, 2)
+            signature[argument] = f"tensordesc<{kind}[{height},{width}],{layout!r}>"
         else:
             is_pointer = argument.endswith("_ptr")
-            kind = {"tiles_ptr": "i32"} | pointers
-            signature[argument] = f"*{kind.get(argument, 'bf16')}" if is_pointer else "i32"
+            signature[argument] = f"*{pointers.get(argument, 'bf16')}" if is_pointer else "i32"
             if not argument.startswith("num_"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)

@@ -16,7 +16,11 @@ from mot_kernels import TileConfig, dispatch
 from mot_kernels.formats import FORMATS, Format
 from mot_kernels.plan import TILE_ROWS
 from mot_kernels.tuning import lookup
-from mot_kernels.tuning.format_tiles import check_format_config, shared_memory_bytes
+from mot_kernels.tuning.format_tiles import (
+    check_format_config,
+    hopper_block_k,
+    shared_memory_bytes,
+)
 from mot_kernels.tuning.lookup import Problem, default_config, find_config
 
 GPU = torch.device("cuda", 0)
@@ -88,6 +92,27 @@ def test_find_config_wants_the_same_format(format: str | None, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("name", "rows", "hopper"),
+    [
+        ("fp8_w8a8_per_channel", 127, False),
+        ("fp8_w8a8_per_channel", 128, True),
+        ("int8_w8a8", 128, True),
+        ("int8_w8a16", 255, False),  # too few to pay for writing the weight out
+        ("int8_w8a16", 256, True),
+        ("int4_w4a16_group32", 256, True),
+    ],
+)
+def test_default_on_hopper(name: str, rows: int, hopper: bool) -> None:
+    problem = Problem(4608, 3584, BF16, "none", (2, rows), name)
+    config = default_config(problem, 227 * KB, hopper=True)
+    assert (config.schedule == "hopper") == hopper
+    if hopper:
+        assert config.block_k == hopper_block_k(FORMATS[name])
+        assert shared_memory_bytes(config, FORMATS[name], BF16, "none") <= 227 * KB
+    assert default_config(problem, 227 * KB).schedule == "portable"
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format": "int3"}, r"entries\[0\]: key 'format' is 'int3'; expected one of \['fp8_w8a8"),
@@ -97,8 +122,8 @@ def test_find_config_wants_the_same_format(format: str | None, tmp_path: Path) -
             r"block_k=16; with format int8_w8a16 it can be 32\.\.256",
         ),
         (
-            {"config": asdict(TileConfig(128, 128, 64, schedule="hopper"))},
-            "schedule 'hopper', but format int8_w8a16 has a kernel for 'portable' only",
+            {"config": asdict(TileConfig(128, 128, 128, schedule="hopper"))},
+            "block_k=128; schedule 'hopper' has 64 with format int8_w8a16",
         ),
     ],
 )

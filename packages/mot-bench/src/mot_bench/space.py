@@ -13,10 +13,11 @@ from dataclasses import replace
 from itertools import product
 
 import torch
+from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.formats import FORMATS
 from mot_kernels.plan import TILE_ROWS
 from mot_kernels.tuning.config import TileConfig, is_legal
-from mot_kernels.tuning.format_tiles import is_legal_format
+from mot_kernels.tuning.format_tiles import hopper_block_k, is_legal_format
 from mot_kernels.tuning.lookup import Problem, default_config
 
 # Up to this many rows of the largest expert a problem is bound by reading the weights.
@@ -55,9 +56,12 @@ def first_candidates(
     if not hopper or max(problem.counts) < _HOPPER_ALONE:
         candidates += [replace(config, group_m=default.group_m) for config in _shapes(problem)]
     if hopper:
-        sizes = ((256, 4), (128, 4), (128, 6))
-        group = default.group_m
-        candidates += [TileConfig(128, n, 64, group, 4, stages, "hopper") for n, stages in sizes]
+        format = problem.format
+        depth = HOPPER_ROW_BYTES // 2 if format is None else hopper_block_k(FORMATS[format])
+        candidates += [
+            TileConfig(128, n, depth, default.group_m, 4, stages, "hopper")
+            for n, stages in ((256, 4), (128, 4), (128, 6))
+        ]
     return _legal([default, *candidates], problem, shared_memory)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mot_kernels import Choice, TileConfig, choose_path
+from mot_kernels import Choice, ExpertWeight, TileConfig, choose_path
 from mot_kernels import Path as KernelPath
-from mot_kernels.dispatch import choose_format_path, why_not_hopper
+from mot_kernels.dispatch import choose_format_path, why_not_hopper, why_not_hopper_format
 from mot_kernels.formats import FORMATS
 from mot_kernels.tuning.lookup import Problem, default_config
 
@@ -148,10 +148,13 @@ class _Tuner:
         inputs = self._inputs
         bias, residual = (None if t is None else t[0] for t in (inputs.bias, inputs.residual))
         # Outputs are made by mot_linear itself; x's rows stand for theirs.
-        self._hopper = (
-            case.format is None
-            and why_not_hopper(inputs.x[0], inputs.x[0], inputs.weight[0], bias, residual) is None
-        )
+        out = inputs.x[0]
+        x, weight = inputs.operands(0)
+        if isinstance(weight, ExpertWeight):
+            why = why_not_hopper_format(out, x, weight, bias, residual, has_plan=True)
+        else:
+            why = why_not_hopper(out, out, weight, bias, residual)
+        self._hopper = why is None
 
     def run(self) -> dict[str, Any] | None:
         """The entry for the result file, or None if no candidate works."""

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from mot_kernels.formats import Format, Fp8W8A8
+from mot_kernels.formats import ExpertWeight, Format, Fp8W8A8, QuantizedRows
 
 logger = logging.getLogger("mot_kernels")
 
-HOPPER_BLOCK_K = 64
-"""K of `mot_linear` must be a multiple of this for schedule "hopper"."""
+HOPPER_ROW_BYTES = 128
+"""Bytes of a row of x, or of the weight, that schedule "hopper" multiplies at a time."""
+
+_HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Path(enum.Enum):
@@ -114,11 +116,16 @@ def has_fp8_units(device: torch.device) -> bool:
 def why_not_hopper(
     out: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> str | None:
-    """Why `mot_linear` cannot have schedule "hopper" for these tensors; None if it can."""
+    """Why `mot_linear` cannot have schedule "hopper" for these tensors; None if it can.
+
+    Args:
+        x: (M, K) 16 bits, or the data of `QuantizedRows`.
+        weight: (E, N, K) as x; None if it will be written anew for this product.
+    """
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device type {x.device.type!r} is no NVIDIA GPU"
     capability = _capability(x.device)
@@ -126,17 +133,21 @@ def why_not_hopper(
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
     if not _has_gluon():
         return "this Triton has no Gluon for Hopper (3.6 does)"
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in (*_HOPPER_DTYPES, torch.float8_e4m3fn, torch.int8):
         return f"it multiplies bfloat16 and float16, not {x.dtype}"
-    if x.shape[1] % HOPPER_BLOCK_K:
-        return f"K={x.shape[1]} is not a multiple of {HOPPER_BLOCK_K}"
+    if out.dtype not in _HOPPER_DTYPES:
+        return f"it writes bfloat16 and float16, not {out.dtype}"
+    step = HOPPER_ROW_BYTES // x.element_size()
+    if x.shape[1] % step:
+        return f"K={x.shape[1]} is not a multiple of {step}"
     if residual is not None and out.shape[1] % 16:
         return f"N={out.shape[1]} is not a multiple of 16, and there is a residual"
-    if weight.stride(0) != weight.shape[1] * weight.stride(1):
+    if weight is not None and weight.stride(0) != weight.shape[1] * weight.stride(1):
         return f"the experts' weights do not follow each other (strides {weight.stride()})"
     # Descriptors need strides of whole 16 bytes. Triton copies gathered rows 16 bytes at a time
     # only where it knows that the stride is a multiple of 16 elements.
-    for name, t, unit in (("x", x, 16), ("weight", weight, 8), ("residual", residual, 16)):
+    w_unit = 16 // x.element_size()
+    for name, t, unit in (("x", x, 16), ("weight", weight, w_unit), ("residual", residual, 16)):
         if t is None:
             continue
         if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % unit for s in t.stride()[:-1]):
@@ -148,6 +159,29 @@ def why_not_hopper(
         if other is not None and other.shape[-1] > 1 and other.stride(-1) != 1:
             return f"rows of {name} are not contiguous (strides {other.stride()})"
     return None
+
+
+def why_not_hopper_format(
+    out: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
+    weight: ExpertWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    *,
+    has_plan: bool,
+) -> str | None:
+    """As `why_not_hopper`, for a weight in a format.
+
+    8-bit weights are multiplied as they are. Those that leave activations in 16 bits are written
+    out in 16 bits first.
+    """
+    if not has_plan:
+        return "there is no plan"
+    if weight.scales.dim() == 3 and isinstance(weight.format, Fp8W8A8):
+        return f"it multiplies sums by scales after the last k, and {weight.format} has several"
+    if isinstance(x, QuantizedRows):
+        return why_not_hopper(out, x.data, weight.data, bias, residual)
+    return why_not_hopper(out, x, None, bias, residual)
 
 
 @functools.cache

@@ -31,8 +31,8 @@ _SCHEMAS = (
     "int[] config) -> ()",
     "linear_format_(Tensor(a!) out, Tensor(b!)? out_scales, Tensor x, Tensor? x_scales, "
     "Tensor weight, Tensor weight_scales, Tensor? zero_points, Tensor? bias, Tensor? residual, "
-    "Tensor? activation_scale, Tensor? row_ids, Tensor? tiles, int[] counts, int[] tile_offsets, "
-    "str format, ScalarType dtype, bool silu_mul, int[] config) -> ()",
+    "Tensor? activation_scale, Tensor? row_ids, Tensor? tiles, Tensor? flags, int[] counts, "
+    "int[] tile_offsets, str format, ScalarType dtype, bool silu_mul, int[] config) -> ()",
     "quantize_rows_(Tensor(a!) data, Tensor(b!) scales, Tensor x, Tensor? activation_scale, "
     "Tensor? expert_ids) -> ()",
     "rms_norm_(Tensor(a!) out, Tensor(b!)? out_scales, Tensor(c!)? residual_out, Tensor x, "
@@ -158,6 +158,7 @@ def _linear_format(
     activation_scale: torch.Tensor | None,
     row_ids: torch.Tensor | None,
     tiles: torch.Tensor | None,
+    flags: torch.Tensor | None,
     counts: Sequence[int],
     tile_offsets: Sequence[int],
     format: str,
@@ -186,6 +187,7 @@ def _linear_format(
             activation_scale,
             row_ids,
             tiles,
+            flags,
             tuple(counts),
             tile_offsets,
             silu_mul,

@@ -16,7 +16,9 @@ too, and not stored); otherwise it is gathered row by row (cp.async) into the ve
 group whose half of the rows is dead multiplies nothing.
 
 For SiLU*mul a unit's weight tile is half gate rows, half up rows of the same output columns.
-Needs K % BLOCK_K == 0, 16-byte aligned rows, contiguous last dimensions, fp16 or bf16.
+x and weight are fp16 or bf16, or 8-bit numbers with scales (`linear_8bit.py` has that sum): a row
+of a tile is 128 bytes either way. Needs K % BLOCK_K == 0, 16-byte aligned rows, contiguous last
+dimensions.
 """
 
 from __future__ import annotations
@@ -24,29 +26,37 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from mot_kernels._triton.hopper_finish import (
     _CHUNK,
+    _PART,
     _ROWS,
     _STORED,
-    _chunks,
     _chunks_per_stage,
     _finish,
     _residual_chunk,
     _trade,
 )
+from mot_kernels._triton.hopper_sum import _start_sum, _sum_up
 from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed these.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_reinterpret = (
+    getattr(gl.shared_memory_descriptor, "reinterpret", None)
+    or gl.shared_memory_descriptor._reinterpret
+)
 _copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.constexpr_function
+def _registers(dtype, loading):
+    """Of a thread of a computing group, or of a loading one; three groups of warps have 504.
+
+    Without spilling in either, as ptxas says. FP8 sums leave the matrix unit: room for 64 more.
+    """
+    return (224, 56)[loading] if dtype.is_fp8() else (184, 136)[loading]
 
 
 @gluon.jit
@@ -82,6 +92,12 @@ def _place(index, num_tiles, num_n, group_m):
     return first + within % rows, within // rows
 
 
+@gluon.constexpr_function
+def _gather_layout(bits, warps):
+    """Of gathered rows of 128 bytes: 16 of them a thread, a row by 8 threads."""
+    return gl.BlockedLayout([1, 128 // bits], [4, 8], [warps, 1], [1, 0])
+
+
 @gluon.jit
 def _load_weights(w_desc, w_stage, bar, w_row, k, w_rows, EPILOGUE: gl.constexpr):
     if EPILOGUE == _EPILOGUE_SILU_MUL:
@@ -93,7 +109,9 @@ def _load_weights(w_desc, w_stage, bar, w_row, k, w_rows, EPILOGUE: gl.constexpr
 
 
 @gluon.jit
-def _load_residual(ring, desc, row, column, step, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr):
+def _load_residual(
+    ring, wide_ring, desc, row, column, step, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr
+):
     """Load a unit's residual into the ring, behind its products; returns the moved `step`."""
     x_ring, w_ring, full, empty = ring
     STAGES: gl.constexpr = x_ring.shape[0]
@@ -107,17 +125,25 @@ def _load_residual(ring, desc, row, column, step, HAS_GATHERED: gl.constexpr, WA
             mbarrier.expect(bar, min(EACH, NUM - c) * 2 * _ROWS * _CHUNK * 2)
             if HAS_GATHERED:
                 mbarrier.arrive(bar, count=32 * WARPS)
-        _tma_load(desc, [row, column + c * _CHUNK], bar, _residual_chunk(x_ring, w_ring, step, c))
+        _tma_load(desc, [row, column + c * _CHUNK], bar, _residual_chunk(wide_ring, step, c))
     return step + gl.cdiv(NUM, EACH)
 
 
 @gluon.jit
-def _gather_residual(ring, row_ptrs, is_live, n, step, N_OUT):
-    """As `_load_residual`, from pointers (128, 1) to rows and the first chunk's columns n."""
+def _gather_residual(
+    ring, wide_ring, residual_ptr, stride_residual_m, rows, live, column, step, N_OUT,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """As `_load_residual`, of the rows (128,), `live` of which count, gathered."""
     x_ring, w_ring, full, empty = ring
     STAGES: gl.constexpr = x_ring.shape[0]
     NUM: gl.constexpr = w_ring.shape[1] // _CHUNK
     EACH: gl.constexpr = _chunks_per_stage(w_ring)
+    layout: gl.constexpr = _gather_layout(16, WARPS)
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
+    row_ptrs = residual_ptr + rows[:, None] * stride_residual_m
+    is_live = (gl.arange(0, 2 * _ROWS, gl.SliceLayout(1, layout)) < live)[:, None]
+    n = (column + gl.arange(0, _CHUNK, gl.SliceLayout(0, layout)))[None, :]
     for c in gl.static_range(NUM):
         at = step + c // EACH
         bar = full.index(at % STAGES)
@@ -125,7 +151,7 @@ def _gather_residual(ring, row_ptrs, is_live, n, step, N_OUT):
             mbarrier.wait(empty.index(at % STAGES), ((at // STAGES) & 1) ^ 1)
         columns = n + c * _CHUNK
         mask = is_live & (columns < N_OUT)
-        _copy_to_shared(_residual_chunk(x_ring, w_ring, step, c), row_ptrs + columns, mask=mask)
+        _copy_to_shared(_residual_chunk(wide_ring, step, c), row_ptrs + columns, mask=mask)
         if c % EACH == EACH - 1 or c == NUM - 1:
             mbarrier.arrive(bar)
             async_copy.mbarrier_arrive(bar, increment_count=False)
@@ -134,7 +160,7 @@ def _gather_residual(ring, row_ptrs, is_live, n, step, N_OUT):
 
 @gluon.jit
 def _loading_warps(
-    ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows, N_OUT,
+    ring, wide_ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows, N_OUT,
     EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring, unit after unit."""
@@ -147,8 +173,9 @@ def _loading_warps(
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * 2
-    W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
+    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * BITS // 8
+    W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * BITS // 8
     unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
     while unit < num_whole:
@@ -171,17 +198,18 @@ def _loading_warps(
                 _load_weights(w_desc, w_ring.index(stage), bar, w_row, k, w_rows, EPILOGUE)
                 step += 1
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-                step = _load_residual(ring, residual_desc, first, column, step, HAS_GATHERED, WARPS)
+                step = _load_residual(
+                    ring, wide_ring, residual_desc, first, column, step, HAS_GATHERED, WARPS
+                )
         elif HAS_GATHERED:
             offset = gl.load(tile_ptr + 1)
             live = gl.load(tile_ptr + 2)
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+            layout: gl.constexpr = _gather_layout(BITS, WARPS)
             m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
             rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
             offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
             x_ptrs = x_ptr + rows[:, None] * stride_x_m + offs_k[None, :]
-            is_live = (m < live)[:, None]
-            mask = is_live & (offs_k >= 0)[None, :]
+            mask = (m < live)[:, None] & (offs_k >= 0)[None, :]
             for k in range(first_step * BLOCK_K, last_step * BLOCK_K, BLOCK_K):
                 stage = step % STAGES
                 bar = full.index(stage)
@@ -193,41 +221,29 @@ def _loading_warps(
                 async_copy.mbarrier_arrive(bar, increment_count=False)
                 step += 1
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-                row_ptrs = residual_ptr + rows[:, None] * stride_residual_m
-                n = (column + offs_k)[None, :]
-                step = _gather_residual(ring, row_ptrs, is_live, n, step, N_OUT)
-
-
-@gluon.jit
-def _multiply(ring, acc, step, GROUP: gl.constexpr, is_gathered):
-    """One k step; returns when the products of the step before are done."""
-    x_ring, w_ring, full, _ = ring
-    STAGES: gl.constexpr = x_ring.shape[0]
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    if is_gathered:  # cp.async writes as threads do, wgmma reads as TMA does
-        fence_async_shared()
-    x_tile = x_ring.index(stage).slice(GROUP * _ROWS, _ROWS)
-    acc = warpgroup_mma(x_tile, w_ring.index(stage).permute((1, 0)), acc, is_async=True)
-    return warpgroup_mma_wait(num_outstanding=1, deps=[acc]), step + 1
+                step = _gather_residual(
+                    ring, wide_ring, residual_ptr, stride_residual_m, rows, live, column, step,
+                    N_OUT, WARPS,
+                )  # fmt: skip
 
 
 @gluon.jit
 def _computing_group(
-    ring, bias_row, out, bias, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
+    ring, wide_ring, shared_rows, out, bias, scales, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
     GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_GATHERED: gl.constexpr,
+    HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr, HAS_GATHERED: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
-    x_ring, w_ring, full, empty = ring
+    _, w_ring, full, empty = ring
+    bias_row, scale_row = shared_rows
     bias_ptr, stride_bias_e = bias
+    x_scales_ptr, w_scales_ptr, stride_w_scales_e, stride_w_scales_n = scales
     partials_ptr, flags_ptr = partial
     num_tiles, num_n, num_whole, parts, steps, group_m = work
-    STAGES: gl.constexpr = x_ring.shape[0]
+    STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
     NUM: gl.constexpr = OUT // _CHUNK
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
@@ -239,8 +255,7 @@ def _computing_group(
         tile_ptr = tiles_ptr + tile * 4
         live = gl.load(tile_ptr + 2)
         if live > GROUP * _ROWS:
-            acc = gl.zeros((_ROWS, BLOCK_N), gl.float32, mma)
-            acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED)
+            started = _start_sum(ring, step, GROUP, HAS_GATHERED)
             # Loads that wait for each other: while the first products run.
             column = block_n * OUT
             expert = gl.load(tile_ptr)
@@ -248,27 +263,35 @@ def _computing_group(
             first = gl.load(tile_ptr + 3)
             m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED)) + GROUP * _ROWS
             rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
-            if HAS_BIAS:
+            x_scales = rows
+            if HAS_BIAS or HAS_W_SCALES:
                 w_n = gl.arange(0, BLOCK_N, flat)
                 at = column + w_n % OUT
                 up = gl.where(w_n < OUT, 0, N_OUT)
+            if HAS_BIAS:
                 bias_ptrs = bias_ptr + expert * stride_bias_e + at + up
                 bias_values = gl.load(bias_ptrs, mask=at < N_OUT, other=0.0)
-            for _k in range(first_step + 1, last_step):
-                acc, step = _multiply(ring, acc, step, GROUP, HAS_GATHERED & (first < 0))
-                mbarrier.arrive(empty.index((step + STAGES - 2) % STAGES))
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-
+            if HAS_W_SCALES:
+                scale_ptrs = w_scales_ptr + expert * stride_w_scales_e
+                scale_ptrs += (at + up) * stride_w_scales_n
+                scale_values = gl.load(scale_ptrs, mask=at < N_OUT, other=0.0)
+            if HAS_X_SCALES:
+                m = gl.arange(0, _ROWS, gl.SliceLayout(1, _PART)) + GROUP * _ROWS
+                part_rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0)
+                x_scales = gl.load(x_scales_ptr + part_rows)
+            chunks, step = _sum_up(
+                ring, started, step, last_step - first_step, GROUP, HAS_GATHERED & (first < 0)
+            )
             if HAS_BIAS:
                 bias_row.store(bias_values.to(gl.float32))
-            chunks = _chunks(acc)
+            if HAS_W_SCALES:
+                scale_row.store(scale_values)
             if is_cut:
                 _trade(chunks, partials_ptr, flags_ptr, parts, GROUP, NUM, BLOCK_N)
             place = (live, column, rows)
             step = _finish(
-                chunks, ring, step, place, bias_row, out, partials_ptr, is_cut, parts, N_OUT, GROUP,
-                EPILOGUE, HAS_BIAS,
+                chunks, ring, wide_ring, step, place, x_scales, shared_rows, out, partials_ptr,
+                is_cut, parts, N_OUT, GROUP, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES,
             )  # fmt: skip
         else:  # the other group alone
             num_stages = last_step - first_step
@@ -283,13 +306,15 @@ def _computing_group(
 @gluon.jit(do_not_specialize=("num_tiles", "num_whole", "parts", "group_m"))
 def _mot_linear_hopper_kernel(
     out_ptr,  # (M, N_OUT) output
-    x_desc,  # (M, K)
+    x_desc,  # (M, K) 16 bits, e4m3fn or int8
     x_ptr,
-    w_desc,  # (E * N, K)
+    x_scales_ptr,  # (M,) fp32, for 8 bits, or unused
+    w_desc,  # (E * N, K) as x
+    w_scales_ptr,  # (E, N) or (E,) by strides, fp32, or unused
     bias_ptr,  # (E, N) or unused
     residual_desc,  # (M, N_OUT) or unused
     residual_ptr,
-    partials_ptr,  # (programs, 2, BLOCK_N / 64, 64, 64) fp32, scratch
+    partials_ptr,  # (programs, 2, BLOCK_N / 64, 64, 64) fp32 (int32 for int8), scratch
     flags_ptr,  # (programs, 2) int32, zero before and after
     row_ids_ptr,  # (M,) int32
     tiles_ptr,  # (T, 4) int32
@@ -302,9 +327,13 @@ def _mot_linear_hopper_kernel(
     K,
     stride_out_m,
     stride_x_m,
+    stride_w_scales_e,
+    stride_w_scales_n,
     stride_bias_e,
     stride_residual_m,
     HAS_BIAS: gl.constexpr,
+    HAS_X_SCALES: gl.constexpr,
+    HAS_W_SCALES: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -314,10 +343,17 @@ def _mot_linear_hopper_kernel(
 ):
     """Grid: (number of SMs,); every unit whose number is the program's modulo the grid."""
     dtype: gl.constexpr = x_desc.dtype
-    shared: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_K, 16, 2)
+    wide: gl.constexpr = out_ptr.dtype.element_ty
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
+    wide_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * _ROWS, BLOCK_K], shared)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], shared)
+    # The same memory, for the residual.
+    wide_ring = (
+        _reinterpret(x_ring, wide, [STAGES, 2 * _ROWS, _CHUNK], wide_shared),
+        _reinterpret(w_ring, wide, [STAGES, BLOCK_N, _CHUNK], wide_shared),
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # The loader that announces the bytes; with gathered rows also each loader for its own.
@@ -325,14 +361,22 @@ def _mot_linear_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(empty.index(stage), count=2)
-    bias_row_0 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
-    bias_row_1 = gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain)
+    # Of each computing group: bias and scales of a unit's weight rows.
+    rows_0 = (
+        gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain),
+    )
+    rows_1 = (
+        gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain),
+    )
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
     work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, parts, K // BLOCK_K, group_m)
     ring = (x_ring, w_ring, full, empty)
     x = (x_desc, x_ptr, stride_x_m)
     out = (out_ptr, stride_out_m)
     bias = (bias_ptr, stride_bias_e)
+    scales = (x_scales_ptr, w_scales_ptr, stride_w_scales_e, stride_w_scales_n)
     residual = (residual_desc, residual_ptr, stride_residual_m)
     partial = (partials_ptr, flags_ptr)
     gl.warp_specialize(
@@ -340,25 +384,25 @@ def _mot_linear_hopper_kernel(
             (
                 _computing_group,
                 (
-                    ring, bias_row_0, out, bias, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
-                    0, EPILOGUE, HAS_BIAS, HAS_GATHERED,
+                    ring, wide_ring, rows_0, out, bias, scales, partial, row_ids_ptr, tiles_ptr,
+                    work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES, HAS_GATHERED,
                 ),
             ),
             (
                 _computing_group,
                 (
-                    ring, bias_row_1, out, bias, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
-                    1, EPILOGUE, HAS_BIAS, HAS_GATHERED,
+                    ring, wide_ring, rows_1, out, bias, scales, partial, row_ids_ptr, tiles_ptr,
+                    work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES, HAS_GATHERED,
                 ),
             ),
             (
                 _loading_warps,
                 (
-                    ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows, N_OUT,
-                    EPILOGUE, HAS_GATHERED, LOADING_WARPS,
+                    ring, wide_ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows,
+                    N_OUT, EPILOGUE, HAS_GATHERED, LOADING_WARPS,
                 ),
             ),
         ],
         [4, LOADING_WARPS],
-        [184, 136],
+        [_registers(dtype, 0), _registers(dtype, 1)],
     )  # fmt: skip

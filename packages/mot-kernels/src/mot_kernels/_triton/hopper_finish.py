@@ -38,11 +38,13 @@ def _chunks_per_stage(w_ring):
 
 
 @gluon.jit
-def _residual_chunk(x_ring, w_ring, step, C: gl.constexpr):
+def _residual_chunk(wide_ring, step, C: gl.constexpr):
     """Where chunk C of a unit's residual, (128, _CHUNK), is in the ring behind its products.
 
-    A stage holds one chunk for each 128 rows of its x tile and weight tile.
+    A stage holds one chunk for each 128 rows of its x tile and weight tile. `wide_ring` is these
+    in the residual's dtype.
     """
+    x_ring, w_ring = wide_ring
     EACH: gl.constexpr = _chunks_per_stage(w_ring)
     stage = (step + C // EACH) % x_ring.shape[0]
     if C % EACH == 0:
@@ -116,17 +118,20 @@ def _add_up(y, partials_ptr, parts, GROUP: gl.constexpr, C: gl.constexpr, N: gl.
 
 
 @gluon.jit
-def _bias_of(bias_row, C: gl.constexpr):
-    return bias_row.slice(C * _CHUNK, _CHUNK).load(gl.SliceLayout(0, _PART))[None, :]
+def _chunk_of(row, C: gl.constexpr):
+    """Bias or scales of a chunk's columns."""
+    return row.slice(C * _CHUNK, _CHUNK).load(gl.SliceLayout(0, _PART))[None, :]
 
 
 @gluon.jit
 def _finish(
-    chunks, ring, step, place, bias_row, out, partials_ptr, is_cut, parts, N_OUT,
-    GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    chunks, ring, wide_ring, step, place, x_scales, shared_rows, out, partials_ptr, is_cut, parts,
+    N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr,
 ):  # fmt: skip
     """Finish and store the chunks that are this program's; returns the moved `step`."""
     x_ring, w_ring, full, empty = ring
+    bias_row, scale_row = shared_rows
     live, column, rows = place
     out_ptr, stride_out_m = out
     STAGES: gl.constexpr = x_ring.shape[0]
@@ -153,16 +158,26 @@ def _finish(
                 if SILU:
                     up_y = _add_up(up_y, partials_ptr, parts, GROUP, c + NUM, BLOCK_N)
         if mine:
+            z = y.to(gl.float32)
+            if HAS_W_SCALES:
+                z *= _chunk_of(scale_row, c)
+            if HAS_X_SCALES:
+                z *= x_scales[:, None]
             if HAS_BIAS:
-                y += _bias_of(bias_row, c)
+                z += _chunk_of(bias_row, c)
             if SILU:
+                up_z = up_y.to(gl.float32)
+                if HAS_W_SCALES:
+                    up_z *= _chunk_of(scale_row, c + NUM)
+                if HAS_X_SCALES:
+                    up_z *= x_scales[:, None]
                 if HAS_BIAS:
-                    up_y += _bias_of(bias_row, c + NUM)
-                y = y * up_y / (1.0 + gl.exp(-y))
+                    up_z += _chunk_of(bias_row, c + NUM)
+                z = z * up_z / (1.0 + gl.exp(-z))
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-                chunk = _residual_chunk(x_ring, w_ring, step, c).slice(GROUP * _ROWS, _ROWS)
-                y += chunk.load(_PART).to(gl.float32)
-            rounded = gl.convert_layout(y.to(out_ptr.dtype.element_ty), _STORED)
+                chunk = _residual_chunk(wide_ring, step, c).slice(GROUP * _ROWS, _ROWS)
+                z += chunk.load(_PART).to(gl.float32)
+            rounded = gl.convert_layout(z.to(out_ptr.dtype.element_ty), _STORED)
             gl.store(out_ptr + rows[:, None] * stride_out_m + n[None, :], rounded, mask=mask)
         is_last = c % EACH == EACH - 1 or c == NUM - 1
         if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and is_last:

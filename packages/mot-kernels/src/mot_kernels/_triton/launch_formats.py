@@ -1,4 +1,4 @@
-"""Launch the kernels of the number formats: grids, constexprs, tiles. No arithmetic."""
+"""Launch the kernels of the number formats, and choose between them. No arithmetic."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 
 from mot_kernels import dispatch
+from mot_kernels._triton.dequantize import _dequantize_kernel
 from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
+from mot_kernels._triton.launch_hopper import launch_linear_hopper
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
+from mot_kernels.dispatch import why_not_hopper_format
 from mot_kernels.formats import ExpertWeight, Int4W4A16, QuantizedRows
 from mot_kernels.plan import TILE_ROWS
 from mot_kernels.tuning.config import TileConfig
@@ -33,12 +36,13 @@ def launch_linear_format(
     activation_scale: torch.Tensor | None,
     row_ids: torch.Tensor | None,
     tiles: torch.Tensor | None,
+    flags: torch.Tensor | None,
     counts: tuple[int, ...],
     tile_offsets: Sequence[int],
     silu_mul: bool,
     config: TileConfig | None,
 ) -> None:
-    """One launch for all experts; see `ops` for the arguments and `mot_linear` for shapes.
+    """One product for all experts; see `ops` for the arguments and `mot_linear` for shapes.
 
     Raises:
         ValueError: `config` does not fit the format.
@@ -48,11 +52,34 @@ def launch_linear_format(
         return
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
+    no_hopper = why_not_hopper_format(out, x, weight, bias, residual, has_plan=tiles is not None)
     if config is None:
         problem = Problem(n, k, x.dtype, epilogue, counts, str(weight.format))
-        config = find_config(problem, x.device)
+        config = find_config(problem, x.device, hopper=no_hopper is None)
     else:
         check_format_config(config, weight.format)
+    if config.schedule == "hopper":
+        if no_hopper is not None:
+            raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
+        assert row_ids is not None and tiles is not None and flags is not None
+        with _on(x.device):
+            narrow = isinstance(x, QuantizedRows)
+            launch_linear_hopper(
+                out,
+                x.data if isinstance(x, QuantizedRows) else x,
+                weight.data if narrow else _wide_weight(weight, x.dtype, counts),
+                bias,
+                residual,
+                row_ids,
+                tiles,
+                flags,
+                tile_offsets,
+                _EPILOGUES[epilogue],
+                config,
+                x_scales=x.scales if isinstance(x, QuantizedRows) else None,
+                w_scales=None if isinstance(weight.format, Int4W4A16) else weight.scales,
+            )
+        return
     if row_ids is None or tiles is None:
         num_tiles = triton.cdiv(rows, config.block_m)
     else:
@@ -94,6 +121,43 @@ def launch_linear_format(
             _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
         else:
             _launch_16bit(grid, common, out, x, weight)
+
+
+def _wide_weight(weight: ExpertWeight, dtype: torch.dtype, counts: tuple[int, ...]) -> torch.Tensor:
+    """The experts that have rows, (E, N, K) in dtype; int8 without its scales.
+
+    What an expert without rows has is undefined: no tile asks for it.
+    """
+    _, n, k = weight.shape
+    wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scales, zeros = weight.scales, weight.zero_points
+    group = weight.format.group_size if isinstance(weight.format, Int4W4A16) else 0
+    used = [expert for expert, count in enumerate(counts) if count]
+    first, last = used[0], used[-1]
+    block_n, block_k = 16, 512 if group else 256
+    _dequantize_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k), last - first + 1)](
+        out_ptr=wide[first],
+        w_ptr=weight.data,
+        scales_ptr=scales if group else None,
+        zeros_ptr=zeros,
+        first_expert=first,
+        N=n,
+        K=k,
+        stride_w_e=weight.data.stride(0),
+        stride_w_n=weight.data.stride(1),
+        stride_scales_e=scales.stride(0),
+        stride_scales_n=scales.stride(1),
+        stride_scales_k=scales.stride(2) if group else 0,
+        stride_zeros_e=0 if zeros is None else zeros.stride(0),
+        stride_zeros_n=0 if zeros is None else zeros.stride(1),
+        stride_zeros_k=0 if zeros is None else zeros.stride(2),
+        GROUP=group,
+        HAS_ZEROS=zeros is not None,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
+    return wide
 
 
 def _launch_8bit(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
-from mot_kernels.dispatch import HOPPER_BLOCK_K
+from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import MOST_PROGRAMS, TILE_ROWS
 from mot_kernels.tuning.config import TileConfig
 
@@ -48,8 +48,15 @@ def launch_linear_hopper(
     tile_offsets: Sequence[int],
     epilogue: int,
     config: TileConfig,
+    *,
+    x_scales: torch.Tensor | None = None,
+    w_scales: torch.Tensor | None = None,
 ) -> None:
-    """One launch for all experts; see `mot_kernels.mot_linear` for shapes."""
+    """One launch for all experts; see `mot_kernels.mot_linear` for shapes.
+
+    x and weight are of 16 bits, or e4m3fn, or int8. Each sum is multiplied by its row's x_scales
+    (M,) and its channel's w_scales (E, N) or (E,), both float32, if they are given.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from mot_kernels._triton.hopper import _CHUNK, _mot_linear_hopper_kernel
@@ -65,16 +72,24 @@ def launch_linear_hopper(
     num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
     partials = torch.empty(
         ((units - num_whole) * parts, config.block_m, config.block_n),
-        dtype=torch.float32,
+        dtype=torch.int32 if x.dtype is torch.int8 else torch.float32,
         device=x.device,
     )
-    swizzled = _swizzled()
+    if config.block_k * x.element_size() != HOPPER_ROW_BYTES:
+        raise ValueError(
+            f"config has block_k={config.block_k}; schedule 'hopper' multiplies {x.dtype} in steps "
+            f"of {HOPPER_ROW_BYTES // x.element_size()}"
+        )
+    swizzled = _swizzled(8 * x.element_size())
     w_rows = experts * n
     x_desc, residual_desc = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [config.block_m, columns], swizzled)
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [config.block_m, columns], layout)
         if t is not None
         else None
-        for t, columns in ((x, config.block_k), (residual, _CHUNK.value))
+        for t, columns, layout in (
+            (x, config.block_k, swizzled),
+            (residual, _CHUNK.value, _swizzled(16)),
+        )
     )
     w_desc = TensorDescriptor(
         weight, [w_rows, k], [weight.stride(1), 1], [block_out, config.block_k], swizzled
@@ -83,7 +98,9 @@ def launch_linear_hopper(
         out_ptr=out,
         x_desc=x_desc,
         x_ptr=x,
+        x_scales_ptr=x_scales,
         w_desc=w_desc,
+        w_scales_ptr=w_scales,
         bias_ptr=bias,
         residual_desc=residual_desc,
         residual_ptr=residual,
@@ -100,9 +117,13 @@ def launch_linear_hopper(
         K=k,
         stride_out_m=out.stride(0),
         stride_x_m=x.stride(0),
+        stride_w_scales_e=0 if w_scales is None else w_scales.stride(0),
+        stride_w_scales_n=w_scales.stride(1) if w_scales is not None and w_scales.dim() > 1 else 0,
         stride_bias_e=0 if bias is None else bias.stride(0),
         stride_residual_m=0 if residual is None else residual.stride(0),
         HAS_BIAS=bias is not None,
+        HAS_X_SCALES=x_scales is not None,
+        HAS_W_SCALES=w_scales is not None,
         EPILOGUE=epilogue,
         HAS_GATHERED=gathered < end,
         BLOCK_N=config.block_n,
@@ -114,11 +135,11 @@ def launch_linear_hopper(
 
 
 @functools.cache
-def _swizzled() -> Any:
-    """Shared memory's layout of all tiles: rows of 128 bytes."""
+def _swizzled(bits: int) -> Any:
+    """Shared memory's layout of tiles with elements of so many bits."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    return NVMMASharedLayout(2 * HOPPER_BLOCK_K, 16, 2)
+    return NVMMASharedLayout(HOPPER_ROW_BYTES, bits, 2)
 
 
 @functools.cache

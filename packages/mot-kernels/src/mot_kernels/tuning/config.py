@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
-from mot_kernels.dispatch import HOPPER_BLOCK_K
+from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import TILE_ROWS
 
 SCHEDULES = ("portable", "hopper")
@@ -15,7 +15,7 @@ SCHEDULES = ("portable", "hopper")
 _HOPPER_VALUES = {
     "block_m": (128,),
     "block_n": (128, 256),
-    "block_k": (HOPPER_BLOCK_K,),
+    "block_k": (HOPPER_ROW_BYTES // 2, HOPPER_ROW_BYTES),
     "num_warps": (4,),
 }
 
@@ -32,8 +32,9 @@ class TileConfig:
         num_warps: warps a program, a power of two.
         num_stages: software-pipelining depth.
         schedule: "portable" (any GPU) or "hopper" (persistent, TMA, warp-specialised). The latter
-            has tiles of 128 rows in steps of 64 and two groups of 4 warps that compute; its
-            block_n counts weight rows, gate and up together for SiLU*mul.
+            has tiles of 128 rows in steps of 128 bytes (64 of 16 bits, 128 of 8) and two groups
+            of 4 warps that compute; its block_n counts weight rows, gate and up together for
+            SiLU*mul.
 
     Raises:
         ValueError: a field is outside its range; the message names it.
@@ -119,6 +120,7 @@ def is_legal(config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_m
     One rule for the tuner, the loader and the default.
     """
     return (
-        config.shared_memory_bytes(dtype, silu_mul=silu_mul) <= shared_memory
+        (config.schedule != "hopper" or config.block_k * dtype.itemsize == HOPPER_ROW_BYTES)
+        and config.shared_memory_bytes(dtype, silu_mul=silu_mul) <= shared_memory
         and config.accumulator_registers(silu_mul=silu_mul) <= MOST_ACCUMULATORS
     )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.formats import (
     BLOCK,
     Format,
     Fp8W8A8,
     Int4W4A16,
     Int8W8A8,
+    WeightScales,
     quantizes_activations,
 )
 from mot_kernels.tuning.config import MOST_ACCUMULATORS, TileConfig
 
 # 8-bit matrix instructions take 32 at a time.
 _LEAST_BLOCK_K = 32
+
+# From so many rows of the largest expert on, weights are written out in 16 bits.
+_ROWS_TO_WRITE_OUT = 256
 
 
 def most_block_k(format: Format) -> int:
@@ -25,13 +30,24 @@ def most_block_k(format: Format) -> int:
     return BLOCK if isinstance(format, Fp8W8A8) else 256
 
 
+def hopper_block_k(format: Format) -> int:
+    """The step of schedule "hopper": of 8-bit numbers, or of weights written out in 16 bits."""
+    return HOPPER_ROW_BYTES if quantizes_activations(format) else HOPPER_ROW_BYTES // 2
+
+
 def check_format_config(config: TileConfig, format: Format) -> None:
     """Raise a ValueError that says why a config does not fit a format."""
-    if config.schedule != "portable":
-        raise ValueError(
-            f"config has schedule {config.schedule!r}, but format {format} has a kernel for "
-            "'portable' only"
-        )
+    if config.schedule == "hopper":
+        if format == Fp8W8A8(WeightScales.BLOCK):
+            raise ValueError(
+                f"config has schedule 'hopper', which format {format} has no kernel for"
+            )
+        if config.block_k != hopper_block_k(format):
+            raise ValueError(
+                f"config has block_k={config.block_k}; schedule 'hopper' has "
+                f"{hopper_block_k(format)} with format {format}"
+            )
+        return
     most = most_block_k(format)
     if not _LEAST_BLOCK_K <= config.block_k <= most:
         raise ValueError(
@@ -61,6 +77,9 @@ def shared_memory_bytes(
 
     The latter once, beside the stages, where the matrix unit reads its operands from there.
     """
+    if config.schedule == "hopper":
+        rows = config.block_m + config.block_n
+        return rows * HOPPER_ROW_BYTES * config.num_stages
     narrow = quantizes_activations(format)
     x_bytes = 1 if narrow else dtype.itemsize
     weights = config.block_n * config.block_k * (2 if epilogue == "silu_mul" else 1)
@@ -78,14 +97,20 @@ def default_format_config(
     epilogue: str,
     rows: int,
     shared_memory: int,
+    hopper: bool = False,
 ) -> TileConfig:
     """A config computed from the shape, as `tuning.lookup.default_config` does for plain weights.
+
+    With `hopper` it may have that schedule: 8 bits where the largest expert fills a tile of it,
+    weights that are first written out in 16 bits where there are rows enough to pay for that.
 
     Few rows: reading the weights is all the work, so narrow tiles, to have more programs than
     multiprocessors, and deep steps and many stages, to have many bytes under way. Many rows: as
     large as registers allow, by ptxas' count of spilled ones for BAGEL's shapes. INT8 adds up where
     it multiplies; FP8 and groups have the sums of a step beside the accumulators.
     """
+    if hopper and rows >= (128 if quantizes_activations(format) else _ROWS_TO_WRITE_OUT):
+        return TileConfig(128, 256, hopper_block_k(format), 8, 4, 4, schedule="hopper")
     most = most_block_k(format)
     halves = 2 if epilogue == "silu_mul" else 1
     narrow = quantizes_activations(format)

@@ -205,7 +205,9 @@ def default_config(problem: Problem, shared_memory: int, hopper: bool = False) -
     rows = max(problem.counts)
     if problem.format is not None:
         format = FORMATS[problem.format]
-        return default_format_config(format, problem.dtype, problem.epilogue, rows, shared_memory)
+        return default_format_config(
+            format, problem.dtype, problem.epilogue, rows, shared_memory, hopper
+        )
     silu_mul = problem.epilogue == "silu_mul"
     if hopper and rows >= 128:
         return TileConfig(128, 256, 64, 8, 4, 4, schedule="hopper")

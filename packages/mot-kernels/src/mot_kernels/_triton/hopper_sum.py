@@ -1,0 +1,124 @@
+"""The sum over k of a computing group of the Hopper kernel; see `hopper.py` for the rest.
+
+16-bit numbers and int8 are added up in the matrix unit from the first k step to the last. FP8 sums
+leave it after every k step (BLOCK_K = 128) and go on in fp32, since the unit adds e4m3fn products
+up with about 14 bits (see `linear_8bit.py`). Registers do not hold two sums of 64 x 256, so the
+products of a step are made 128 columns at a time; while one group adds, the other multiplies.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mot_kernels._triton.hopper_finish import _ROWS, _chunks
+
+
+@gluon.constexpr_function
+def _columns_at_once(ring):
+    """Columns of one product: all, or 128 of 8-bit numbers.
+
+    e4m3fn: see above. Triton 3.6 cannot lower a product of 256 columns of int8.
+    """
+    x_ring, w_ring, _, _ = ring
+    return w_ring.shape[1] if x_ring.dtype.primitive_bitwidth == 16 else 128
+
+
+@gluon.constexpr_function
+def _leaves_unit(ring):
+    return ring[0].dtype.is_fp8()
+
+
+@gluon.jit
+def _start_sum(ring, step, GROUP: gl.constexpr, is_gathered):
+    """Begin a unit's first products, those of stage `step`; `_sum_up` takes what it returns."""
+    dtype: gl.constexpr = ring[0].dtype
+    WIDTH: gl.constexpr = _columns_at_once(ring)
+    K: gl.constexpr = 256 // dtype.primitive_bitwidth
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, K])
+    zeros = gl.zeros((_ROWS, WIDTH), gl.int32 if dtype == gl.int8 else gl.float32, mma)
+    _wait(ring, step, is_gathered)
+    return zeros, _multiply(ring, zeros, step, GROUP, 0, False)
+
+
+@gluon.jit
+def _sum_up(ring, started, step, num_steps, GROUP: gl.constexpr, is_gathered):
+    """Add up `num_steps` k steps from stage `step` on, of which the first has been started.
+
+    Returns:
+        The sums in chunks of columns, and the moved `step`.
+    """
+    zeros, left = started
+    empty = ring[3]
+    STAGES: gl.constexpr = ring[0].shape[0]
+    HALVES: gl.constexpr = ring[1].shape[1] // _columns_at_once(ring)
+    end = step + num_steps
+    if _leaves_unit(ring):
+        left = warpgroup_mma_wait(num_outstanding=0, deps=[left])
+        if HALVES == 2:
+            right = _product(ring, zeros, step, GROUP, 1)
+        mbarrier.arrive(empty.index(step % STAGES))
+        for k in range(step + 1, end):
+            _wait(ring, k, is_gathered)
+            left += _product(ring, zeros, k, GROUP, 0)
+            if HALVES == 2:
+                right += _product(ring, zeros, k, GROUP, 1)
+            mbarrier.arrive(empty.index(k % STAGES))
+    else:
+        if HALVES == 2:
+            right = _multiply(ring, zeros, step, GROUP, 1, False)
+            left, right = warpgroup_mma_wait(num_outstanding=2, deps=[left, right])
+        else:
+            left = warpgroup_mma_wait(num_outstanding=1, deps=[left])
+        for k in range(step + 1, end):
+            _wait(ring, k, is_gathered)
+            left = _multiply(ring, left, k, GROUP, 0, True)
+            # Until the step before is done, whose tiles can then be replaced.
+            if HALVES == 2:
+                right = _multiply(ring, right, k, GROUP, 1, True)
+                left, right = warpgroup_mma_wait(num_outstanding=2, deps=[left, right])
+            else:
+                left = warpgroup_mma_wait(num_outstanding=1, deps=[left])
+            mbarrier.arrive(empty.index((k + STAGES - 1) % STAGES))
+        if HALVES == 2:
+            left, right = warpgroup_mma_wait(num_outstanding=0, deps=[left, right])
+        else:
+            left = warpgroup_mma_wait(num_outstanding=0, deps=[left])
+        mbarrier.arrive(empty.index((end + STAGES - 1) % STAGES))
+    if HALVES == 2:
+        return _chunks(left) + _chunks(right), end
+    else:
+        return _chunks(left), end
+
+
+@gluon.jit
+def _wait(ring, step, is_gathered):
+    """Wait for the tiles of stage `step`."""
+    full = ring[2]
+    STAGES: gl.constexpr = ring[0].shape[0]
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    if is_gathered:  # cp.async writes as threads do, wgmma reads as TMA does
+        fence_async_shared()
+
+
+@gluon.jit
+def _multiply(ring, acc, step, GROUP: gl.constexpr, HALF: gl.constexpr, ADDS: gl.constexpr):
+    """Begin the products of one k step, all columns or the HALF-th of two halves."""
+    x_ring, w_ring, _, _ = ring
+    stage = step % x_ring.shape[0]
+    WIDTH: gl.constexpr = _columns_at_once(ring)
+    x_tile = x_ring.index(stage).slice(GROUP * _ROWS, _ROWS)
+    w_tile = w_ring.index(stage).slice(HALF * WIDTH, WIDTH).permute((1, 0))
+    return warpgroup_mma(x_tile, w_tile, acc, use_acc=ADDS, is_async=True)
+
+
+@gluon.jit
+def _product(ring, zeros, step, GROUP: gl.constexpr, HALF: gl.constexpr):
+    product = _multiply(ring, zeros, step, GROUP, HALF, False)
+    return warpgroup_mma_wait(num_outstanding=0, deps=[product])

@@ -1,0 +1,186 @@
+"""`mot_linear` with an `ExpertWeight` and schedule "hopper": what it computes, when it may run.
+
+8-bit weights are multiplied as they are; others are written out in 16 bits first. The product needs
+a Hopper GPU; writing out and refusing are tested everywhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_linear_hopper import LONG_ROUTES, epilogue_for, need_hopper
+
+from mot_kernels import (
+    ExpertWeight,
+    Format,
+    Fp8W8A8,
+    Int4W4A16,
+    Int8W8A8,
+    Int8W8A16,
+    TileConfig,
+    WeightScales,
+    dequantize,
+    mot_linear,
+    quantize_weight,
+    reference_formats,
+)
+from mot_kernels.dispatch import choose_path
+from mot_kernels.formats import quantizes_activations
+from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
+from mot_kernels.tuning.format_tiles import check_format_config, hopper_block_k
+
+NARROW: list[Format] = [Fp8W8A8(), Fp8W8A8(WeightScales.PER_TENSOR), Int8W8A8()]
+WIDE: list[Format] = [
+    Int8W8A16(),
+    Int4W4A16(128),
+    Int4W4A16(64, symmetric=False),
+    Int4W4A16(32, symmetric=False),
+]
+
+
+def configs(format: Format) -> list[TileConfig]:
+    depth = hopper_block_k(format)
+    return [
+        TileConfig(128, 256, depth, 8, 4, 4, "hopper"),
+        TileConfig(128, 128, depth, 4, 4, 3, "hopper"),
+    ]
+
+
+def make_weight(
+    format: Format, n: int, k: int, device: torch.device, experts: int = 2
+) -> ExpertWeight:
+    w = torch.randn(experts, n, k, device=device) * k**-0.5
+    return quantize_weight(w * 8.0 ** torch.arange(experts, device=device)[:, None, None], format)
+
+
+# --- writing out
+
+
+@pytest.mark.parametrize("counts", [(2, 4096), (0, 300), (300, 0)], ids=str)
+@pytest.mark.parametrize("format", WIDE, ids=str)
+def test_wide_weight(format: Format, counts: tuple[int, ...], device: torch.device) -> None:
+    """The experts that have rows, exactly; int8 without its scales."""
+    from mot_kernels._triton.launch_formats import _wide_weight
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    if choose_path(device, dtype).path.value != "triton":
+        pytest.skip("needs Triton's kernels: set TRITON_INTERPRET=1 or use a CUDA machine")
+    torch.manual_seed(0)
+    weight = make_weight(format, 37, 384, device)
+    wide = _wide_weight(weight, dtype, counts)
+    wanted = dequantize(weight)
+    if isinstance(format, Int8W8A16):
+        wanted = weight.data.float()
+    assert wide.shape == weight.shape
+    for expert, count in enumerate(counts):
+        if count:
+            assert torch.equal(wide[expert], wanted[expert].to(dtype))
+
+
+# --- when it may run
+
+
+@pytest.mark.parametrize("format", NARROW + WIDE, ids=str)
+def test_check_config(format: Format) -> None:
+    for config in configs(format):
+        check_format_config(config, format)
+    wrong = 192 - hopper_block_k(format)
+    with pytest.raises(ValueError, match=f"block_k={wrong}; schedule 'hopper' has {192 - wrong}"):
+        check_format_config(TileConfig(128, 256, wrong, 8, 4, 4, "hopper"), format)
+
+
+def test_block_scales_are_refused() -> None:
+    with pytest.raises(ValueError, match="'hopper', which format fp8_w8a8_block has no kernel for"):
+        check_format_config(configs(Fp8W8A8())[0], Fp8W8A8(WeightScales.BLOCK))
+
+
+# --- what it computes
+
+# Many units a program, several steps; one unit cut into many parts; columns that end in a tile.
+SIZES = {"wide": (128, 9216), "deep": (4096, 256), "ragged": (384, 1168)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul", "add_residual"])
+@pytest.mark.parametrize("format", NARROW + WIDE, ids=str)
+def test_mot_linear_hopper_formats(
+    format: Format, epilogue: str, size: str, device: torch.device
+) -> None:
+    need_hopper(device)
+    k, n = SIZES[size]
+    dtype = torch.float16 if size == "ragged" else torch.bfloat16
+    for route in (r for r in LONG_ROUTES if r.num_rows):
+        torch.manual_seed(0)
+        plan = route.plan(device)
+        x = torch.randn(route.num_rows, k, device=device).to(dtype)
+        weight = make_weight(format, n, k, device, route.num_experts)
+        bias = None
+        if size != "deep":
+            bias = torch.randn(route.num_experts, n, device=device).to(dtype)
+        columns = n // 2 if epilogue == "silu_mul" else n
+        residual = torch.randn(route.num_rows, columns, device=device).to(dtype)
+        chosen = epilogue_for(epilogue, residual)
+        seen = x.double()
+        if quantizes_activations(format):
+            rows = reference_formats.quantize_rows(x, format, plan)
+            seen = rows.data.double() * rows.scales.double()[:, None]
+        wide = dequantize(weight, torch.float64)
+        truth = looped_linear(
+            seen,
+            wide,
+            plan.expert_ids,
+            bias=None if bias is None else bias.double(),
+            epilogue=chosen,
+        )
+        baseline = looped_linear(
+            seen.to(dtype), wide.to(dtype), plan.expert_ids, bias=bias, epilogue=chosen
+        )
+        for config in configs(format):
+            out = poisoned((route.num_rows, columns), dtype, device)
+            mot_linear(x, weight, plan, bias=bias, epilogue=chosen, out=out, config=config)
+            assert_close(f"{route} {config}", out, truth, plan, baseline)
+            assert not plan.flags.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "n"), [(4096, 256), (128, 9216)], ids=["cut", "whole"])
+def test_int8_is_exact(k: int, n: int, device: torch.device) -> None:
+    """Also where programs trade sums: they trade integers."""
+    need_hopper(device)
+    torch.manual_seed(0)
+    plan = ROUTES["three_branches"].plan(device)
+    x = torch.randn(plan.num_rows, k, device=device).bfloat16()
+    weight = make_weight(Int8W8A8(), n, k, device)
+    rows = reference_formats.quantize_rows(x, Int8W8A8(), plan)
+    labels = plan.expert_ids.long()
+    sums = torch.stack([rows.data.double() @ w.double().T for w in weight.data])
+    exact = sums[labels, torch.arange(plan.num_rows, device=device)]
+    wanted = exact.float() * weight.scales[labels] * rows.scales[:, None]
+    for config in configs(Int8W8A8()):
+        y = mot_linear(x, weight, plan, config=config)
+        assert torch.equal(y, wanted.bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", NARROW + WIDE, ids=str)
+def test_hopper_formats_captured(format: Format, device: torch.device) -> None:
+    """Replays give the bits of the first run."""
+    need_hopper(device)
+    torch.manual_seed(0)
+    route: Route = ROUTES["three_branches"]
+    plan = route.plan(device)
+    x = torch.randn(plan.num_rows, 4096, device=device).bfloat16()
+    weight = make_weight(format, 512, 4096, device)
+    config = configs(format)[0]
+    wanted = mot_linear(x, weight, plan, config=config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mot_linear(x, weight, plan, config=config)
+    for _ in range(5):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, wanted)
