@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,30 @@ def test_batch_and_one_provider(mot_bench: Any, tmp_path: Path) -> None:
     assert "gather-scatter" not in answer.out
 
 
+def test_quantization(mot_bench: Any, tmp_path: Path) -> None:
+    answer = mot_bench(*TINY_RUN, "--quantization", "w4a16:32", "--output", tmp_path)
+    assert answer.code == 0, answer.err
+    results = only_results(tmp_path)
+    assert results.subject.quantization == "w4a16:32"
+    assert "quantization w4a16:32" in answer.out
+    assert [provider.name for case in results.cases for provider in case.providers] == (
+        ["mot"] * len(results.cases)
+    )
+
+
+def test_read_results_from_before_quantization(mot_bench: Any, tmp_path: Path) -> None:
+    mot_bench(*TINY_RUN, "--branches", 1, "--provider", "mot", "--output", tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    del content["subject"]["quantization"], content["subject"]["loading"]
+    path.write_text(json.dumps(content))
+    assert StepResults.read(path).subject.quantization == "none"
+    del content["subject"]["dtype"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"key 'subject\.dtype' is missing"):
+        StepResults.read(path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,6 +102,11 @@ def test_batch_and_one_provider(mot_bench: Any, tmp_path: Path) -> None:
         (("--random", "7b"), "--random 7b needs a GPU; --random tiny runs anywhere"),
         (("--model", "m"), "--model and --random both name weights"),
         (("--dtype", "int8"), "--dtype is 'int8'"),
+        (("--quantization", "fp9"), "quantization is 'fp9'; expected one of fp8"),
+        (
+            ("--quantization", "fp8", "--provider", "gather-scatter"),
+            "--provider gather-scatter has 16-bit weights",
+        ),
         (("--attention", "slow"), "the model cannot be loaded: attention is 'slow'"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",

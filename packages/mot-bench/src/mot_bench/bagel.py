@@ -40,6 +40,7 @@ class Choice:
         dtype: name of the dtype.
         attention: backend, None for the model's own choice.
         cuda_graphs: None for the pipeline's own choice.
+        quantization: format of the decoder layers' weights; None leaves them as they are.
     """
 
     folder: Path | None
@@ -47,6 +48,7 @@ class Choice:
     dtype: str
     attention: str | None = None
     cuda_graphs: bool | None = None
+    quantization: str | None = None
 
 
 def config_of(choice: Choice) -> BagelConfig:
@@ -82,6 +84,8 @@ def load(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": choice.attention}
     if parallel is not None and parallel.world_size > 1:
         options |= {"parallel": parallel, "device": torch.device(device.type)}
+    if choice.quantization is not None:
+        options["quantization"] = choice.quantization
     if choice.cuda_graphs is not None:
         options["cuda_graphs"] = choice.cuda_graphs
     try:
@@ -97,8 +101,9 @@ def load(
 
 
 def subject(choice: Choice, pipeline: BagelPipeline) -> Subject:
-    """The facts about a loaded model that belong to its results."""
+    """The facts about a model, just loaded, that belong to its results."""
     parameters = list(pipeline.model.parameters())
+    device = pipeline.model.device
     return Subject(
         weights=f"random, {choice.size}" if choice.folder is None else str(choice.folder),
         parameters=sum(each.numel() for each in parameters),
@@ -108,6 +113,8 @@ def subject(choice: Choice, pipeline: BagelPipeline) -> Subject:
         cuda_graphs={None: "default", True: "on", False: "off"}[choice.cuda_graphs],
         bagel_mot=version_of("bagel-mot", "bagel_mot"),
         vllm=version_of("vllm", "vllm"),
+        quantization=choice.quantization or "none",
+        loading=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
 

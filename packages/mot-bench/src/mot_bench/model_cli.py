@@ -46,6 +46,10 @@ GraphsOption = Annotated[
         show_default=False,
     ),
 ]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(help="Format of the decoder layers' weights: fp8, int8, w8a16, w4a16[:GROUP]."),
+]
 TpOption = Annotated[int, typer.Option(min=1, help="Tensor parallel ranks.")]
 SpOption = Annotated[
     str | None,
@@ -94,6 +98,7 @@ def step(
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
     cuda_graphs: GraphsOption = None,
+    quantization: QuantizationOption = None,
     device: DeviceOption = None,
     tp: TpOption = 1,
     sp: SpOption = None,
@@ -111,12 +116,15 @@ def step(
     counts = options.integers("--branches", branches, least=1, example="1,2,3")
     if max(counts) > 3:
         raise UsageError(f"--branches is {branches!r}; guidance has at most 3 branches")
-    providers = list(dict.fromkeys(provider or PROVIDERS))
+    if quantization is not None and "gather-scatter" in (provider or ()):
+        raise UsageError("--provider gather-scatter has 16-bit weights; leave --quantization out")
+    providers = list(dict.fromkeys(provider or PROVIDERS[: 2 if quantization is None else 1]))
     for name in providers:
         options.one_of("--provider", name, PROVIDERS)
     folder = None if output is None else options.output_folder(output)
     choice, place = _choose(
-        model, random, dtype, attention, cuda_graphs, device, is_part=part is not None
+        *(model, random, dtype, attention, cuda_graphs, quantization, device),
+        is_part=part is not None,
     )
 
     from mot_bench import bagel, model_tables, parallel_cli
@@ -199,6 +207,7 @@ def e2e(
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
     cuda_graphs: GraphsOption = None,
+    quantization: QuantizationOption = None,
     output: OutputOption = None,
 ) -> None:
     """Time whole requests: text to image, edit, understanding."""
@@ -210,7 +219,7 @@ def e2e(
         options.one_of("--request", name, REQUESTS)
     batches = options.integers("--batch", batch, least=1, example="1,16")
     folder = None if output is None else options.output_folder(output)
-    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs)
+    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs, quantization)
 
     from mot_bench import bagel, model_tables
     from mot_bench import e2e as runs
@@ -247,9 +256,10 @@ def _load(
     dtype: str | None,
     attention: str | None,
     cuda_graphs: bool | None,
+    quantization: str | None,
 ) -> tuple[BagelPipeline, Subject]:
     """The model that the options name, and the facts about it; see `_choose`."""
-    choice, device = _choose(model, random, dtype, attention, cuda_graphs, None)
+    choice, device = _choose(model, random, dtype, attention, cuda_graphs, quantization, None)
 
     from mot_bench import bagel
 
@@ -263,6 +273,7 @@ def _choose(
     dtype: str | None,
     attention: str | None,
     cuda_graphs: bool | None,
+    quantization: str | None,
     device: str | None,
     *,
     is_part: bool = False,
@@ -303,5 +314,6 @@ def _choose(
         dtype=dtype or ("bfloat16" if on_gpu else "float32"),
         attention=attention,
         cuda_graphs=cuda_graphs,
+        quantization=quantization,
     )
     return choice, place

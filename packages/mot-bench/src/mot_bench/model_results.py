@@ -28,6 +28,8 @@ class Subject:
         attention: backend, or "default".
         cuda_graphs: "on", "off" or "default".
         bagel_mot, vllm: versions.
+        quantization: format of the decoder layers' weights, or "none".
+        loading: peak of the GPU's memory in tensors until the model was there, in bytes.
     """
 
     weights: str
@@ -38,6 +40,8 @@ class Subject:
     cuda_graphs: str
     bagel_mot: str
     vllm: str
+    quantization: str = "none"
+    loading: int | None = None
 
 
 @dataclass(frozen=True)

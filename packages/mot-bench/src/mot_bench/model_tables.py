@@ -34,7 +34,7 @@ def step_heading(results: StepResults) -> str:
         f"ceilings in this run: {top.dtype} matmul {top.matmul_tflops:.3g} TFLOP/s, copy "
         f"{top.copy_gbps:.4g} GB/s; attention {attention}\n"
         "× baseline is time: below 1 is faster than the baseline. % of floor: the time that dense "
-        "matmuls, the fastest attention and moving each activation once would take."
+        "unquantized matmuls, the fastest attention and moving each activation once would take."
     )
 
 
@@ -182,7 +182,8 @@ def _where(environment: Environment, subject: Subject) -> str:
         f"{environment.commit}\n"
         f"weights: {subject.weights}, {subject.parameters / 1e9:.2f} billion parameters, "
         f"{subject.bytes / _GIB:.2f} GiB, {subject.dtype}; attention {subject.attention}, CUDA "
-        f"graphs {subject.cuda_graphs}"
+        f"graphs {subject.cuda_graphs}; quantization {subject.quantization}"
+        + ("" if subject.loading is None else f", peak {subject.loading / _GIB:.2f} GiB loading")
     )
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from mot_bench.markdown import environment_facts, percent, table
-from mot_bench.model_results import E2eResults, Run, StepCase, StepProvider, StepResults
+from mot_bench.model_results import (
+    E2eResults,
+    Run,
+    StepCase,
+    StepProvider,
+    StepResults,
+    Subject,
+)
 
 
 def step_sections(path: PurePath, results: StepResults) -> list[str]:
@@ -23,8 +30,9 @@ def step_sections(path: PurePath, results: StepResults) -> list[str]:
     header = ["step", "provider", "ms", "× baseline", "% of floor", "GPU busy, %", "launches"]
     return [
         *_opening(f"Denoising step, {results.environment.device}", path, results, facts),
-        "The floor is the time of dense matmuls, the fastest attention and moving each activation "
-        "once at the ceilings of the run. Memory is what torch reserved beyond the weights.",
+        "The floor is the time of dense unquantized matmuls, the fastest attention and moving each "
+        "activation once at the ceilings of the run. Memory is what torch reserved beyond the "
+        "weights.",
         table([*header, "GiB"], rows),
     ]
 
@@ -48,6 +56,7 @@ def _opening(title: str, path: PurePath, results: Run, more: dict[str, str]) -> 
     model = results.subject
     facts = environment_facts(results.environment) | {
         "model": f"{model.weights}, {model.parameters / 1e9:.2f} billion parameters, {model.dtype}",
+        **_quantization(model),
         "attention, graphs": f"{model.attention}, CUDA graphs {model.cuda_graphs}",
         "versions": f"bagel-mot {model.bagel_mot}, vLLM {model.vllm}",
         "protocol": results.protocol,
@@ -62,6 +71,14 @@ def _opening(title: str, path: PurePath, results: Run, more: dict[str, str]) -> 
     if not results.complete:
         parts.append("**The run was cut off: cases are missing.**")
     return parts
+
+
+def _quantization(model: Subject) -> dict[str, str]:
+    """What is to be said of a model whose weights are in a format."""
+    if model.quantization == "none":
+        return {}
+    loading = "" if model.loading is None else f", peak {model.loading / 2**30:.2f} GiB loading"
+    return {"quantization": f"{model.quantization}, weights {model.bytes / 2**30:.2f} GiB{loading}"}
 
 
 def _step_row(case: StepCase, provider: StepProvider, results: StepResults) -> list[str]:

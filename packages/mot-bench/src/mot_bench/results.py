@@ -306,9 +306,12 @@ def parse(kind: Any, value: Any, where: str) -> Any:
         hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(kind)}
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"unknown key {_join(where, unknown[0])!r}")
-        if missing := sorted(set(hints) - set(value)):
+        needed = {
+            field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
+        }
+        if missing := sorted(needed - set(value)):
             raise ValueError(f"key {_join(where, missing[0])!r} is missing")
-        fields = {key: parse(hints[key], value[key], _join(where, key)) for key in hints}
+        fields = {key: parse(hints[key], value[key], _join(where, key)) for key in value}
         return typing.cast(Any, kind)(**fields)
     origin = typing.get_origin(kind)
     if origin is tuple:
