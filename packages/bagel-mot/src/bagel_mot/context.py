@@ -176,5 +176,6 @@ def _append(
     rows = x.shape[0]
     cache = context.cache.grown(context.length + rows, used=context.length)
     block = Block(Segment(rows, 0, context.length, causal), runs, context.position)
-    hidden = model(x, build_layout([block], model.device), cache)
+    layout = build_layout([block], model.device, routes_und_rows=model.routes_und_rows)
+    hidden = model(x, layout, cache)
     return Context(cache, context.length + rows, block.positions_end), hidden

@@ -50,6 +50,9 @@ class Bagel(nn.Module):
         latent = config.vae.z_channels * config.latent_patch_size**2
         self.embed_tokens = nn.Embedding(config.llm.vocab_size, hidden)
         self.transformer = Transformer(config.llm, formats)
+        # Nobody's dense product multiplies our formats: kernels for routed rows do it, for und
+        # rows alone as well.
+        self.routes_und_rows = formats is not None and bool(formats.quantized)
         self.lm_head = nn.Linear(hidden, config.llm.vocab_size, bias=False)
         self.vit = VisionTransformer(config.vit, config.vit_grid)
         self.connector = MlpConnector(config.vit.hidden_size, hidden)

@@ -145,7 +145,7 @@ class Layout:
     """A packed sequence of M rows. Built on the host, without a device sync; reusable.
 
     Attributes:
-        plan: which expert owns which row; None if all rows are und.
+        plan: which expert owns which row; may be None if all rows are und.
         positions: (M,) int32, RoPE position of each row.
         kv_rows: (M,) int32, cache row that each row's K and V are written to.
         spans: the attention segments, in row order.
@@ -229,16 +229,24 @@ class DecodeLayout:
 
 
 def build_layout(
-    blocks: Sequence[Block], device: torch.device, exchange: Exchange | None = None
+    blocks: Sequence[Block],
+    device: torch.device,
+    exchange: Exchange | None = None,
+    *,
+    routes_und_rows: bool = False,
 ) -> Layout:
-    """Lay out blocks (or this rank's parts of them) one after the other."""
+    """Lay out blocks (or this rank's parts of them) one after the other.
+
+    Args:
+        routes_und_rows: make a plan even if all rows are und.
+    """
     runs = [run for block in blocks for run in block.runs]
     segments = [block.segment for block in blocks]
     spans = _split_into_spans(segments)
     packed = to_device(_pack(blocks, spans), device)
     rows = sum(segment.rows for segment in segments)
     plan = None
-    if any(expert != UND and length for expert, length in runs):
+    if routes_und_rows or any(expert != UND and length for expert, length in runs):
         plan = RoutePlan.from_runs(runs, num_experts=2, device=device)
     return Layout(
         plan,
