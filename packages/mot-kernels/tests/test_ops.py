@@ -122,6 +122,7 @@ def format_arguments(
         t.static if out_scales else None,
         t.plan.row_ids,
         t.plan.tiles,
+        t.plan.flags,
         list(t.plan.counts),
         [offset for table in t.plan.tile_offsets for offset in table],
         str(weight.format),

@@ -98,7 +98,7 @@ def test_find_config_wants_the_same_format(format: str | None, tmp_path: Path) -
         ),
         (
             {"config": asdict(TileConfig(128, 128, 64, schedule="hopper"))},
-            "schedule 'hopper', but format int8_w8a16 has a kernel for 'portable' only",
+            "schedule 'hopper', but format int8_w8a16 has kernels for",
         ),
     ],
 )

@@ -189,6 +189,7 @@ def _format_linear_(
         activation_scale,
         None if plan is None else plan.row_ids,
         None if plan is None else plan.tiles,
+        None if plan is None else plan.flags,
         # Without a plan every row is expert 0.
         [x.shape[0], *[0] * (weight.shape[0] - 1)] if plan is None else plan.counts,
         [] if plan is None else [offset for table in plan.tile_offsets for offset in table],

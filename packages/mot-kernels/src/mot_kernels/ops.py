@@ -23,7 +23,7 @@ from mot_kernels.formats import (
     Int8W8A8,
     QuantizedRows,
 )
-from mot_kernels.tuning.config import TileConfig
+from mot_kernels.tuning.config import FEW_ROWS, TileConfig
 
 _SCHEMAS = (
     "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -31,8 +31,8 @@ _SCHEMAS = (
     "int[] config) -> ()",
     "linear_format_(Tensor(a!) out, Tensor(b!)? out_scales, Tensor x, Tensor? x_scales, "
     "Tensor weight, Tensor weight_scales, Tensor? zero_points, Tensor? bias, Tensor? residual, "
-    "Tensor? activation_scale, Tensor? row_ids, Tensor? tiles, int[] counts, int[] tile_offsets, "
-    "str format, ScalarType dtype, bool silu_mul, int[] config) -> ()",
+    "Tensor? activation_scale, Tensor? row_ids, Tensor? tiles, Tensor? flags, int[] counts, "
+    "int[] tile_offsets, str format, ScalarType dtype, bool silu_mul, int[] config) -> ()",
     "quantize_rows_(Tensor(a!) data, Tensor(b!) scales, Tensor x, Tensor? activation_scale, "
     "Tensor? expert_ids) -> ()",
     "rms_norm_(Tensor(a!) out, Tensor(b!)? out_scales, Tensor(c!)? residual_out, Tensor x, "
@@ -50,6 +50,10 @@ for _schema in _SCHEMAS:
 
 # From so many rows on, what copying a residual costs is more than a routed launch does.
 _ROWS_TO_COPY = 1024
+
+
+# Fewer rows, of one expert or not, take the kernel for few rows.
+_LEAST_DENSE_ROWS = FEW_ROWS + 1
 
 
 class _Routing(NamedTuple):
@@ -118,6 +122,8 @@ def _dense_linear(
     experts = [expert for expert, count in enumerate(counts) if count]
     if len(experts) != 1 or not x.is_cuda or x.dtype is torch.float32:
         return False
+    if x.shape[0] < _LEAST_DENSE_ROWS:
+        return False
     w = weight[experts[0]].T
     if silu_mul:
         from mot_kernels._triton.launch import launch_silu_mul
@@ -158,6 +164,7 @@ def _linear_format(
     activation_scale: torch.Tensor | None,
     row_ids: torch.Tensor | None,
     tiles: torch.Tensor | None,
+    flags: torch.Tensor | None,
     counts: Sequence[int],
     tile_offsets: Sequence[int],
     format: str,
@@ -186,6 +193,7 @@ def _linear_format(
             activation_scale,
             row_ids,
             tiles,
+            flags,
             tuple(counts),
             tile_offsets,
             silu_mul,

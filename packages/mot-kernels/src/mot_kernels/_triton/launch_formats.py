@@ -11,6 +11,7 @@ import triton.language as tl
 
 from mot_kernels import dispatch
 from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
+from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
@@ -33,6 +34,7 @@ def launch_linear_format(
     activation_scale: torch.Tensor | None,
     row_ids: torch.Tensor | None,
     tiles: torch.Tensor | None,
+    flags: torch.Tensor | None,
     counts: tuple[int, ...],
     tile_offsets: Sequence[int],
     silu_mul: bool,
@@ -53,6 +55,23 @@ def launch_linear_format(
         config = find_config(problem, x.device)
     else:
         check_format_config(config, weight.format)
+    if config.schedule == "few_rows":
+        assert isinstance(x, torch.Tensor)  # formats that round rows have no such config
+        with _on(x.device):
+            launch_linear_few_rows(
+                out,
+                x,
+                weight,
+                bias,
+                residual,
+                row_ids,
+                tiles,
+                flags,
+                tile_offsets,
+                _EPILOGUES[epilogue],
+                config,
+            )
+        return
     if row_ids is None or tiles is None:
         num_tiles = triton.cdiv(rows, config.block_m)
     else:

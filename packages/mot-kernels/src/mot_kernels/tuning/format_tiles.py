@@ -12,7 +12,7 @@ from mot_kernels.formats import (
     Int8W8A8,
     quantizes_activations,
 )
-from mot_kernels.tuning.config import MOST_ACCUMULATORS, TileConfig
+from mot_kernels.tuning.config import FEW_ROWS, MOST_ACCUMULATORS, TileConfig
 
 # 8-bit matrix instructions take 32 at a time.
 _LEAST_BLOCK_K = 32
@@ -27,10 +27,11 @@ def most_block_k(format: Format) -> int:
 
 def check_format_config(config: TileConfig, format: Format) -> None:
     """Raise a ValueError that says why a config does not fit a format."""
-    if config.schedule != "portable":
+    schedules = ("portable",) if quantizes_activations(format) else ("portable", "few_rows")
+    if config.schedule not in schedules:
         raise ValueError(
-            f"config has schedule {config.schedule!r}, but format {format} has a kernel for "
-            "'portable' only"
+            f"config has schedule {config.schedule!r}, but format {format} has kernels for "
+            f"{schedules}"
         )
     most = most_block_k(format)
     if not _LEAST_BLOCK_K <= config.block_k <= most:
@@ -63,11 +64,12 @@ def shared_memory_bytes(
     """
     narrow = quantizes_activations(format)
     x_bytes = 1 if narrow else dtype.itemsize
-    weights = config.block_n * config.block_k * (2 if epilogue == "silu_mul" else 1)
+    halves = 2 if epilogue == "silu_mul" and config.schedule == "portable" else 1
+    weights = config.block_n * config.block_k * halves
     stored = weights // 2 if isinstance(format, Int4W4A16) else weights
     stages = (config.block_m * config.block_k * x_bytes + stored) * config.num_stages
     # e4m3fn without FP8 units becomes fp16, both operands.
-    if isinstance(format, Fp8W8A8):
+    if isinstance(format, Fp8W8A8) or config.schedule == "few_rows":
         return stages
     return stages if narrow else stages + config.block_n * config.block_k * dtype.itemsize
 
@@ -96,6 +98,12 @@ def default_format_config(
     if dtype is torch.float32 and not int8:  # no tensor cores in full precision: small tiles
         height = 64 if rows > 32 else 16
         candidates = [TileConfig(height, 64, 32, 8, 4, stages) for stages in (3, 2, 1)]
+    elif rows <= FEW_ROWS and not narrow:
+        depth = min(128, most)
+        candidates = [
+            TileConfig(16, 64, depth, 1, 4, stages, "few_rows")
+            for stages in ((6, 4, 3) if depth == 128 else (8, 4))
+        ]
     elif rows <= 64:
         height = 16 if rows <= 16 else 32 if rows <= 32 else 64
         width = 32 if rows <= 16 else 64 // halves
