@@ -1,4 +1,4 @@
-"""What the launchers of the number formats would launch, caught without a device, to compile it.
+"""What launchers of number formats and few rows launch, caught without a device, to compile it.
 
 Signature, constants and alignments are those of the launch itself, so they cannot drift from it.
 """
@@ -24,6 +24,7 @@ from mot_kernels.formats import (
     scales_shape,
 )
 from mot_kernels.plan import RoutePlan
+from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.lookup import Problem, default_config
 
 _META = torch.device("meta")
@@ -72,8 +73,10 @@ class Launch:
 
 
 @contextmanager
-def _caught(module: Any, name: str, *, fp8_units: bool) -> Iterator[list[Launch]]:
-    """Catches launches of `module.name`, as on a GPU with or without FP8 units."""
+def _caught(
+    module: Any, name: str, *, fp8_units: bool, ptx: bool = False
+) -> Iterator[list[Launch]]:
+    """Catches launches of `module.name`, as on a GPU with or without FP8 units, or PTX."""
     caught: list[Launch] = []
     kernel = getattr(module, name)
 
@@ -84,6 +87,7 @@ def _caught(module: Any, name: str, *, fp8_units: bool) -> Iterator[list[Launch]
     with (
         mock.patch.object(module, name, Catcher()),
         mock.patch.object(dispatch, "has_fp8_units", lambda device: fp8_units),
+        mock.patch.object(dispatch, "has_ptx", lambda device: ptx),
     ):
         yield caught
 
@@ -95,6 +99,7 @@ def linear(
     *,
     shared_memory: int,
     fp8_units: bool,
+    ptx: bool = False,
     quantize: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     odd: bool = False,
@@ -125,8 +130,14 @@ def linear(
     out_dtype = data.dtype if quantize else dtype
     out = torch.empty(rows, columns, dtype=out_dtype, device=_META)
     problem = Problem(n, k, dtype, epilogue, plan.counts, format_name)
-    bits = 8 if quantizes_activations(format) else 16
-    with _caught(launch_formats, f"_mot_linear_{bits}bit_kernel", fp8_units=fp8_units) as caught:
+    config = default_config(problem, shared_memory)
+    if config.schedule == "few_rows":
+        catcher = _few_rows_caught(ptx)
+    else:
+        bits = 8 if quantizes_activations(format) else 16
+        kernel = f"_mot_linear_{bits}bit_kernel"
+        catcher = _caught(launch_formats, kernel, fp8_units=fp8_units)
+    with catcher as caught:
         launch_formats.launch_linear_format(
             out,
             torch.empty(rows, device=_META) if quantize else None,
@@ -141,7 +152,56 @@ def linear(
             plan.counts,
             [offset for table in plan.tile_offsets for offset in table],
             epilogue == "silu_mul",
-            default_config(problem, shared_memory),
+            config,
+        )
+    return caught[0]
+
+
+@contextmanager
+def _few_rows_caught(ptx: bool) -> Iterator[list[Launch]]:
+    """With as many parts as a large GPU makes."""
+    from mot_kernels._triton import launch_few_rows
+
+    name = "_mot_linear_few_rows_kernel"
+    with (
+        mock.patch.object(launch_few_rows, "_MULTIPROCESSORS", 132),
+        _caught(launch_few_rows, name, fp8_units=False, ptx=ptx) as caught,
+    ):
+        yield caught
+
+
+def few_rows(
+    epilogue: str,
+    *,
+    shared_memory: int,
+    ptx: bool,
+    odd: bool = False,
+    config: TileConfig | None = None,
+) -> Launch:
+    """`linear` for a plain weight, 2 und rows and 14 gen rows."""
+    from mot_kernels._triton import launch
+
+    n, k = (37_888, 3584) if epilogue == "silu_mul" else (3584, 18_944)
+    if odd:
+        n, k = 258, 131
+    plan = RoutePlan.from_runs([(0, 2), (1, 14)], num_experts=2)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": _META}
+    problem = Problem(n, k, torch.bfloat16, epilogue, plan.counts)
+    out = torch.empty(16, n // 2 if epilogue == "silu_mul" else n, **options)
+    with _few_rows_caught(ptx) as caught:
+        launch.launch_linear(
+            out,
+            torch.empty(16, k, **options),
+            torch.empty(2, n, k, **options),
+            torch.empty(2, n, **options) if epilogue == "none" else None,
+            torch.empty_like(out) if epilogue == "add_residual" else None,
+            plan.row_ids,
+            plan.tiles,
+            plan.flags,
+            plan.counts,
+            [offset for table in plan.tile_offsets for offset in table],
+            epilogue == "silu_mul",
+            config or default_config(problem, shared_memory),
         )
     return caught[0]
 

@@ -202,12 +202,19 @@ def linear_format(name: str) -> Callable[[Target], recorded_launches.Launch]:
             int(rows.removeprefix("gen")),
             shared_memory=target.kilobytes * 1024,
             fp8_units=target.fp8_units,
+            ptx=target.backend == "cuda",
             quantize="quantize" in more,
             dtype=torch.float32 if "float32" in more else torch.bfloat16,
             odd="odd" in more,
         )
 
     return launch
+
+
+def few_rows(target: Target, epilogue: str, *, odd: bool = False) -> recorded_launches.Launch:
+    return recorded_launches.few_rows(
+        epilogue, shared_memory=target.kilobytes * 1024, ptx=target.backend == "cuda", odd=odd
+    )
 
 
 FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
@@ -221,6 +228,8 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
         "int8_w8a16-gen14-silu_mul",
         "int4_w4a16_group128-gen4096-none",
         "int4_w4a16_group32_zero_points-gen14-silu_mul",
+        "int4_w4a16_group128-gen14-add_residual",
+        "int8_w8a16-gen14-none-odd",
         "fp8_w8a8_block-gen200-silu_mul-float32",
         "fp8_w8a8_block-gen200-silu_mul-odd",
         "int4_w4a16_group128-gen200-none-float32",
@@ -234,6 +243,10 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
     "quantize_rows-fp8": lambda target: recorded_launches.quantize_rows(
         torch.float8_e4m3fn, fp8_units=target.fp8_units
     ),
+    "few_rows-none": lambda target: few_rows(target, "none"),
+    "few_rows-none-odd": lambda target: few_rows(target, "none", odd=True),
+    "few_rows-silu_mul": lambda target: few_rows(target, "silu_mul"),
+    "few_rows-add_residual": lambda target: few_rows(target, "add_residual"),
     "rms_norm-int8": lambda target: recorded_launches.rms_norm(
         torch.int8, static=False, fp8_units=target.fp8_units
     ),

@@ -178,7 +178,8 @@ def test_mot_linear_float32_is_not_tf32(
     dtype_: torch.dtype, precision: str | None, linear_kernel: Recorder
 ) -> None:
     plan = ROUTES["one_row"].plan()
-    mot_linear(torch.zeros(1, 40, dtype=dtype_), torch.zeros(2, 24, 40, dtype=dtype_), plan)
+    x, weight = torch.zeros(1, 40, dtype=dtype_), torch.zeros(2, 24, 40, dtype=dtype_)
+    mot_linear(x, weight, plan, config=TileConfig(16, 16, 16))
     assert linear_kernel.only_call[1]["PRECISION"] == precision
 
 
@@ -186,16 +187,16 @@ def test_mot_linear_float32_is_not_tf32(
 @pytest.mark.parametrize("name", ["one_row", "one_branch", "four_experts_one_empty"])
 def test_mot_linear_looks_up_the_config(name: str, epilogue: str, linear_kernel: Recorder) -> None:
     plan = ROUTES[name].plan()
-    x = torch.zeros(plan.num_rows, 40, dtype=torch.float16)
-    weight = torch.zeros(plan.num_experts, 24, 40, dtype=torch.float16)
+    x = torch.zeros(plan.num_rows, 40)
+    weight = torch.zeros(plan.num_experts, 24, 40)
     chosen = {
         "none": None,
         "silu_mul": SILU_MUL,
-        "add_residual": AddResidual(torch.zeros(plan.num_rows, 24, dtype=torch.float16)),
+        "add_residual": AddResidual(torch.zeros(plan.num_rows, 24)),
     }[epilogue]
     mot_linear(x, weight, plan, epilogue=chosen)
     _, arguments = linear_kernel.only_call
-    config = find_config(Problem(24, 40, torch.float16, epilogue, plan.counts), CPU)
+    config = find_config(Problem(24, 40, torch.float32, epilogue, plan.counts), CPU)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
     assert [arguments[key] for key in names] == config.as_ints()[:-1]
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from mot_kernels import RoutePlan
 
 from bagel_mot.context import Context
 from bagel_mot.graphs import Call, Workspace
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import DecodeLayout, KVCache, to_device
+from bagel_mot.model.layout import UND, DecodeLayout, KVCache, to_device
 from bagel_mot.parallel import ALONE, Parallel
 from bagel_mot.tokenizer import BagelTokenizer
 
@@ -272,6 +273,7 @@ class TextRunner:
         device = workspace.model.device
         self.tokens = torch.zeros(count, dtype=torch.int64, device=device)
         self.places = torch.zeros(3, count, dtype=torch.int32, device=device)
+        self._plan = RoutePlan.from_runs([(UND, count)], num_experts=2, device=device)
         last = [[2**31 - 1] * count, [(i + 1) * room - 1 for i in range(count)], [room] * count]
         self._last_places = to_device(torch.tensor(last, dtype=torch.int32), device)
         self._calls: dict[int, Call[torch.Tensor]] = {}
@@ -296,7 +298,7 @@ class TextRunner:
     def _step(self, reach: int) -> torch.Tensor:
         model = self._model
         positions, kv_rows, lengths = self.places
-        layout = DecodeLayout(positions, kv_rows, lengths, self._room, reach)
+        layout = DecodeLayout(positions, kv_rows, lengths, self._room, reach, self._plan)
         hidden = model(model.embed_text(self.tokens), layout, self._cache)
         logits = model.logits(hidden)
         self.tokens.copy_(logits.argmax(-1))

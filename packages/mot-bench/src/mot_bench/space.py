@@ -62,6 +62,11 @@ def first_candidates(
             TileConfig(128, n, depth, default.group_m, 4, stages, "hopper")
             for n, stages in ((256, 4), (128, 4), (128, 6))
         ]
+    if default.schedule == "few_rows":
+        candidates += [
+            TileConfig(16, width, depth, 1, 4, stages, "few_rows")
+            for width, depth, stages in product((32, 64, 128), (64, 128, 256), (3, 4, 6))
+        ]
     return _legal([default, *candidates], problem, shared_memory)
 
 
@@ -70,7 +75,12 @@ def regrouped(
 ) -> list[TileConfig]:
     """The configs of the second step: these with every other `group_m`."""
     seen = set(configs)
-    varied = [replace(config, group_m=group) for config in configs for group in _GROUPS]
+    varied = [
+        replace(config, group_m=group)
+        for config in configs
+        if config.schedule != "few_rows"  # whose tiles are not ordered by it
+        for group in _GROUPS
+    ]
     fresh = [config for config in varied if config not in seen]
     return _legal(fresh, problem, shared_memory)
 

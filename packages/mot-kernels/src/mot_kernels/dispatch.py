@@ -113,6 +113,11 @@ def has_fp8_units(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def has_ptx(device: torch.device) -> bool:
+    """Whether kernels on a device may have instructions of NVIDIA's PTX in them."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def why_not_hopper(
     out: torch.Tensor,
     x: torch.Tensor,

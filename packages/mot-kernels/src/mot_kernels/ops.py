@@ -23,7 +23,7 @@ from mot_kernels.formats import (
     Int8W8A8,
     QuantizedRows,
 )
-from mot_kernels.tuning.config import TileConfig
+from mot_kernels.tuning.config import FEW_ROWS, TileConfig
 
 _SCHEMAS = (
     "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -50,6 +50,10 @@ for _schema in _SCHEMAS:
 
 # From so many rows on, what copying a residual costs is more than a routed launch does.
 _ROWS_TO_COPY = 1024
+
+
+# Fewer rows, of one expert or not, take the kernel for few rows.
+_LEAST_DENSE_ROWS = FEW_ROWS + 1
 
 
 class _Routing(NamedTuple):
@@ -117,6 +121,8 @@ def _dense_linear(
     """
     experts = [expert for expert, count in enumerate(counts) if count]
     if len(experts) != 1 or not x.is_cuda or x.dtype is torch.float32:
+        return False
+    if x.shape[0] < _LEAST_DENSE_ROWS:
         return False
     w = weight[experts[0]].T
     if silu_mul:

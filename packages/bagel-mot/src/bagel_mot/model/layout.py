@@ -208,6 +208,8 @@ class DecodeLayout:
         lengths: (B,) int32, rows each text has, this one included.
         room: cache rows of each text.
         reach: no length is above it; see `Backend.reach`.
+        plan: of B und rows. One expert needs no routing, but few rows are bound by reading the
+            weights: routed linears do that fastest, and with their epilogues in fewer launches.
     """
 
     positions: torch.Tensor
@@ -215,7 +217,7 @@ class DecodeLayout:
     lengths: torch.Tensor
     room: int
     reach: int
-    plan: None = None
+    plan: RoutePlan
     exchange: None = None
     positions_end: int = 1
 

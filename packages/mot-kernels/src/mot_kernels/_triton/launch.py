@@ -9,6 +9,7 @@ import triton
 
 from mot_kernels import dispatch
 from mot_kernels._triton.activation import _silu_mul_kernel
+from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
 from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
@@ -59,6 +60,22 @@ def launch_linear(
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
         with _on(x.device):
             launch_linear_hopper(
+                out,
+                x,
+                weight,
+                bias,
+                residual,
+                row_ids,
+                tiles,
+                flags,
+                tile_offsets,
+                _EPILOGUES[epilogue],
+                config,
+            )
+        return
+    if config.schedule == "few_rows":
+        with _on(x.device):
+            launch_linear_few_rows(
                 out,
                 x,
                 weight,

@@ -12,6 +12,7 @@ import triton.language as tl
 from mot_kernels import dispatch
 from mot_kernels._triton.dequantize import _dequantize_kernel
 from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
+from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
@@ -62,8 +63,8 @@ def launch_linear_format(
         if no_hopper is not None:
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
         assert row_ids is not None and tiles is not None and flags is not None
+        narrow = isinstance(x, QuantizedRows)
         with _on(x.device):
-            narrow = isinstance(x, QuantizedRows)
             launch_linear_hopper(
                 out,
                 x.data if isinstance(x, QuantizedRows) else x,
@@ -78,6 +79,23 @@ def launch_linear_format(
                 config,
                 x_scales=x.scales if isinstance(x, QuantizedRows) else None,
                 w_scales=None if isinstance(weight.format, Int4W4A16) else weight.scales,
+            )
+        return
+    if config.schedule == "few_rows":
+        assert isinstance(x, torch.Tensor)  # formats that round rows have no such config
+        with _on(x.device):
+            launch_linear_few_rows(
+                out,
+                x,
+                weight,
+                bias,
+                residual,
+                row_ids,
+                tiles,
+                flags,
+                tile_offsets,
+                _EPILOGUES[epilogue],
+                config,
             )
         return
     if row_ids is None or tiles is None:

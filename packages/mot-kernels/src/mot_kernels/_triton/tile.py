@@ -51,6 +51,18 @@ def _find_tile(
     tile = first_tile + (pid % (GROUP_M * num_n)) % group_rows
     block_n = (pid % (GROUP_M * num_n)) // group_rows
 
+    expert, rows, mask_m = _find_rows(row_ids_ptr, tiles_ptr, tile, num_rows, HAS_PLAN, BLOCK_M)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N_OUT
+    cols = tl.where(mask_n, offs_n, 0).to(tl.int64)
+    return expert, rows, cols, mask_m, mask_n
+
+
+@triton.jit
+def _find_rows(
+    row_ids_ptr, tiles_ptr, tile, num_rows, HAS_PLAN: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """A tile's expert and rows (int64, all valid), and the rows' mask."""
     offs_m = tl.arange(0, BLOCK_M)
     # Dead lanes repeat the tile's first row: a valid address, never stored.
     if HAS_PLAN:
@@ -62,10 +74,7 @@ def _find_tile(
         expert = tl.cast(0, tl.int64)
         mask_m = tile * BLOCK_M + offs_m < num_rows
         rows = (tile * BLOCK_M + tl.where(mask_m, offs_m, 0)).to(tl.int64)
-    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N_OUT
-    cols = tl.where(mask_n, offs_n, 0).to(tl.int64)
-    return expert, rows, cols, mask_m, mask_n
+    return expert, rows, mask_m
 
 
 @triton.jit

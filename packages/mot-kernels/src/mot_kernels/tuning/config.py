@@ -10,13 +10,26 @@ import torch
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import TILE_ROWS
 
-SCHEDULES = ("portable", "hopper")
+FEW_ROWS = 16
+"""Up to so many rows of the largest expert, 16-bit rows get schedule "few_rows"."""
 
-_HOPPER_VALUES = {
-    "block_m": (128,),
-    "block_n": (128, 256),
-    "block_k": (HOPPER_ROW_BYTES // 2, HOPPER_ROW_BYTES),
-    "num_warps": (4,),
+SCHEDULES = ("portable", "hopper", "few_rows")
+
+# What fields can be where a schedule leaves less choice.
+_VALUES: dict[str, dict[str, tuple[int, ...]]] = {
+    "portable": {},
+    "hopper": {
+        "block_m": (128,),
+        "block_n": (128, 256),
+        "block_k": (HOPPER_ROW_BYTES // 2, HOPPER_ROW_BYTES),
+        "num_warps": (4,),
+    },
+    "few_rows": {
+        "block_m": (16, 32),
+        "block_n": (32, 64, 128, 256),
+        "block_k": (32, 64, 128, 256),
+        "group_m": (1,),
+    },
 }
 
 
@@ -31,10 +44,11 @@ class TileConfig:
         group_m: row tiles that walk the columns together, for reuse of weights in L2.
         num_warps: warps a program, a power of two.
         num_stages: software-pipelining depth.
-        schedule: "portable" (any GPU) or "hopper" (persistent, TMA, warp-specialised). The latter
-            has tiles of 128 rows in steps of 128 bytes (64 of 16 bits, 128 of 8) and two groups
-            of 4 warps that compute; its block_n counts weight rows, gate and up together for
-            SiLU*mul.
+        schedule: "portable" (any GPU), "hopper" (persistent, TMA, warp-specialised) or "few_rows"
+            (any GPU; K is cut where columns are too few to keep it busy). "hopper" has tiles of
+            128 rows in steps of 128 bytes (64 of 16 bits, 128 of 8) and two groups of 4 warps that
+            compute. In "hopper" and "few_rows" block_n counts weight rows, gate and up together
+            for SiLU*mul.
 
     Raises:
         ValueError: a field is outside its range; the message names it.
@@ -68,12 +82,11 @@ class TileConfig:
         for name, most in (("group_m", 64), ("num_stages", 8)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1..{most}")
-        if self.schedule == "hopper":
-            for name, possible in _HOPPER_VALUES.items():
-                if getattr(self, name) not in possible:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)}; schedule 'hopper' has {possible}"
-                    )
+        for name, possible in _VALUES[self.schedule].items():
+            if getattr(self, name) not in possible:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; schedule {self.schedule!r} has {possible}"
+                )
 
     def as_ints(self) -> list[int]:
         """The fields in order, for an operator's `int[]` argument."""
@@ -107,7 +120,8 @@ class TileConfig:
         elements = self.block_m * self.block_n
         if self.schedule == "hopper":
             return elements // (2 * 32 * self.num_warps)
-        return elements * (2 if silu_mul else 1) // (32 * self.num_warps)
+        halves = 2 if silu_mul and self.schedule == "portable" else 1
+        return elements * halves // (32 * self.num_warps)
 
 
 MOST_ACCUMULATORS = 192

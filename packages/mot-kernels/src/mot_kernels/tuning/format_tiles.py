@@ -14,7 +14,7 @@ from mot_kernels.formats import (
     WeightScales,
     quantizes_activations,
 )
-from mot_kernels.tuning.config import MOST_ACCUMULATORS, TileConfig
+from mot_kernels.tuning.config import FEW_ROWS, MOST_ACCUMULATORS, TileConfig
 
 # 8-bit matrix instructions take 32 at a time.
 _LEAST_BLOCK_K = 32
@@ -48,6 +48,8 @@ def check_format_config(config: TileConfig, format: Format) -> None:
                 f"{hopper_block_k(format)} with format {format}"
             )
         return
+    if config.schedule == "few_rows" and quantizes_activations(format):
+        raise ValueError(f"config has schedule 'few_rows', which format {format} has no kernel for")
     most = most_block_k(format)
     if not _LEAST_BLOCK_K <= config.block_k <= most:
         raise ValueError(
@@ -82,11 +84,12 @@ def shared_memory_bytes(
         return rows * HOPPER_ROW_BYTES * config.num_stages
     narrow = quantizes_activations(format)
     x_bytes = 1 if narrow else dtype.itemsize
-    weights = config.block_n * config.block_k * (2 if epilogue == "silu_mul" else 1)
+    halves = 2 if epilogue == "silu_mul" and config.schedule == "portable" else 1
+    weights = config.block_n * config.block_k * halves
     stored = weights // 2 if isinstance(format, Int4W4A16) else weights
     stages = (config.block_m * config.block_k * x_bytes + stored) * config.num_stages
     # e4m3fn without FP8 units becomes fp16, both operands.
-    if isinstance(format, Fp8W8A8):
+    if isinstance(format, Fp8W8A8) or config.schedule == "few_rows":
         return stages
     return stages if narrow else stages + config.block_n * config.block_k * dtype.itemsize
 
@@ -121,6 +124,12 @@ def default_format_config(
     if dtype is torch.float32 and not int8:  # no tensor cores in full precision: small tiles
         height = 64 if rows > 32 else 16
         candidates = [TileConfig(height, 64, 32, 8, 4, stages) for stages in (3, 2, 1)]
+    elif rows <= FEW_ROWS and not narrow:
+        depth = min(128, most)
+        candidates = [
+            TileConfig(16, 64, depth, 1, 4, stages, "few_rows")
+            for stages in ((6, 4, 3) if depth == 128 else (8, 4))
+        ]
     elif rows <= 64:
         height = 16 if rows <= 16 else 32 if rows <= 32 else 64
         width = 32 if rows <= 16 else 64 // halves

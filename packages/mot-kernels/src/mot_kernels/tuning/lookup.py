@@ -7,7 +7,8 @@ computed default, which is logged once together with the command that would tune
 A file is `mot_linear/<GPU name>.json` below the folder: a header (schema, op, device, torch,
 triton, commit, date) and `entries`, each {n, k, dtype, epilogue, rows: rows per expert, config},
 and format for weights that have one. Among entries for the same (n, k, dtype, epilogue, format) the
-one whose largest expert is nearest in log(rows) is used, if it is within a factor of REACH.
+one whose largest expert is nearest in log(rows) is used, if it is within a factor of REACH, and if
+both or neither of the two have FEW_ROWS at most.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 from mot_kernels.dispatch import warn_once
 from mot_kernels.formats import FORMATS
-from mot_kernels.tuning.config import TileConfig, is_legal
+from mot_kernels.tuning.config import FEW_ROWS, TileConfig, is_legal
 from mot_kernels.tuning.format_tiles import check_format_config, default_format_config
 
 SCHEMA = 1
@@ -174,7 +175,8 @@ def _nearest(
     entries: tuple[tuple[Problem, TileConfig], ...], problem: Problem, hopper: bool
 ) -> TileConfig | None:
     def shape(p: Problem) -> tuple[object, ...]:
-        return p.n, p.k, p.dtype, p.epilogue, p.format, len(p.counts)
+        few = max(p.counts) <= FEW_ROWS
+        return p.n, p.k, p.dtype, p.epilogue, p.format, len(p.counts), few
 
     def ratio(a: int, b: int) -> float:
         return abs(math.log((a + 1) / (b + 1)))
@@ -215,8 +217,11 @@ def default_config(problem: Problem, shared_memory: int, hopper: bool = False) -
         candidates = [
             TileConfig(64 if rows > 32 else 16, 64, 32, 8, 4, stages) for stages in (3, 2, 1)
         ]
+    elif rows <= FEW_ROWS:
+        # 20 KB a stage; three programs of three full stages fit a multiprocessor of sm_90.
+        candidates = [TileConfig(16, 64, 128, 1, 4, stages, "few_rows") for stages in (4, 3, 2)]
     elif rows <= 64:
-        height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        height = 32 if rows <= 32 else 64
         candidates = [TileConfig(height, 64, 128, 1, 4, stages) for stages in (5, 4, 3, 2)]
         candidates += [TileConfig(height, 64, 64, 1, 4, stages) for stages in (3, 2)]
     else:

@@ -1,0 +1,137 @@
+"""Launch the kernel for few rows: how K is cut, scratch, grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from mot_kernels import dispatch
+from mot_kernels._triton.few_rows import _mot_linear_few_rows_kernel
+from mot_kernels._triton.launch_hopper import _multiprocessors
+from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
+from mot_kernels.formats import ExpertWeight, Int4W4A16
+from mot_kernels.plan import TILE_ROWS
+from mot_kernels.tuning.config import TileConfig
+
+# So many programs a multiprocessor run at once: tiles leave shared memory and registers for them.
+_RESIDENT = 3
+# A part has so many steps of K at least: what it reads is then more than the sums it leaves.
+_LEAST_STEPS = 2
+_MOST_PARTS = 16
+# Where no device can be asked: the interpreter, whose tests are to have parts as well.
+_MULTIPROCESSORS = 8
+
+
+def cut(units: int, steps: int, programs: int, most_units: int) -> int:
+    """Into how many parts K, `steps` steps, is cut for `units` to keep `programs` programs busy.
+
+    1 if there are more than `most_units`, which counters are there for.
+    """
+    if units > most_units:
+        return 1
+    return max(min(programs // units, steps // _LEAST_STEPS, _MOST_PARTS), 1)
+
+
+def launch_linear_few_rows(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | ExpertWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    row_ids: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    flags: torch.Tensor | None,
+    tile_offsets: Sequence[int],
+    epilogue: int,
+    config: TileConfig,
+) -> None:
+    """One launch for all experts; see `mot_kernels.mot_linear` for shapes.
+
+    Without a plan, so without its flags, K is not cut: launches on different streams may share
+    nothing else that says how far each of them has come.
+
+    Raises:
+        ValueError: x is float32.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"config has schedule 'few_rows', but it multiplies bfloat16 and float16, not {x.dtype}"
+        )
+    rows, k = x.shape
+    if isinstance(weight, ExpertWeight):
+        data, scales, zeros = weight.data, weight.scales, weight.zero_points
+    else:
+        data, scales, zeros = weight, None, None
+    group = 0
+    if isinstance(weight, ExpertWeight) and isinstance(weight.format, Int4W4A16):
+        group = weight.format.group_size
+    if row_ids is None or tiles is None:
+        num_tiles = triton.cdiv(rows, config.block_m)
+    else:
+        # tile_offsets is RoutePlan.tile_offsets, flattened: 3 numbers for each tile size.
+        start, _, end = tile_offsets[3 * TILE_ROWS.index(config.block_m) :][:3]
+        tiles, num_tiles = tiles[start:end], end - start
+    is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
+    block_out = config.block_n // 2 if is_silu_mul else config.block_n
+    units = num_tiles * triton.cdiv(out.shape[1], block_out)
+    multiprocessors = _multiprocessors(x.device) if x.is_cuda else _MULTIPROCESSORS
+    most_units = 0 if flags is None else len(flags)
+    steps = triton.cdiv(k, config.block_k)
+    parts = cut(units, steps, _RESIDENT * multiprocessors, most_units)
+    partials = None
+    if parts > 1:
+        shape = units, parts, config.block_m, config.block_n
+        partials = x.new_empty(shape, dtype=torch.float32)
+    scale_strides = (0, 0, 0) if scales is None else (*scales.stride(), 0)[:3]
+    zero_strides = (0, 0, 0) if zeros is None else zeros.stride()
+    _mot_linear_few_rows_kernel[(units * parts,)](
+        out_ptr=out,
+        partials_ptr=partials,
+        counters_ptr=flags if parts > 1 else None,
+        x_ptr=x,
+        w_ptr=data,
+        w_scales_ptr=scales,
+        w_zeros_ptr=zeros,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        row_ids_ptr=row_ids,
+        tiles_ptr=tiles,
+        num_tiles=num_tiles,
+        num_rows=rows,
+        w_rows=data.shape[1],
+        N_OUT=out.shape[1],
+        K=k,
+        stride_out_m=out.stride(0),
+        stride_out_n=out.stride(1),
+        stride_x_m=x.stride(0),
+        stride_x_k=x.stride(1),
+        stride_w_e=data.stride(0),
+        stride_w_n=data.stride(1),
+        stride_w_k=data.stride(2),
+        stride_w_scales_e=scale_strides[0],
+        stride_w_scales_n=scale_strides[1],
+        stride_w_scales_k=scale_strides[2],
+        stride_w_zeros_e=zero_strides[0],
+        stride_w_zeros_n=zero_strides[1],
+        stride_w_zeros_k=zero_strides[2],
+        stride_bias_e=0 if bias is None else bias.stride(0),
+        stride_bias_n=0 if bias is None else bias.stride(1),
+        stride_residual_m=0 if residual is None else residual.stride(0),
+        stride_residual_n=0 if residual is None else residual.stride(1),
+        HAS_PLAN=row_ids is not None,
+        HAS_BIAS=bias is not None,
+        HAS_SCALES=scales is not None,
+        HAS_ZEROS=zeros is not None,
+        EPILOGUE=epilogue,
+        GROUP=group,
+        EVEN_K=k % config.block_k == 0,
+        PTX=dispatch.has_ptx(x.device),
+        PARTS=parts,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
