@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from golden_data import GOLDEN
 from typer.testing import CliRunner
 
 from bagel_mot.cli import app
 from bagel_mot.config import BagelConfig
 from bagel_mot.launch import run_ranks
-from bagel_mot.model.sequence_parallel import chunk
-from bagel_mot.parallel import ParallelConfig
+from bagel_mot.model.sequence_parallel import SequenceParallel, chunk
+from bagel_mot.parallel import ALONE, Parallel, ParallelConfig
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -100,6 +102,52 @@ def test_command_line_starts_its_ranks(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(output)] and output.exists()
+
+
+@pytest.mark.parametrize(
+    ("backends", "why"),
+    [
+        ({}, ""),
+        ({"peers": "cpu:gloo,cuda:nccl"}, ""),
+        ({"peers": "cuda:ucc"}, "CFG and sequence parallel group's backend for GPUs is ucc"),
+        ({"ring": "cpu:gloo"}, "the ring group's backend for GPUs is none, and only NCCL's"),
+        ({"tp": "cuda:gloo"}, "the tensor parallel group's backend for GPUs is gloo"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_only_nccl_is_captured(
+    backends: dict[str, str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The groups are strings here, which is all that is asked of them."""
+
+    class Tp:
+        device_group = "tp"
+
+    monkeypatch.setattr("bagel_mot.parallel.get_tp_group", Tp)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends.get(group, "cuda:nccl"))
+    sp: Any = SequenceParallel(4, 0, "sp", "ulysses", "ring")  # type: ignore[arg-type]
+    peers: Any = "peers"
+    ranks = Parallel(ParallelConfig(tensor=2, ulysses=2, ring=2), 0, sp, 0, peers)
+    assert set(ranks.groups().values()) == {"tp", "sp", "ulysses", "ring", "peers"}
+    found = ranks.why_not_captured()
+    assert (why in found) if why else found == ""
+
+
+def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    peers: Any = "peers"
+    ranks = Parallel(ParallelConfig(cfg=2), 0, None, 0, peers)
+    for value, why in (("0", False), ("1", True)):
+        monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", value)
+        assert bool(ranks.why_not_captured()) == why
+        assert ALONE.why_not_captured() == ""
+
+
+def test_ranks_capture_together(capfd: pytest.CaptureFixture[str]) -> None:
+    """Images of growing size and guidance, with capture feigned: all ranks capture at one call."""
+    code = run_ranks([sys.executable, str(WORKER.with_name("capture_worker.py"))], 2)
+    printed = capfd.readouterr()
+    assert code == 0 and "together" in printed.out, printed.out + printed.err
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 18, 30, 4098])
