@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from bagel_mot.cli import app
 from bagel_mot.config import BagelConfig
-from bagel_mot.launch import run_ranks
+from bagel_mot.launch import TOO_LONG, run_ranks
 from bagel_mot.model.sequence_parallel import SequenceParallel, chunk
 from bagel_mot.parallel import ALONE, Parallel, ParallelConfig
 
@@ -69,6 +69,14 @@ def test_run_ranks_kills_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> N
     before = time.monotonic()
     assert run_ranks([sys.executable, "-c", script], 2) == 128 + 9
     assert time.monotonic() - before < 30
+
+
+def test_run_ranks_ends_what_takes_too_long(capfd: pytest.CaptureFixture[str]) -> None:
+    script = "import os, time\nif os.environ['RANK'] == '1': time.sleep(600)"
+    before = time.monotonic()
+    assert run_ranks([sys.executable, "-c", script], 2, seconds=1.0) == TOO_LONG
+    assert time.monotonic() - before < 30
+    assert "ranks [1] are not done after 1 s" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

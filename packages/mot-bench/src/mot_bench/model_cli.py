@@ -100,6 +100,10 @@ def step(
     cfg_parallel: CfgParallelOption = 1,
     modes: ModesOption = None,
     nproc: NprocOption = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Seconds that each set of ranks may take, of --modes."),
+    ] = None,
     output: OutputOption = None,
     part: Annotated[
         Path | None,
@@ -140,7 +144,7 @@ def step(
             config = bagel.config_of(choice)
             for height, width in sizes:
                 bagel.check_size(config, "--resolutions", height, width)
-            parallel_cli.start_ranks(context.obj, ways, place, folder)
+            parallel_cli.start_ranks(context.obj, ways, place, folder, timeout)
         return
 
     pipeline = bagel.load(choice, place)

@@ -27,7 +27,7 @@ from bagel_mot.model.layout import Block, Segment, build_spans, to_device
 
 
 def all_gather(out: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Concatenate the ranks' `own` tensors, of one shape, into `out`; each may lie there already."""
+    """Concatenate the ranks' `own` tensors, of one shape, into `out`; `own` may be its part."""
     # torch 2.13 renames the function and warns about the old name, which is all 2.11 has.
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(out, own, group=group)
