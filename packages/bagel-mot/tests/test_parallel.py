@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from golden_data import GOLDEN
 from typer.testing import CliRunner
@@ -41,6 +42,23 @@ def test_ranks_agree_with_recordings(
     code = run_ranks([sys.executable, str(WORKER), "a2,b3", *ways], ranks)
     printed = capfd.readouterr()
     agreed = [line.removeprefix("agrees: ") for line in printed.out.splitlines()]
+    assert code == 0 and agreed == ways, printed.out + printed.err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ways", [RUNS[0][1], RUNS[1][1]], ids=lambda ways: ways[0])
+def test_ranks_on_gpus(ways: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Over NCCL, captured in CUDA graphs; and the processes end, though graphs hold exchanges."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, torch sees {torch.cuda.device_count()}")
+    command = [sys.executable, str(WORKER), "--gpus", "a2,b3", *ways]
+    code = run_ranks(command, 2, seconds=180.0)
+    printed = capfd.readouterr()
+    agreed = [
+        line.removeprefix("agrees: ")
+        for line in printed.out.splitlines()
+        if line.startswith("agrees: ")
+    ]
     assert code == 0 and agreed == ways, printed.out + printed.err
 
 

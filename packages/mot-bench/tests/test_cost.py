@@ -13,7 +13,7 @@ from bagel_mot.synthetic import BAGEL_7B
 from samples import some_results
 
 from mot_bench import modes
-from mot_bench.cost import CostModel, Shape, fit, products, share, traffic
+from mot_bench.cost import CostModel, Shape, fit, share, traffic
 from mot_bench.errors import UsageError
 from mot_bench.model_results import Subject
 from mot_bench.parallel_page import modes_page
@@ -145,10 +145,10 @@ def test_traffic() -> None:
 
 def test_products() -> None:
     """28 heads and 4 KV heads: 8 ranks of tensor parallelism or Ulysses are not possible."""
-    names = {modes.name_of(mode) for mode in products(8, 2, LLM)}
+    names = {modes.name_of(mode) for mode in modes.products(8, 2, LLM)}
     assert {"ring:8", "allgather:8", "tp:4,cfg:2", "ulysses:4,ring:2"} <= names
     assert not names & {"tp:8", "ulysses:8", "cfg:8", "ulysses:2,allgather:4"}
-    assert {modes.name_of(mode) for mode in products(1, 2, LLM)} == {"1 rank"}
+    assert {modes.name_of(mode) for mode in modes.products(1, 2, LLM)} == {"1 rank"}
 
 
 def test_fit_has_no_negative_coefficients() -> None:

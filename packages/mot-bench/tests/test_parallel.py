@@ -27,6 +27,7 @@ from mot_bench.model_results import Memory, Subject
 from mot_bench.model_tables import parallel_table
 from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, RankUse
 from mot_bench.ranks import check_differences
+from mot_bench.report import read, report
 from mot_bench.results import Timing
 
 # 48x48 is a block of 11 rows, which 2 ranks do not divide.
@@ -236,6 +237,16 @@ def test_table_of_a_gpu() -> None:
     line = console.file.getvalue().splitlines()[-2]
     for cell in ("off", "2.00", "0.50", "10.0-25.0", "3.00", "7-9", "1.0e-06"):
         assert f" {cell} " in line
+
+
+def test_report_of_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "ranks.json"
+    some_run("1 rank", "cfg:2").write(path)
+    lines = report([(path, read(path))]).splitlines()
+    assert "## Denoising step on several GPUs, Some GPU" in lines
+    assert "| 64x48, 2 branches | 1 rank | on | 1.00 | 1.00 | 25.0 | 3.00 | 9 | 1.0e-06 |" in lines
+    cells = "off | 2.00 | 0.50 | 10.0-25.0 | 3.00 | 7-9 | 1.0e-06 |"
+    assert f"| 64x48, 2 branches | cfg:2 | {cells}" in lines
 
 
 def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,13 +206,17 @@ def start(config: ParallelConfig, device_type: str) -> Parallel:
     def global_rank(cfg: int, sequence: int, tensor: int) -> int:
         return (cfg * config.sequence + sequence) * config.tensor + tensor
 
-    # Every process creates every group, in the same order, as torch.distributed requires.
+    # Every process creates every group, in the same order, as torch.distributed requires. The same
+    # ranks share one, whatever they do in it: connecting takes a second, and some 100 MB of a GPU.
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     mine: dict[str, dist.ProcessGroup] = {}
 
     def create(name: str, ranks: list[int]) -> None:
-        group = dist.new_group(ranks)
+        together = tuple(ranks)
+        if together not in made:
+            made[together] = dist.new_group(ranks)
         if rank in ranks:
-            mine[name] = group
+            mine[name] = made[together]
 
     sequences = range(config.sequence)
     for tensor in range(config.tensor):

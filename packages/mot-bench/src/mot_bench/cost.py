@@ -236,27 +236,9 @@ class CostModel:
     def ranked(self, shape: Shape, gpus: int) -> list[tuple[ParallelConfig, float, bool]]:
         """Modes for so many GPUs, the fastest first: (mode, microseconds, whether measured)."""
         found = []
-        for mode in products(gpus, shape.blocks, self.llm):
+        for mode in words.products(gpus, shape.blocks, self.llm):
             us = self.measured(mode, shape)
             expected = us if us is not None else self.modelled(mode, shape)
             if expected is not None:
                 found.append((mode, expected, us is not None))
         return sorted(found, key=lambda each: each[1])
-
-
-def products(gpus: int, blocks: int, llm: LlmConfig) -> list[ParallelConfig]:
-    """All modes that use so many GPUs and that the model allows."""
-    found: dict[ParallelConfig, None] = {}
-    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    for cfg, tensor, ulysses, ring, gather in itertools.product(sizes, repeat=5):
-        if cfg > blocks or cfg * tensor * ulysses * ring * gather != gpus:
-            continue
-        if gather > 1 and ulysses * ring > 1:
-            continue
-        mode = ParallelConfig(tensor, ulysses, ring, gather, cfg)
-        try:
-            words.check([mode], llm, gpus)
-        except UsageError:
-            continue
-        found[mode] = None
-    return list(found)
