@@ -6,16 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from golden_data import GOLDEN
 from typer.testing import CliRunner
 
 from bagel_mot.cli import app
 from bagel_mot.config import BagelConfig
-from bagel_mot.launch import run_ranks
-from bagel_mot.model.sequence_parallel import chunk
-from bagel_mot.parallel import ParallelConfig
+from bagel_mot.launch import TOO_LONG, run_ranks
+from bagel_mot.model.sequence_parallel import SequenceParallel, chunk
+from bagel_mot.parallel import ALONE, Parallel, ParallelConfig
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -39,6 +42,23 @@ def test_ranks_agree_with_recordings(
     code = run_ranks([sys.executable, str(WORKER), "a2,b3", *ways], ranks)
     printed = capfd.readouterr()
     agreed = [line.removeprefix("agrees: ") for line in printed.out.splitlines()]
+    assert code == 0 and agreed == ways, printed.out + printed.err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ways", [RUNS[0][1], RUNS[1][1]], ids=lambda ways: ways[0])
+def test_ranks_on_gpus(ways: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Over NCCL, captured in CUDA graphs; and the processes end, though graphs hold exchanges."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, torch sees {torch.cuda.device_count()}")
+    command = [sys.executable, str(WORKER), "--gpus", "a2,b3", *ways]
+    code = run_ranks(command, 2, seconds=180.0)
+    printed = capfd.readouterr()
+    agreed = [
+        line.removeprefix("agrees: ")
+        for line in printed.out.splitlines()
+        if line.startswith("agrees: ")
+    ]
     assert code == 0 and agreed == ways, printed.out + printed.err
 
 
@@ -67,6 +87,14 @@ def test_run_ranks_kills_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> N
     before = time.monotonic()
     assert run_ranks([sys.executable, "-c", script], 2) == 128 + 9
     assert time.monotonic() - before < 30
+
+
+def test_run_ranks_ends_what_takes_too_long(capfd: pytest.CaptureFixture[str]) -> None:
+    script = "import os, time\nif os.environ['RANK'] == '1': time.sleep(600)"
+    before = time.monotonic()
+    assert run_ranks([sys.executable, "-c", script], 2, seconds=1.0) == TOO_LONG
+    assert time.monotonic() - before < 30
+    assert "ranks [1] are not done after 1 s" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,6 +128,52 @@ def test_command_line_starts_its_ranks(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(output)] and output.exists()
+
+
+@pytest.mark.parametrize(
+    ("backends", "why"),
+    [
+        ({}, ""),
+        ({"peers": "cpu:gloo,cuda:nccl"}, ""),
+        ({"peers": "cuda:ucc"}, "CFG and sequence parallel group's backend for GPUs is ucc"),
+        ({"ring": "cpu:gloo"}, "the ring group's backend for GPUs is none, and only NCCL's"),
+        ({"tp": "cuda:gloo"}, "the tensor parallel group's backend for GPUs is gloo"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_only_nccl_is_captured(
+    backends: dict[str, str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The groups are strings here, which is all that is asked of them."""
+
+    class Tp:
+        device_group = "tp"
+
+    monkeypatch.setattr("bagel_mot.parallel.get_tp_group", Tp)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends.get(group, "cuda:nccl"))
+    sp: Any = SequenceParallel(4, 0, "sp", "ulysses", "ring")  # type: ignore[arg-type]
+    peers: Any = "peers"
+    ranks = Parallel(ParallelConfig(tensor=2, ulysses=2, ring=2), 0, sp, 0, peers)
+    assert set(ranks.groups().values()) == {"tp", "sp", "ulysses", "ring", "peers"}
+    found = ranks.why_not_captured()
+    assert (why in found) if why else found == ""
+
+
+def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    peers: Any = "peers"
+    ranks = Parallel(ParallelConfig(cfg=2), 0, None, 0, peers)
+    for value, why in (("0", False), ("1", True)):
+        monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", value)
+        assert bool(ranks.why_not_captured()) == why
+        assert ALONE.why_not_captured() == ""
+
+
+def test_ranks_capture_together(capfd: pytest.CaptureFixture[str]) -> None:
+    """Images of growing size and guidance, with capture feigned: all ranks capture at one call."""
+    code = run_ranks([sys.executable, str(WORKER.with_name("capture_worker.py"))], 2)
+    printed = capfd.readouterr()
+    assert code == 0 and "together" in printed.out, printed.out + printed.err
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 18, 30, 4098])

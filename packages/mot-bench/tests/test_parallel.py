@@ -27,6 +27,7 @@ from mot_bench.model_results import Memory, Subject
 from mot_bench.model_tables import parallel_table
 from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, RankUse
 from mot_bench.ranks import check_differences
+from mot_bench.report import read, report
 from mot_bench.results import Timing
 
 # 48x48 is a block of 11 rows, which 2 ranks do not divide.
@@ -159,7 +160,7 @@ def test_ranks_that_were_started(
 def test_bad_arguments(
     arguments: tuple[str, ...], message: str, mot_bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_run, "run_ranks", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(parallel_run, "run_ranks", lambda *_, **__: pytest.fail("started"))
     answer = mot_bench(*TINY_STEP, *arguments)
     assert answer.code == 2, answer.err
     assert message in answer.err and answer.out == ""
@@ -238,11 +239,22 @@ def test_table_of_a_gpu() -> None:
         assert f" {cell} " in line
 
 
+def test_report_of_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "ranks.json"
+    some_run("1 rank", "cfg:2").write(path)
+    lines = report([(path, read(path))]).splitlines()
+    assert "## Denoising step on several GPUs, Some GPU" in lines
+    assert "| 64x48, 2 branches | 1 rank | on | 1.00 | 1.00 | 25.0 | 3.00 | 9 | 1.0e-06 |" in lines
+    cells = "off | 2.00 | 0.50 | 10.0-25.0 | 3.00 | 7-9 | 1.0e-06 |"
+    assert f"| 64x48, 2 branches | cfg:2 | {cells}" in lines
+
+
 def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"": some_run("1 rank"), "cfg:2;ring:2": some_run("cfg:2"), "tp:2": some_run("tp:2")}
     calls: list[tuple[int, list[str]]] = []
 
-    def run_ranks(command: Sequence[str], ranks: int) -> int:
+    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
+        assert seconds == 60.0
         words = list(command)
         named = words[words.index("--modes") + 1] if "--modes" in words else ""
         folder = Path(words[words.index("--part") + 1])
@@ -259,6 +271,7 @@ def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) ->
         command="mot-bench step",
         say=lambda line: None,
         on_part=seen.append,
+        seconds=60.0,
     )
     assert [ranks for ranks, _ in calls] == [1, 2, 2]
     assert all(words[:3] == ["step", "--rounds", "2"] for _, words in calls)
@@ -268,8 +281,44 @@ def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) ->
     assert [len(each.cases[0].modes) for each in seen] == [1, 2, 3]
 
 
+def test_modes_after_one_that_fails_get_new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three hangs: what the first found is kept, the third starts anew."""
+    started: list[str] = []
+
+    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
+        words = list(command)
+        named = words[words.index("--modes") + 1] if "--modes" in words else "1 rank"
+        started.append(named)
+        found = some_run(named.partition(";")[0])
+        found.write(Path(words[words.index("--part") + 1]) / parallel_run.RESULTS)
+        return 124 if "allgather" in named else 0
+
+    monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
+    results, failed = parallel_run.run_parts(
+        ["step"], modes.parse("cfg:2;allgather:2;ulysses:2"), command="", say=lambda line: None
+    )
+    assert started == ["1 rank", "cfg:2;allgather:2;ulysses:2", "ulysses:2"]
+    assert failed == ["cfg:2; allgather:2"]
+    assert results is not None and not results.complete
+    assert [mode.mode for mode in results.cases[0].modes] == ["1 rank", "cfg:2", "ulysses:2"]
+
+
+def test_a_rank_that_fails_ends_at_once(
+    mot_bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MeasurementError("the velocities are wrong")
+
+    codes: list[int] = []
+    monkeypatch.setattr("mot_bench.bagel.load", fail)
+    monkeypatch.setattr("mot_bench.parallel_cli.os._exit", codes.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = mot_bench(*TINY_STEP, "--modes", "cfg:2", "--part", str(tmp_path))
+    assert codes == [1] and "the velocities are wrong" in answer.err
+
+
 def test_without_a_single_rank_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_run, "run_ranks", lambda *_: 3)
+    monkeypatch.setattr(parallel_run, "run_ranks", lambda *_, **__: 3)
     results, failed = parallel_run.run_parts(
         ["step"], modes.parse("cfg:2"), command="", say=lambda line: None
     )

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,33 @@ def test_init_twice_is_init_once() -> None:
     shutdown_parallel()
     assert is_set_up() == NONE
     shutdown_parallel()  # harmless
+
+
+def test_before_shutdown() -> None:
+    """While all is still there; and nothing where nothing is taken down."""
+    seen: list[tuple[bool, bool, bool]] = []
+    runtime.before_shutdown(lambda: pytest.fail("nothing is set up"))
+    init_parallel()
+    runtime.before_shutdown(lambda: seen.append(is_set_up()))
+    shutdown_parallel()
+    init_parallel()
+    shutdown_parallel()
+    assert seen == [ALL]
+
+
+def test_capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tensor parallel ranks capture inside their group's own context, on the stream."""
+
+    class Group:
+        world_size = 2
+        graph_capture = staticmethod(lambda context: nullcontext(context.stream))
+
+    stream: Any = object()
+    with single_process(), runtime.capturing(stream) as found:
+        assert found is None
+    monkeypatch.setattr(parallel_state, "get_tp_group", Group)
+    with runtime.capturing(stream) as found:
+        assert found is stream
 
 
 def test_single_process() -> None:

@@ -268,5 +268,6 @@ def _shape_of(
             JobShape(job.grid, first_token, tuple(places), job.settings.cfg_renorm_type)
         )
         first_token += tokens
-    cache_rows = used[parallel.cfg_rank]
-    return StepShape(tuple(job_shapes), tuple(copies), cache_rows), contexts
+    # As much on every rank, whatever it has: a cache that is outgrown takes the graphs with it, and
+    # ranks must replay and launch the same.
+    return StepShape(tuple(job_shapes), tuple(copies), max(used)), contexts

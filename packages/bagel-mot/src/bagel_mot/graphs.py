@@ -5,18 +5,25 @@ their addresses is captured in a CUDA graph once and then launched as one. `Work
 graphs need: one KV cache that all of them address, one pool of memory for what they compute, and
 the bounds on how many there are.
 
-The code that runs is the same without capture (on a CPU, with several ranks, or switched off):
-static buffers, and bodies that are called instead of replayed.
+The code that runs is the same without capture (on a CPU, or switched off): static buffers, and
+bodies that are called instead of replayed.
+
+A graph of several ranks holds their exchanges. NCCL wants all of them to capture an exchange, and
+none to replay what another one launches: whatever decides here (shapes, capacities, the order of
+use) is the same on every rank.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
+from mot_layers.runtime import before_shutdown, capturing
 
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.layout import KVCache, lasting
@@ -61,6 +68,7 @@ class Workspace:
         self._shapes: OrderedDict[Hashable, Shaped] = OrderedDict()
         self._graphs: OrderedDict[int, Call[Any]] = OrderedDict()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # a pool is shared by captures on one stream
         self._owner: object = None
         self.on_leave: Callable[[], None] | None = None
         self._rope = model.rope
@@ -123,16 +131,8 @@ class Workspace:
         while len(self._graphs) >= _GRAPHS:
             _, oldest = self._graphs.popitem(last=False)
             oldest.drop()
-        if not self._graphs:
-            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may use the GPU meanwhile.
-            with (
-                torch.cuda.device(self.model.device),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            ):
-                result = call.body()
+            graph, result = self._record(call.body)
         except Exception as error:
             raise RuntimeError(
                 f"capturing a CUDA graph failed: {error}. Without graphs (cuda_graphs=False, "
@@ -140,6 +140,29 @@ class Workspace:
             ) from error
         self._graphs[id(call)] = call
         return graph, result
+
+    def _record(self, body: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        with torch.cuda.device(self.model.device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+                before_shutdown(partial(_drop_graphs, weakref.ref(self)))
+            if not self._graphs:
+                self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the GPU meanwhile, NCCL's and its watchdog among them.
+            with (
+                capturing(self._stream),
+                torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                result = body()
+        return graph, result
+
+    def drop_graphs(self) -> None:
+        """Give all graphs up; calls capture them anew."""
+        for call in list(self._graphs.values()):
+            call.drop()
 
     def _used(self, call: Call[Any]) -> None:
         self._graphs.move_to_end(id(call))
@@ -153,12 +176,18 @@ class Workspace:
         self._shapes.clear()
 
 
+def _drop_graphs(workspace: weakref.ref[Workspace]) -> None:
+    if (living := workspace()) is not None:
+        torch.cuda.synchronize(living.model.device)
+        living.drop_graphs()
+
+
 class Call(Generic[T]):
     """A function without arguments over memory that stays: captured at its second call.
 
-    The first call runs as it is, which compiles kernels and fills caches; many calls are not made
-    a second time. The tensors of a result are overwritten by the next call of any `Call` of the
-    workspace.
+    The first call runs as it is, which compiles kernels, fills caches and connects ranks; many
+    calls are not made a second time. The tensors of a result are overwritten by the next call of
+    any `Call` of the workspace.
     """
 
     def __init__(self, body: Callable[[], T], workspace: Workspace) -> None:

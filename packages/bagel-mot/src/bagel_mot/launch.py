@@ -16,14 +16,23 @@ from pathlib import Path
 GRACE = 10.0
 
 
-def run_ranks(command: Sequence[str], ranks: int) -> int:
+# What `run_ranks` returns for ranks that took too long; `timeout` of the coreutils has it, too.
+TOO_LONG = 124
+
+
+def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = None) -> int:
     """Run `command` once for each rank, with the environment torchrun would give it.
 
     Rank 0 writes to this process's output. What another rank writes to stderr is shown if it is
     the first to fail; the others are then ended, within `GRACE` seconds.
 
+    Args:
+        command: what each rank runs.
+        ranks: their number.
+        seconds: after which all are ended; None waits as long as it takes.
+
     Returns:
-        0, or the first failed rank's exit code (128 + the signal that killed it).
+        0, or the first failed rank's exit code (128 + the signal that killed it), or `TOO_LONG`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -43,7 +52,10 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
                         stdout=log and subprocess.DEVNULL,
                         stderr=log,
                     )
-            failed = _wait_for_first_failure(running)
+            failed = _wait_for_first_failure(running, seconds)
+        except TimeoutError as error:
+            print(error, file=sys.stderr)
+            return TOO_LONG
         finally:
             _end(list(running.values()))
         if failed is None:
@@ -56,9 +68,14 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
         return code
 
 
-def _wait_for_first_failure(running: dict[int, subprocess.Popen[bytes]]) -> int | None:
+def _wait_for_first_failure(
+    running: dict[int, subprocess.Popen[bytes]], seconds: float | None
+) -> int | None:
     waiting = dict(running)
+    deadline = None if seconds is None else time.monotonic() + seconds
     while waiting:
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(waiting)} are not done after {seconds:g} s")
         for rank, process in list(waiting.items()):
             code = process.poll()
             if code:

@@ -19,9 +19,13 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from mot_layers.runtime import init_parallel
+from vllm.distributed import get_tp_group
 
 from bagel_mot.config import LlmConfig
 from bagel_mot.model.sequence_parallel import SequenceParallel
+
+# An environment variable that torch reads.
+_BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,37 @@ class Parallel:
     cfg_rank: int
     peers: dist.ProcessGroup | None
 
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The groups that exchange data in a step, by name; none if this process is alone."""
+        found = {"CFG and sequence parallel": self.peers}
+        if self.sp is not None:
+            found |= {
+                "sequence parallel": self.sp.group,
+                "Ulysses": self.sp.ulysses_group,
+                "ring": self.sp.ring_group,
+            }
+        if self.config.tensor > 1:
+            found["tensor parallel"] = get_tp_group().device_group
+        return {name: group for name, group in found.items() if group is not None}
+
+    def why_not_captured(self) -> str:
+        """Why CUDA graphs cannot hold what these ranks exchange; "" if they can.
+
+        The same on every rank, as all of them must capture, or none.
+        """
+        for name, group in self.groups().items():
+            backends = dict(
+                each.split(":") for each in dist.get_backend_config(group).split(",") if ":" in each
+            )
+            if (backend := backends.get("cuda", "none")) != "nccl":
+                return (
+                    f"the {name} group's backend for GPUs is {backend}, and only NCCL's exchanges "
+                    "can be captured"
+                )
+        if self.groups() and os.environ.get(_BLOCKING_WAIT, "0").lower() not in ("0", "false"):
+            return f"{_BLOCKING_WAIT} makes the host wait for each exchange"
+        return ""
+
     def agree(self, value: int) -> int:
         """Rank 0's value, on every rank: for what ranks draw or decide each on their own."""
         if self.config.world_size == 1:
@@ -171,13 +206,17 @@ def start(config: ParallelConfig, device_type: str) -> Parallel:
     def global_rank(cfg: int, sequence: int, tensor: int) -> int:
         return (cfg * config.sequence + sequence) * config.tensor + tensor
 
-    # Every process creates every group, in the same order, as torch.distributed requires.
+    # Every process creates every group, in the same order, as torch.distributed requires. The same
+    # ranks share one, whatever they do in it: connecting takes a second, and some 100 MB of a GPU.
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     mine: dict[str, dist.ProcessGroup] = {}
 
     def create(name: str, ranks: list[int]) -> None:
-        group = dist.new_group(ranks)
+        together = tuple(ranks)
+        if together not in made:
+            made[together] = dist.new_group(ranks)
         if rank in ranks:
-            mine[name] = group
+            mine[name] = made[together]
 
     sequences = range(config.sequence)
     for tensor in range(config.tensor):

@@ -54,8 +54,9 @@ class BagelPipeline:
     Args:
         model, tokenizer: belong together.
         parallel: this process among the others.
-        cuda_graphs: on a GPU, capture denoising steps and text decoding in CUDA graphs. They
-            keep the buffers of the last few shapes of requests.
+        cuda_graphs: on a GPU, capture denoising steps and text decoding in CUDA graphs, with
+            what ranks exchange in them. They keep the buffers of the last few shapes of requests.
+            The same on all ranks.
 
     Attributes:
         workspace: where steps run: buffers, and the graphs.
@@ -73,13 +74,10 @@ class BagelPipeline:
         self.tokenizer = tokenizer
         self.parallel = parallel
         self.config = model.config
-        on_gpu = model.device.type == "cuda"
-        if cuda_graphs and on_gpu and parallel.config.world_size > 1:
-            logger.warning(
-                "steps run launch by launch: with several ranks they are not captured in CUDA "
-                "graphs"
-            )
-        capture = cuda_graphs and on_gpu and parallel.config.world_size == 1
+        capture = cuda_graphs and model.device.type == "cuda"
+        if capture and (why := parallel.why_not_captured()):
+            logger.warning("steps run launch by launch, without CUDA graphs: %s", why)
+            capture = False
         self.workspace = Workspace(model, capture=capture)
 
     @classmethod

@@ -94,7 +94,7 @@ class StepShape:
 
     Attributes:
         jobs, copies: the images, and the blocks that are packed for them.
-        cache_rows: rows of KV cache this rank needs.
+        cache_rows: rows of KV cache the rank needs that needs the most.
     """
 
     jobs: tuple[JobShape, ...]

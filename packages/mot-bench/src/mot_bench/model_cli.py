@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SIZES = ("7b", "tiny")
 PROVIDERS = ("mot", "gather-scatter")
 REQUESTS = ("image", "edit", "text")
+_NO_MODEL = "bagel-mot cannot be imported ({}); pip install 'mot-bench[bagel]' and vLLM"
 
 ModelOption = Annotated[
     Path | None,
@@ -78,6 +79,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(step)
     app.command()(e2e)
+    app.command()(modes)
 
 
 def step(
@@ -105,6 +107,10 @@ def step(
     cfg_parallel: CfgParallelOption = 1,
     modes: ModesOption = None,
     nproc: NprocOption = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Seconds that each set of ranks may take, of --modes."),
+    ] = None,
     output: OutputOption = None,
     part: Annotated[
         Path | None,
@@ -148,7 +154,7 @@ def step(
             config = bagel.config_of(choice)
             for height, width in sizes:
                 bagel.check_size(config, "--resolutions", height, width)
-            parallel_cli.start_ranks(context.obj, ways, place, folder)
+            parallel_cli.start_ranks(context.obj, ways, place, folder, timeout)
         return
 
     pipeline = bagel.load(choice, place)
@@ -250,6 +256,43 @@ def e2e(
         typer.echo(path)
 
 
+def modes(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="JSON", help="Results of step on several ranks.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE.md", help="The page to write.")],
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to choose for.")] = "1,2,4,8",
+) -> None:
+    """Write which mode to choose, by what was measured and by a model that it calibrates."""
+    counts = options.integers("--gpus", gpus, least=1, example="1,2,4,8")
+    if output.is_dir():
+        raise UsageError(f"--output is {str(output)!r}, which is a folder; give a file")
+
+    from mot_bench.files import write_text
+    from mot_bench.parallel_results import ParallelResults
+
+    _quiet_vllm()
+    try:
+        from bagel_mot.synthetic import SIZES as MODELS
+
+        from mot_bench.cost import CostModel
+        from mot_bench.parallel_page import modes_page
+    except ImportError as error:
+        raise MeasurementError(_NO_MODEL.format(error)) from error
+
+    runs = []
+    for path in files:
+        try:
+            runs.append((path, ParallelResults.read(path)))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"JSON is {str(path)!r}: {error}") from error
+    size = runs[0][1].subject.weights.removeprefix("random, ")
+    # Whoever trained it, a checkpoint of BAGEL has these sizes.
+    model = CostModel([run for _, run in runs], MODELS.get(size, MODELS["7b"]).llm)
+    write_text(output, modes_page(runs, model, counts))
+    typer.echo(output)
+
+
 def _load(
     model: Path | None,
     random: str | None,
@@ -293,16 +336,13 @@ def _choose(
         options.dtype(dtype)
     if device is not None:
         options.one_of("--device", device, ("cuda", "cpu"))
-    # vLLM's advice about its engine, which does not run here, would bury the results.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    _quiet_vllm()
     try:
         from bagel_mot.parallel import world_size_from_environment
 
         from mot_bench import bagel
     except ImportError as error:
-        raise MeasurementError(
-            f"bagel-mot cannot be imported ({error}); pip install 'mot-bench[bagel]' and vLLM"
-        ) from error
+        raise MeasurementError(_NO_MODEL.format(error)) from error
 
     place = device_or_say(device, is_rank=is_part or world_size_from_environment() > 1)
     on_gpu = place.type == "cuda"
@@ -317,3 +357,8 @@ def _choose(
         quantization=quantization,
     )
     return choice, place
+
+
+def _quiet_vllm() -> None:
+    # vLLM's advice about its engine, which does not run here, would bury the results.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

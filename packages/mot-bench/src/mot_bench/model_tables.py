@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +17,7 @@ from mot_bench.model_results import (
     StepResults,
     Subject,
 )
-from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults
+from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, span
 from mot_bench.results import Environment
 
 _GIB = 1 << 30
@@ -129,9 +127,9 @@ def _mode_cells(case: ParallelCase, mode: ModeResult) -> list[str]:
         f"{timing.median_us / 1e3:.2f}",
         f"{timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f}",
         "-" if speed_up is None else f"{speed_up:.2f}",
-        _span([None if share is None else 100 * share for share in shares], "{:.1f}"),
-        _span([None if each is None else each.reserved / _GIB for each in memory], "{:.2f}"),
-        _span([rank.rows for rank in mode.ranks], "{:,}"),
+        span([None if share is None else 100 * share for share in shares], "{:.1f}"),
+        span([None if each is None else each.reserved / _GIB for each in memory], "{:.2f}"),
+        span([rank.rows for rank in mode.ranks], "{:,}"),
         "-" if mode.difference is None else f"{mode.difference:.1e}",
     ]
 
@@ -197,15 +195,6 @@ def _busy(activity: Activity | None) -> str:
 
 def _memory(memory: Memory | None, weights: int) -> str:
     return "-" if memory is None else f"{(memory.reserved - weights) / _GIB:.2f}"
-
-
-def _span(values: Sequence[float | None], form: str) -> str:
-    """What all ranks have, or from the least to the most."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "-"
-    least, most = form.format(min(known)), form.format(max(known))
-    return least if least == most else f"{least}-{most}"
 
 
 def _count(number: int, one: str, several: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from bagel_mot.config import LlmConfig
@@ -82,3 +83,27 @@ def groups(modes: Iterable[ParallelConfig]) -> list[list[ParallelConfig]]:
 def written(modes: Sequence[ParallelConfig]) -> str:
     """What `parse` turns into these modes."""
     return ";".join(map(name_of, modes))
+
+
+def products(gpus: int, blocks: int, llm: LlmConfig) -> list[ParallelConfig]:
+    """All modes that use so many GPUs and that the model allows.
+
+    Args:
+        gpus: all of which are used.
+        blocks: images times contexts; more CFG parallel ranks would be idle.
+        llm: the model's sizes.
+    """
+    found: dict[ParallelConfig, None] = {}
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    for cfg, tensor, ulysses, ring, gather in itertools.product(sizes, repeat=5):
+        if cfg > blocks or cfg * tensor * ulysses * ring * gather != gpus:
+            continue
+        if gather > 1 and ulysses * ring > 1:
+            continue
+        mode = ParallelConfig(tensor, ulysses, ring, gather, cfg)
+        try:
+            check([mode], llm, gpus)
+        except UsageError:
+            continue
+        found[mode] = None
+    return list(found)

@@ -8,6 +8,8 @@ measures.
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from mot_bench.parallel_run import RESULTS, VELOCITIES, run_parts
 from mot_bench.ranks import Plan, run_modes
 
 # Options of the command that starts ranks which do not concern them.
-_NOT_FOR_RANKS = ("--modes", "--tp", "--sp", "--cfg-parallel", "--nproc", "--output")
+_NOT_FOR_RANKS = (
+    *("--modes", "--tp", "--sp", "--cfg-parallel", "--nproc", "--output", "--timeout"),
+)
 
 
 def modes_of(
@@ -87,8 +91,16 @@ def start_ranks(
     modes: Sequence[ParallelConfig],
     device: torch.device,
     folder: Path | None,
+    seconds: float | None,
 ) -> None:
     """Measure a single rank and every mode in processes of their own; print and write.
+
+    Args:
+        arguments: of the command.
+        modes: to measure.
+        device: where to.
+        folder: for the results.
+        seconds: that a set of processes may take.
 
     Raises:
         UsageError: there are not enough GPUs.
@@ -106,6 +118,7 @@ def start_ranks(
         command=command_line(arguments),
         say=_say,
         on_part=lambda so_far: _write(so_far, folder),
+        seconds=seconds,
     )
     if results is not None:
         _show(results, folder)
@@ -123,7 +136,32 @@ def measure_as_rank(
     part: Path | None,
     folder: Path | None,
 ) -> None:
-    """Measure as one of the ranks; the first one writes to `part`, or prints and writes."""
+    """Measure as one of the ranks; the first one writes to `part`, or prints and writes.
+
+    If one of several ranks fails, its process ends at once: leaving in good order would wait for
+    exchanges that the others never join, and who started the ranks for this one to end.
+    """
+    try:
+        _measure_as_rank(choice, device, modes, plan, arguments, part, folder)
+    except Exception as error:
+        if world_size_from_environment() == 1:
+            raise
+        if not isinstance(error, MeasurementError | UsageError):
+            traceback.print_exc()
+        _say(str(error))
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _measure_as_rank(
+    choice: bagel.Choice,
+    device: torch.device,
+    modes: Sequence[ParallelConfig],
+    plan: Plan,
+    arguments: Sequence[str],
+    part: Path | None,
+    folder: Path | None,
+) -> None:
     pipeline = bagel.load(choice, device, modes[0])
     for height, width in plan.sizes:
         bagel.check_size(pipeline.config, "--resolutions", height, width)

@@ -126,6 +126,15 @@ class ParallelResults(Run):
         return dataclasses.replace(self, cases=tuple(cases))
 
 
+def span(values: Sequence[float | None], form: str) -> str:
+    """What all ranks have, or from the least to the most; "-" if it is not known of all."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    least, most = form.format(min(known)), form.format(max(known))
+    return least if least == most else f"{least}-{most}"
+
+
 def _key(case: ParallelCase) -> tuple[int, int, int, int]:
     return case.height, case.width, case.branches, case.batch
 

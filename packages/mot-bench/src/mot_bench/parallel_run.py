@@ -29,6 +29,7 @@ def run_parts(
     command: str,
     say: Callable[[str], None],
     on_part: Callable[[ParallelResults], None] = lambda results: None,
+    seconds: float | None = None,
 ) -> tuple[ParallelResults | None, list[str]]:
     """Measure a single rank, then every mode.
 
@@ -38,16 +39,19 @@ def run_parts(
         command: kept in the results.
         say: called with what begins.
         on_part: called with all results so far after each set of processes.
+        seconds: that a set of processes may take; None for as long as it takes.
 
     Returns:
         The results, of all cases that could be measured, and the modes whose processes failed;
         what went wrong, they have written to stderr. Without a single rank there are no results.
+        Modes that were still to come in processes that failed get new ones.
     """
-    parts = [[words.ALONE], *words.groups(mode for mode in modes if mode != words.ALONE)]
+    waiting = [[words.ALONE], *words.groups(mode for mode in modes if mode != words.ALONE)]
     results: ParallelResults | None = None
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mot-bench-") as folder:
-        for part in parts:
+        while waiting:
+            part = waiting.pop(0)
             alone = part == [words.ALONE]
             named = [] if alone else ["--modes", words.written(part)]
             name = "; ".join(map(words.name_of, part))
@@ -55,10 +59,18 @@ def run_parts(
             file = Path(folder, RESULTS)
             file.unlink(missing_ok=True)
             python = [sys.executable, "-m", "mot_bench"]
-            code = run_ranks([*python, *arguments, *named, "--part", folder], part[0].world_size)
+            code = run_ranks(
+                [*python, *arguments, *named, "--part", folder],
+                part[0].world_size,
+                seconds=seconds,
+            )
             found = ParallelResults.read(file) if file.exists() else None
             if code or found is None:
-                failed.append(name)
+                cases = 0 if results is None else len(results.cases)
+                begun, to_come = _split_where_it_failed(part, found, cases)
+                failed.append("; ".join(map(words.name_of, begun)))
+                if to_come:
+                    waiting.insert(0, to_come)
             if found is not None:
                 results = found if results is None else results.joined([found])
             if results is None:
@@ -68,3 +80,21 @@ def run_parts(
     if results is not None:
         results = dataclasses.replace(results, complete=not failed)
     return results, failed
+
+
+def _split_where_it_failed(
+    part: Sequence[ParallelConfig], found: ParallelResults | None, cases: int
+) -> tuple[list[ParallelConfig], list[ParallelConfig]]:
+    """The modes of processes that failed, up to the one they failed in, and those after it.
+
+    Args:
+        part: in the order in which they are measured, each on all cases.
+        found: what the processes left behind.
+        cases: the number of cases.
+    """
+    for i, mode in enumerate(part):
+        name = words.name_of(mode)
+        results = () if found is None else found.cases
+        if sum(any(each.mode == name for each in case.modes) for case in results) < cases:
+            return list(part[: i + 1]), list(part[i + 1 :])
+    return list(part), []

@@ -8,7 +8,8 @@ from pathlib import Path, PurePath
 
 from mot_bench.markdown import environment_facts, percent, table
 from mot_bench.model_results import E2eResults, StepResults
-from mot_bench.report_model import e2e_sections, step_sections
+from mot_bench.parallel_results import ParallelResults
+from mot_bench.report_model import e2e_sections, parallel_sections, step_sections
 from mot_bench.results import (
     KIND,
     CaseResult,
@@ -27,7 +28,7 @@ _TITLES = {
 }
 
 
-AnyResults = Results | StepResults | E2eResults
+AnyResults = Results | StepResults | ParallelResults | E2eResults
 
 
 def read(path: Path) -> AnyResults:
@@ -41,9 +42,10 @@ def read(path: Path) -> AnyResults:
         kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
     except (ValueError, KeyError, TypeError):
         kind = KIND  # whose reader says what is wrong
-    if kind == StepResults.KIND:
-        return StepResults.read(path)
-    return E2eResults.read(path) if kind == E2eResults.KIND else Results.read(path)
+    for known in (StepResults, ParallelResults, E2eResults):
+        if kind == known.KIND:
+            return known.read(path)
+    return Results.read(path)
 
 
 def report(runs: Sequence[tuple[PurePath, AnyResults]]) -> str:
@@ -63,6 +65,8 @@ def report(runs: Sequence[tuple[PurePath, AnyResults]]) -> str:
         match results:
             case StepResults():
                 parts += step_sections(path, results)
+            case ParallelResults():
+                parts += parallel_sections(path, results)
             case E2eResults():
                 parts += e2e_sections(path, results)
             case _:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePath
+from types import MappingProxyType
 
 from mot_bench.markdown import environment_facts, percent, table
 from mot_bench.model_results import (
@@ -13,6 +15,7 @@ from mot_bench.model_results import (
     StepResults,
     Subject,
 )
+from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, span
 
 
 def step_sections(path: PurePath, results: StepResults) -> list[str]:
@@ -37,6 +40,40 @@ def step_sections(path: PurePath, results: StepResults) -> list[str]:
     ]
 
 
+def parallel_sections(path: PurePath, results: ParallelResults) -> list[str]:
+    """One run of `mot-bench step` on several ranks."""
+    header = ["step", "mode", "CUDA graphs", "ms", "speed-up", "exchange, %", "GiB of a GPU"]
+    return [
+        *_opening(f"Denoising step on several GPUs, {results.environment.device}", path, results),
+        "Speed-up: times the speed of one GPU in the same run. Exchange: of the time that a GPU "
+        "works, in exchanges with others, waiting included. Memory is what torch reserved, weights "
+        "included, and NCCL's buffers not. Where GPUs differ: the least to the most. Difference: "
+        "of the velocities to one GPU's, relative L2.",
+        table(
+            [*header, "rows of a GPU", "difference"],
+            [_mode_row(case, mode) for case in results.cases for mode in case.modes],
+        ),
+    ]
+
+
+def _mode_row(case: ParallelCase, mode: ModeResult) -> list[str]:
+    speed_up, ranks = case.speed_up(mode), mode.ranks
+    shares = [None if (s := each.exchange_share) is None else 100 * s for each in ranks]
+    memory = [None if each.memory is None else each.memory.reserved / 2**30 for each in ranks]
+    images = "" if case.batch == 1 else f", {case.batch} images"
+    return [
+        f"{case.height}x{case.width}, {case.branches} branch{'es' * (case.branches > 1)}{images}",
+        mode.mode,
+        "on" if mode.cuda_graphs else "off",
+        f"{mode.timing.median_us / 1e3:.2f}",
+        "-" if speed_up is None else f"{speed_up:.2f}",
+        span(shares, "{:.1f}"),
+        span(memory, "{:.2f}"),
+        span([each.rows for each in ranks], "{:,}"),
+        "-" if mode.difference is None else f"{mode.difference:.1e}",
+    ]
+
+
 def e2e_sections(path: PurePath, results: E2eResults) -> list[str]:
     """One run of `mot-bench e2e`."""
     rows = []
@@ -47,12 +84,14 @@ def e2e_sections(path: PurePath, results: E2eResults) -> list[str]:
         rows.append([request.name, request.what, str(request.batch), total, phases, busy])
     header = ["request", "settings", "at a time", "s", "phases, s", "GPU busy in the loop, %"]
     return [
-        *_opening(f"Requests, {results.environment.device}", path, results, {}),
+        *_opening(f"Requests, {results.environment.device}", path, results),
         table(header, rows),
     ]
 
 
-def _opening(title: str, path: PurePath, results: Run, more: dict[str, str]) -> list[str]:
+def _opening(
+    title: str, path: PurePath, results: Run, more: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     model = results.subject
     facts = environment_facts(results.environment) | {
         "model": f"{model.weights}, {model.parameters / 1e9:.2f} billion parameters, {model.dtype}",

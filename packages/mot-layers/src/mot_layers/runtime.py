@@ -18,8 +18,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from vllm.config import (
@@ -101,6 +101,31 @@ def shutdown_parallel() -> None:
         undo, _active = _active, None
         undo.close()
     atexit.unregister(shutdown_parallel)
+
+
+def before_shutdown(callback: Callable[[], None]) -> None:
+    """Have `callback` called before `shutdown_parallel` takes the process groups down.
+
+    For what must be gone by then: NCCL waits for CUDA graphs that hold its kernels, for ever.
+    Nothing if none of this is `init_parallel`'s: who made the groups takes them down.
+    """
+    if _active is not None:
+        _active.callback(callback)
+
+
+def capturing(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+    """What vLLM's all-reduce needs around the capture of a CUDA graph on `stream`.
+
+    vLLM's own all-reduce kernel notes the buffers that the graph uses and, at the end of the
+    block, shows them to the other ranks: all tensor parallel ranks capture at the same time.
+    """
+    group = parallel_state.get_tp_group()
+    if group.world_size == 1:
+        return nullcontext()
+    capture: AbstractContextManager[object] = group.graph_capture(
+        parallel_state.GraphCaptureContext(stream)
+    )
+    return capture
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from bagel_mot.model.layout import Block, Segment, build_spans, to_device
 
 
 def all_gather(out: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Concatenate the ranks' `own` tensors, of one shape, into `out`."""
+    """Concatenate the ranks' `own` tensors, of one shape, into `out`; `own` may be its part."""
     # torch 2.13 renames the function and warns about the old name, which is all 2.11 has.
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(out, own, group=group)
@@ -145,7 +145,7 @@ class _AllGatherKV:
             start = segment.own_rows.start
             whole = kv[start : start + size * self.sp.size]
             mine = whole[self.sp.rank * size : (self.sp.rank + 1) * size]
-            all_gather(whole, mine.clone(), self.sp.group)
+            all_gather(whole, mine, self.sp.group)
         return backend.attend(q, kv[:, 0], kv[:, 1], self.spans)
 
 
@@ -254,21 +254,18 @@ class _UlyssesRing:
         mine = torch.cat([kv[segment.own_rows] for segment in self.segments])
         travelling[: len(mine)] = mine
         queries = q.split([segment.rows for segment in self.segments])
+        # Blocks of rows are on their way while those before them are attended to.
+        arriving, works = self._pass_on(travelling, following, previous)
         parts = [
             backend.attend_with_lse(query, kv[segment.kv_rows, 0], kv[segment.kv_rows, 1])
             for query, segment in zip(queries, self.segments, strict=True)
         ]
         for hop in range(1, self.groups):
-            arriving = torch.empty_like(travelling)
-            works = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend, travelling, following, group),
-                    dist.P2POp(dist.irecv, arriving, previous, group),
-                ]
-            )
             for work in works:
                 work.wait()
             travelling = arriving
+            if hop < self.groups - 1:
+                arriving, works = self._pass_on(travelling, following, previous)
             held = self.held[(self.here - hop) % self.groups]
             blocks = travelling[: sum(map(len, held))].split([len(rows) for rows in held])
             parts = [
@@ -278,3 +275,17 @@ class _UlyssesRing:
                 for part, query, block in zip(parts, queries, blocks, strict=True)
             ]
         return torch.cat([out for out, _ in parts]).to(q.dtype)
+
+    def _pass_on(
+        self, travelling: torch.Tensor, following: int, previous: int
+    ) -> tuple[torch.Tensor, list[dist.Work]]:
+        """Begin to send a block around the ring; what will arrive, and what to wait for."""
+        group = self.sp.ring_group
+        arriving = torch.empty_like(travelling)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, travelling, following, group),
+                dist.P2POp(dist.irecv, arriving, previous, group),
+            ]
+        )
+        return arriving, works

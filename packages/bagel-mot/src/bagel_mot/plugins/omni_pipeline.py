@@ -132,7 +132,9 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
             self.bagel,
             self.tokenizer,
             self._parallel,
-            cuda_graphs=not od_config.enforce_eager,
+            # Of several workers, vLLM-Omni takes the groups down without asking who holds graphs of
+            # their exchanges; NCCL would wait for those.
+            cuda_graphs=not od_config.enforce_eager and self._parallel.config.world_size == 1,
         )
         self._together: Denoising | None = None
         self.setup_diffusion_pipeline_profiler(
