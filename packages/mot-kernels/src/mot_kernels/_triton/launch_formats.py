@@ -11,16 +11,30 @@ import triton.language as tl
 
 from mot_kernels import dispatch
 from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
+from mot_kernels._triton.launcher import launch
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
 from mot_kernels.formats import ExpertWeight, Int4W4A16, QuantizedRows
 from mot_kernels.plan import TILE_ROWS
+from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.format_tiles import check_format_config
 from mot_kernels.tuning.lookup import Problem, find_config
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+# Which tensor a parameter points to, of the operator's arguments.
+_PLACES = {
+    "out_ptr": 0,
+    "x_ptr": 2,
+    "w_ptr": 4,
+    "w_scales_ptr": 5,
+    "bias_ptr": 7,
+    "residual_ptr": 8,
+}
+_PLACES_8BIT = _PLACES | {"out_scales_ptr": 1, "x_scales_ptr": 3, "static_ptr": 9}
+_PLACES_16BIT = _PLACES | {"w_zeros_ptr": 6}
 
 
 def launch_linear_format(
@@ -37,15 +51,17 @@ def launch_linear_format(
     tile_offsets: Sequence[int],
     silu_mul: bool,
     config: TileConfig | None,
-) -> None:
+) -> Keep | None:
     """One launch for all experts; see `ops` for the arguments and `mot_linear` for shapes.
+
+    Returns how to do it again with other tensors: the operator's arguments before `row_ids`.
 
     Raises:
         ValueError: `config` does not fit the format.
     """
     rows, k = x.shape
     if rows == 0:
-        return
+        return None
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
     if config is None:
@@ -91,9 +107,8 @@ def launch_linear_format(
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
     with _on(x.device):
         if isinstance(x, QuantizedRows):
-            _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
-        else:
-            _launch_16bit(grid, common, out, x, weight)
+            return _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
+        return _launch_16bit(grid, common, out, x, weight)
 
 
 def _launch_8bit(
@@ -104,11 +119,14 @@ def _launch_8bit(
     x: QuantizedRows,
     weight: ExpertWeight,
     activation_scale: torch.Tensor | None,
-) -> None:
+) -> Keep:
     # float32 means float32: units for e4m3fn add up with fewer bits.
     units = dispatch.has_fp8_units(x.device) and x.dtype is not torch.float32
     scales = weight.scales
-    _mot_linear_8bit_kernel[grid](
+    return launch(
+        _mot_linear_8bit_kernel,
+        grid,
+        _PLACES_8BIT,
         out_ptr=kernel_view(out, units),
         out_scales_ptr=out_scales,
         x_ptr=kernel_view(x.data, units),
@@ -135,10 +153,13 @@ def _launch_16bit(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: ExpertWeight,
-) -> None:
+) -> Keep:
     scales, zeros = weight.scales, weight.zero_points
     zero_strides = (0, 0, 0) if zeros is None else zeros.stride()
-    _mot_linear_16bit_kernel[grid](
+    return launch(
+        _mot_linear_16bit_kernel,
+        grid,
+        _PLACES_16BIT,
         out_ptr=out,
         x_ptr=x,
         w_ptr=weight.data,
@@ -166,15 +187,21 @@ def launch_quantize_rows(
     x: torch.Tensor,
     activation_scale: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
-) -> None:
-    """One row per program; see `mot_kernels.quantize_rows` for shapes."""
+) -> Keep | None:
+    """One row per program; see `mot_kernels.quantize_rows` for shapes.
+
+    Returns how to do it again with other tensors: the arguments before `expert_ids`.
+    """
     rows, k = x.shape
     if rows == 0:
-        return
+        return None
     block = triton.next_power_of_2(max(k, 1))
     units = dispatch.has_fp8_units(x.device)
     with _on(x.device):
-        _quantize_rows_kernel[(rows,)](
+        return launch(
+            _quantize_rows_kernel,
+            (rows,),
+            {"data_ptr": 0, "scales_ptr": 1, "x_ptr": 2, "static_ptr": 3},
             data_ptr=kernel_view(data, units),
             scales_ptr=scales,
             x_ptr=x,

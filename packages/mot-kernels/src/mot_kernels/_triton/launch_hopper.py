@@ -8,12 +8,25 @@ from typing import Any
 
 import torch
 
+from mot_kernels._triton.launcher import launch
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_BLOCK_K
 from mot_kernels.plan import MOST_PROGRAMS, TILE_ROWS
+from mot_kernels.replay import Again, Keep
 from mot_kernels.tuning.config import TileConfig
 
 _LOADING_WARPS = 4
+
+# Which of out, x, weight, bias, residual a parameter points to; partials, if any, come after them.
+_PLACES = {
+    "out_ptr": 0,
+    "x_desc": 1,
+    "x_ptr": 1,
+    "w_desc": 2,
+    "bias_ptr": 3,
+    "residual_desc": 4,
+    "residual_ptr": 4,
+}
 
 # What cutting units costs, in k steps: their programs trade sums. See docs/log.md, 2026-11-25.
 _TRADING_STEPS = 6
@@ -48,7 +61,7 @@ def launch_linear_hopper(
     tile_offsets: Sequence[int],
     epilogue: int,
     config: TileConfig,
-) -> None:
+) -> Keep | None:
     """One launch for all experts; see `mot_kernels.mot_linear` for shapes."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -63,11 +76,8 @@ def launch_linear_hopper(
     units = num_tiles * -(-out.shape[1] // block_out)
     programs = min(_multiprocessors(x.device), MOST_PROGRAMS)
     num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
-    partials = torch.empty(
-        ((units - num_whole) * parts, config.block_m, config.block_n),
-        dtype=torch.float32,
-        device=x.device,
-    )
+    num_partials = (units - num_whole) * parts * config.block_m * config.block_n
+    partials = x.new_empty(num_partials, dtype=torch.float32)
     swizzled = _swizzled()
     w_rows = experts * n
     x_desc, residual_desc = (
@@ -79,7 +89,10 @@ def launch_linear_hopper(
     w_desc = TensorDescriptor(
         weight, [w_rows, k], [weight.stride(1), 1], [block_out, config.block_k], swizzled
     )
-    _mot_linear_hopper_kernel[(programs,)](
+    keep = launch(
+        _mot_linear_hopper_kernel,
+        (programs,),
+        _PLACES if num_partials == 0 else _PLACES | {"partials_ptr": 5},
         out_ptr=out,
         x_desc=x_desc,
         x_ptr=x,
@@ -111,6 +124,15 @@ def launch_linear_hopper(
         LOADING_WARPS=_LOADING_WARPS,
         num_warps=config.num_warps,
     )
+    return keep if num_partials == 0 else functools.partial(_with_partials, keep, num_partials)
+
+
+def _with_partials(keep: Keep, number: int) -> Again | None:
+    """Each launch has partials of its own: a CUDA graph takes their memory from its own pool."""
+    again = keep()
+    if again is None:
+        return None
+    return lambda out, *others: again(out, *others, out.new_empty(number, dtype=torch.float32))
 
 
 @functools.cache

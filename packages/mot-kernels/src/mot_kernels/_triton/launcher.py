@@ -1,0 +1,200 @@
+"""Launch a kernel, and launch it again without asking Triton anything.
+
+`kernel[grid](...)` binds and examines all arguments in Python to find the compiled kernel, which is
+most of what a launch costs the host. What it finds follows from the arguments' types, the values of
+integers and constexprs, and whether 16 divides addresses. So a launch whose arguments are the same
+but for some addresses, again multiples of 16, is one of the same compiled kernel: `Launch` hands it
+the new addresses. That all else is the same is for its caller to see to (`mot_kernels.replay`).
+
+How a compiled kernel is run is not documented, but the same from Triton 3.6 to 3.9 for NVIDIA GPUs:
+`compiled.run(*grid, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook,
+*arguments)`, with a tensor or its address for a pointer. Other Tritons and GPUs (AMD's backend asks
+more about a pointer than 16 bytes) launch the public way every time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from mot_kernels.replay import Keep
+
+logger = logging.getLogger("mot_kernels")
+
+_KNOWN = ((3, 6), (3, 9))
+
+# Tensor maps a launch keeps for each descriptor: more than a model has layers.
+_MOST_MAPS = 256
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], places: Mapping[str, int], /, **arguments: Any
+) -> Keep:
+    """`kernel[grid](**arguments)`; returns what makes a `Launch` of it, if that can be.
+
+    Args:
+        places: for each parameter that is a pointer to (or a descriptor of) a tensor that may be
+            another next time: which of the tensors that `Launch` is then called with. Every other
+            tensor stays what it is and is kept alive.
+    """
+    compiled = kernel[grid](**arguments)
+
+    def keep() -> Launch | None:
+        if not isinstance(compiled, CompiledKernel) or _has_listeners():
+            return None
+        if not _is_known(compiled.metadata.target.backend):
+            return None
+        given = [arguments[name] for name in places if arguments[name] is not None]
+        if any((a if _is_tensor(a) else a.base).data_ptr() % 16 for a in given):
+            return None
+        return Launch(compiled, grid, places, {name: arguments[name] for name in kernel.arg_names})
+
+    return keep
+
+
+class Launch:
+    """One launch of a compiled kernel, where only the addresses of some tensors are left open."""
+
+    def __init__(
+        self,
+        compiled: CompiledKernel,
+        grid: tuple[int, ...],
+        places: Mapping[str, int],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self._device = driver.active.get_current_device()
+        self._get_device = driver.active.get_current_device
+        self._get_stream = driver.active.get_current_stream
+        self._grid = (*grid, 1, 1)[:3]
+        self._function = compiled.function
+        self._metadata = compiled.packed_metadata
+        self._arguments: list[Any] = []
+        self._pointers: list[tuple[int, int]] = []  # (where in arguments, which tensor)
+        self._maps: list[tuple[int, int, _TensorMaps]] = []
+        self._kept = [a for name, a in arguments.items() if _is_tensor(a) and name not in places]
+        signature: dict[str, str] = {}
+        for name, kind in compiled.src.signature.items():
+            value, at = arguments[name], len(self._arguments)
+            if kind.startswith("tensordesc"):
+                maps = _TensorMaps(value, compiled.metadata.tensordesc_meta[len(self._maps)])
+                self._maps.append((at, places[name], maps))
+                self._arguments += [None, *value.shape, *value.strides]
+                rank = len(value.shape)
+                kinds = ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank]
+                signature |= {f"{name}.{i}": part for i, part in enumerate(kinds)}
+                continue
+            signature[name] = kind
+            if _is_tensor(value):
+                if name in places:
+                    self._pointers.append((at, places[name]))
+                value = value.data_ptr()
+            self._arguments.append(value)
+        self._run = (
+            _launcher_with_maps(compiled, tuple(signature.items())) if self._maps else compiled.run
+        )
+
+    def __call__(self, *tensors: torch.Tensor | None) -> bool:
+        """Launch on the current stream with these tensors' addresses.
+
+        They must have the shapes, strides, dtypes and device of those of the first launch, or be
+        None where those were.
+
+        Returns:
+            False, having launched nothing, where an address is not a multiple of 16, or somebody
+            wants to see launches (a profiler): do it the public way.
+        """
+        if _has_listeners():
+            return False
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        arguments = self._arguments.copy()
+        bits = 0
+        for at, place in self._pointers:
+            arguments[at] = address = addresses[place]
+            bits |= address
+        for at, place, maps in self._maps:
+            arguments[at] = maps[addresses[place]]
+            bits |= addresses[place]
+        if bits % 16:
+            return False
+        if self._get_device() == self._device:
+            self._start(arguments)
+        else:
+            with torch.cuda.device(self._device):
+                self._start(arguments)
+        return True
+
+    def _start(self, arguments: list[Any]) -> None:
+        stream = self._get_stream(self._device)
+        self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launcher_with_maps(compiled: CompiledKernel, signature: tuple[tuple[str, str], ...]) -> Any:
+    """Takes tensor maps for descriptors, where Triton's own makes them anew every time."""
+    source = SimpleNamespace(signature=dict(signature), constants={})
+    metadata = compiled.metadata._replace(tensordesc_meta=None)
+    return driver.active.launcher_cls(source, metadata)
+
+
+class _TensorMaps(dict[int, Any]):
+    """CUDA's tensor map for a descriptor like this one at an address: plain data, made once."""
+
+    def __init__(self, descriptor: Any, metadata: Any) -> None:
+        super().__init__()
+        self._like = SimpleNamespace(
+            shape=list(descriptor.shape),
+            strides=list(descriptor.strides),
+            padding=descriptor.padding,
+            round_f32_to_tf32=False,
+        )
+        self._metadata = metadata
+
+    def __missing__(self, address: int) -> Any:
+        if len(self) >= _MOST_MAPS:
+            self.clear()
+        base = SimpleNamespace(data_ptr=lambda: address)
+        descriptor = SimpleNamespace(base=base, **vars(self._like))
+        made = self[address] = _make_tensor_map()(descriptor, self._metadata)
+        return made
+
+
+@functools.cache
+def _make_tensor_map() -> Callable[[Any, Any], Any]:
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    # Since Triton 3.7 it is also given the launch's grid and stream, which it does not use.
+    more = [None] * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
+    return lambda descriptor, metadata: make_tensordesc_arg(descriptor, metadata, *more)[0]
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _has_listeners() -> bool:
+    """Whether hooks want to be called with each launch: Triton's chains of them may be empty."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@functools.cache
+def _is_known(backend: str) -> bool:
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    known = _KNOWN[0] <= version <= _KNOWN[1] and backend == "cuda"
+    if not known:
+        logger.debug(
+            f"Triton {triton.__version__} for {backend}: each launch goes through Triton's own "
+            "launcher, which costs the host more"
+        )
+    return known
