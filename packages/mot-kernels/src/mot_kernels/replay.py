@@ -14,6 +14,13 @@ from typing import Any
 
 import torch
 
+# Looked up here once: together they would cost as much as the questions.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_is_profiling = torch._C._autograd._profiler_enabled
+
 Again = Callable[..., bool]
 """Do it again with other tensors of equal `metadata`; False, having done nothing, if it cannot."""
 
@@ -66,11 +73,11 @@ def is_unobserved(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _tracing_state() is not None
+        or _is_profiling()
     ):
         return False
     return all([t is None or _is_plain(type(t)) for t in tensors])  # type: ignore[arg-type]

@@ -33,6 +33,8 @@ logger = logging.getLogger("mot_kernels")
 
 _KNOWN = ((3, 6), (3, 9))
 
+_DESCRIPTOR = "tensordesc"
+
 # Tensor maps a launch keeps for each descriptor: more than a model has layers.
 _MOST_MAPS = 256
 
@@ -54,10 +56,11 @@ def launch(
             return None
         if not _is_known(compiled.metadata.target.backend):
             return None
-        given = [arguments[name] for name in places if arguments[name] is not None]
-        if any((a if _is_tensor(a) else a.base).data_ptr() % 16 for a in given):
-            return None
-        return Launch(compiled, grid, places, {name: arguments[name] for name in kernel.arg_names})
+        for name in places:
+            given = arguments[name]
+            if given is not None and getattr(given, "base", given).data_ptr() % 16:
+                return None
+        return Launch(compiled, grid, places, arguments)
 
     return keep
 
@@ -81,27 +84,22 @@ class Launch:
         self._arguments: list[Any] = []
         self._pointers: list[tuple[int, int]] = []  # (where in arguments, which tensor)
         self._maps: list[tuple[int, int, _TensorMaps]] = []
-        self._kept = [a for name, a in arguments.items() if _is_tensor(a) and name not in places]
-        signature: dict[str, str] = {}
+        self._kept: list[torch.Tensor] = []
         for name, kind in compiled.src.signature.items():
             value, at = arguments[name], len(self._arguments)
-            if kind.startswith("tensordesc"):
+            if kind.startswith("*"):
+                if name in places:
+                    self._pointers.append((at, places[name]))
+                else:
+                    self._kept.append(value)
+                self._arguments.append(value.data_ptr())
+            elif kind.startswith(_DESCRIPTOR):
                 maps = _TensorMaps(value, compiled.metadata.tensordesc_meta[len(self._maps)])
                 self._maps.append((at, places[name], maps))
                 self._arguments += [None, *value.shape, *value.strides]
-                rank = len(value.shape)
-                kinds = ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank]
-                signature |= {f"{name}.{i}": part for i, part in enumerate(kinds)}
-                continue
-            signature[name] = kind
-            if _is_tensor(value):
-                if name in places:
-                    self._pointers.append((at, places[name]))
-                value = value.data_ptr()
-            self._arguments.append(value)
-        self._run = (
-            _launcher_with_maps(compiled, tuple(signature.items())) if self._maps else compiled.run
-        )
+            else:
+                self._arguments.append(value)
+        self._run = _run_with_maps(compiled) if self._maps else compiled.run
 
     def __call__(self, *tensors: torch.Tensor | None) -> bool:
         """Launch on the current stream with these tensors' addresses.
@@ -139,9 +137,20 @@ class Launch:
 
 
 @functools.lru_cache(maxsize=1024)
-def _launcher_with_maps(compiled: CompiledKernel, signature: tuple[tuple[str, str], ...]) -> Any:
-    """Takes tensor maps for descriptors, where Triton's own makes them anew every time."""
-    source = SimpleNamespace(signature=dict(signature), constants={})
+def _run_with_maps(compiled: CompiledKernel) -> Any:
+    """`compiled.run`, but for tensor maps, shapes and strides instead of descriptors.
+
+    Triton's own makes the maps anew each time. Its signatures are of what it then passes on.
+    """
+    signature: dict[str, str] = {}
+    for name, kind in compiled.src.signature.items():
+        if not kind.startswith(_DESCRIPTOR):
+            signature[name] = kind
+            continue
+        rank = kind[: kind.index("]")].count(",") + 1
+        for i, part in enumerate(["nvTmaDesc", *["i32"] * rank, *["i64"] * rank]):
+            signature[f"{name}.{i}"] = part
+    source = SimpleNamespace(signature=signature, constants={})
     metadata = compiled.metadata._replace(tensordesc_meta=None)
     return driver.active.launcher_cls(source, metadata)
 
@@ -151,19 +160,19 @@ class _TensorMaps(dict[int, Any]):
 
     def __init__(self, descriptor: Any, metadata: Any) -> None:
         super().__init__()
-        self._like = SimpleNamespace(
-            shape=list(descriptor.shape),
-            strides=list(descriptor.strides),
-            padding=descriptor.padding,
-            round_f32_to_tf32=False,
-        )
+        self._like = {
+            "shape": list(descriptor.shape),
+            "strides": list(descriptor.strides),
+            "padding": descriptor.padding,
+            "round_f32_to_tf32": False,
+        }
         self._metadata = metadata
 
     def __missing__(self, address: int) -> Any:
         if len(self) >= _MOST_MAPS:
             self.clear()
         base = SimpleNamespace(data_ptr=lambda: address)
-        descriptor = SimpleNamespace(base=base, **vars(self._like))
+        descriptor = SimpleNamespace(base=base, **self._like)
         made = self[address] = _make_tensor_map()(descriptor, self._metadata)
         return made
 
@@ -175,10 +184,6 @@ def _make_tensor_map() -> Callable[[Any, Any], Any]:
     # Since Triton 3.7 it is also given the launch's grid and stream, which it does not use.
     more = [None] * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
     return lambda descriptor, metadata: make_tensordesc_arg(descriptor, metadata, *more)[0]
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _has_listeners() -> bool:
