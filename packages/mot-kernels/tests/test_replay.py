@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -135,6 +138,19 @@ def test_replays_run() -> None:
         replays.run("key", implementation, (X,), 1)
     assert done == [(X, 1), "asked", "asked", (X, 1)]
     assert replays == {"key": again}
+
+
+def test_copies_start_without() -> None:
+    plan = RoutePlan.from_runs([(0, 2), (1, 3)], num_experts=2)
+    plan.replays.keep("key", lambda: lambda: True)
+    for copied in (
+        copy.deepcopy(plan),
+        pickle.loads(pickle.dumps(plan)),
+        dataclasses.replace(plan),
+    ):
+        assert copied.replays == {} and type(copied.replays) is Replays
+        assert copied.flat_offsets == plan.flat_offsets
+    assert plan.replays
 
 
 def test_metadata() -> None:

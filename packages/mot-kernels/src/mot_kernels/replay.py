@@ -42,6 +42,10 @@ class Replays(dict[Hashable, Again]):
             self.clear()
         self[key] = again
 
+    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
+        """A copied or pickled plan starts without: what is kept belongs to this process."""
+        return Replays, ()
+
     def run(
         self,
         key: Hashable,
