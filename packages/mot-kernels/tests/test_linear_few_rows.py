@@ -31,6 +31,7 @@ from mot_kernels import (
 )
 from mot_kernels._triton import launch_few_rows
 from mot_kernels._triton.launch_few_rows import cut
+from mot_kernels._triton.launcher import LINEAR_PLACES
 from mot_kernels.plan import MOST_PROGRAMS
 from mot_kernels.testing import Route, assert_close, looped_linear, poisoned
 from mot_kernels.tuning.config import FEW_ROWS
@@ -327,6 +328,7 @@ def test_few_rows_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, device: to
             [offset for table in plan.tile_offsets for offset in table],
             0,
             config,
+            LINEAR_PLACES,
         )
         (programs,), arguments = calls.pop()
         partials = arguments["partials_ptr"]

@@ -54,6 +54,11 @@ def use_path(path: Path) -> Iterator[None]:
         _forced = previous
 
 
+def forced_path() -> Path | None:
+    """The path that `use_path` has put in force."""
+    return _forced
+
+
 def choose_path(device: torch.device, dtype: torch.dtype, *, needs_grad: bool = False) -> Choice:
     """The path an operation on `device` in `dtype` takes.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import overload
 
 import torch
 
-from mot_kernels import ops, reference
+from mot_kernels import dispatch, ops, reference
 from mot_kernels.checks import (
     check_out,
     check_plan,
@@ -17,6 +18,7 @@ from mot_kernels.checks import (
 )
 from mot_kernels.formats import Format, QuantizedRows
 from mot_kernels.plan import RoutePlan
+from mot_kernels.replay import UNROUTED, Replays, is_unobserved, metadata
 from mot_kernels.rows import empty_rows
 
 
@@ -106,6 +108,51 @@ def mot_rms_norm(
         ValueError: shapes, devices or strides do not fit, or an input requires grad and `quantize`
             is given: rounding has no backward.
     """
+    differentiable = needs_grad(x, weight, residual)
+    key: Hashable = None
+    if not differentiable and is_unobserved(x, weight, residual, out, activation_scale):
+        seen = metadata(x, weight, residual, out, activation_scale)
+        key = (mot_rms_norm, seen, quantize, eps, dispatch.forced_path())
+    if key is None or key not in _replays(plan):
+        _check_rms_norm(x, weight, plan, residual, out)
+        check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
+    if differentiable:
+        if quantize is not None:
+            raise ValueError(
+                "an input requires grad, but quantize has no backward; use torch.no_grad()"
+            )
+        result = reference.mot_rms_norm(x, weight, plan, eps=eps, residual=residual)
+        y, summed = result if isinstance(result, tuple) else (result, None)
+        y = y if out is None else out.copy_(y)
+        return y if summed is None else (y, summed)
+    rows = None if quantize is None else empty_rows(x, x.shape, quantize, x.dtype)
+    if rows is not None:
+        y = rows.data
+    else:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    summed = None if residual is None else x.new_empty(x.shape)
+    scales = None if rows is None else rows.scales
+    tensors = (y, scales, summed, x, residual, weight, activation_scale)
+    expert_ids = None if plan is None else plan.expert_ids
+    if key is None:
+        ops.rms_norm_(*tensors, expert_ids, eps)
+    else:
+        _replays(plan).run(key, ops.rms_norm, tensors, expert_ids, float(eps))
+    normed = y if rows is None else rows
+    return normed if summed is None else (normed, summed)
+
+
+def _replays(plan: RoutePlan | None) -> Replays:
+    return UNROUTED if plan is None else plan.replays
+
+
+def _check_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutePlan | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (M, D) "
@@ -121,35 +168,6 @@ def mot_rms_norm(
     if out is not None:
         check_out("out", out, tuple(x.shape), x)
         check_row_contiguous("out", out)
-    check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
-    if needs_grad(x, weight, residual):
-        if quantize is not None:
-            raise ValueError(
-                "an input requires grad, but quantize has no backward; use torch.no_grad()"
-            )
-        result = reference.mot_rms_norm(x, weight, plan, eps=eps, residual=residual)
-        y, summed = result if isinstance(result, tuple) else (result, None)
-        y = y if out is None else out.copy_(y)
-        return y if summed is None else (y, summed)
-    rows = None if quantize is None else empty_rows(x, x.shape, quantize, x.dtype)
-    if rows is not None:
-        y = rows.data
-    else:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    summed = None if residual is None else x.new_empty(x.shape)
-    ops.rms_norm_(
-        y,
-        None if rows is None else rows.scales,
-        summed,
-        x,
-        residual,
-        weight,
-        activation_scale,
-        None if plan is None else plan.expert_ids,
-        eps,
-    )
-    normed = y if rows is None else rows
-    return normed if summed is None else (normed, summed)
 
 
 def mot_qk_norm_rope(
@@ -197,24 +215,18 @@ def mot_qk_norm_rope(
         ValueError: shapes, devices or strides do not fit, or an input requires grad where the
             results go into tensors of the caller's.
     """
-    rows, head_dim = _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
-    check_plan(plan, rows, q_weight.shape[0], qkv.device)
-    if (k_out is None) != (v_out is None):
-        raise ValueError("k_out and v_out belong together; give both or neither")
-    if kv_rows is not None and (k_out is None or kv_rows.shape != (rows,)):
-        raise ValueError(
-            f"kv_rows has shape {tuple(kv_rows.shape)}; expected ({rows},), along with k_out and "
-            "v_out to write to"
-        )
-    if q_out is not None:
-        check_out("q_out", q_out, (rows, num_heads, head_dim), qkv)
-        check_row_contiguous("q_out", q_out)
-    for name, kv_out in (("k_out", k_out), ("v_out", v_out)):
-        if kv_out is not None:
-            slots = rows if kv_rows is None else kv_out.shape[0]
-            check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
-            check_row_contiguous(name, kv_out)
-    if needs_grad(qkv, q_weight, k_weight):
+    differentiable = needs_grad(qkv, q_weight, k_weight)
+    inputs = (qkv, q_weight, k_weight, rope, positions, kv_rows)
+    key: Hashable = None
+    if not differentiable and is_unobserved(*inputs, q_out, k_out, v_out):
+        seen = metadata(*inputs, q_out, k_out, v_out)
+        key = (mot_qk_norm_rope, seen, num_heads, num_kv_heads, eps, dispatch.forced_path())
+    if key is None or key not in _replays(plan):
+        _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
+        check_plan(plan, qkv.shape[0], q_weight.shape[0], qkv.device)
+        heads = (num_heads, num_kv_heads, q_weight.shape[1])
+        _check_qk_out(qkv, heads, q_out, k_out, v_out, kv_rows)
+    if differentiable:
         if q_out is not None or k_out is not None:
             raise ValueError(
                 "an input requires grad, but no gradient flows through q_out, k_out and v_out; "
@@ -231,11 +243,16 @@ def mot_qk_norm_rope(
             num_kv_heads=num_kv_heads,
             eps=eps,
         )
+    rows, head_dim = qkv.shape[0], q_weight.shape[1]
     q = qkv.new_empty(rows, num_heads, head_dim) if q_out is None else q_out
     k = qkv.new_empty(rows, num_kv_heads, head_dim) if k_out is None else k_out
     v = qkv.new_empty(rows, num_kv_heads, head_dim) if v_out is None else v_out
     expert_ids = None if plan is None else plan.expert_ids
-    ops.qk_norm_rope_(q, k, v, qkv, q_weight, k_weight, rope, positions, kv_rows, expert_ids, eps)
+    if key is None:
+        ops.qk_norm_rope_(q, k, v, *inputs, expert_ids, eps)
+    else:
+        tensors = (q, k, v, *inputs)
+        _replays(plan).run(key, ops.qk_norm_rope, tensors, expert_ids, float(eps))
     return q, k, v
 
 
@@ -247,7 +264,7 @@ def _check_qk(
     positions: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
-) -> tuple[int, int]:
+) -> None:
     if q_weight.dim() != 2 or q_weight.shape != k_weight.shape:
         raise ValueError(
             f"q_weight has shape {tuple(q_weight.shape)} and k_weight {tuple(k_weight.shape)}; "
@@ -276,4 +293,31 @@ def _check_qk(
         check_row_contiguous(name, t)
     if not (rope.is_contiguous() and q_weight.is_contiguous() and k_weight.is_contiguous()):
         raise ValueError("rope, q_weight and k_weight must be contiguous; call .contiguous()")
-    return rows, head_dim
+
+
+def _check_qk_out(
+    qkv: torch.Tensor,
+    heads: tuple[int, int, int],
+    q_out: torch.Tensor | None,
+    k_out: torch.Tensor | None,
+    v_out: torch.Tensor | None,
+    kv_rows: torch.Tensor | None,
+) -> None:
+    """The caller's tensors; `heads` are the numbers of heads of q and of k, and their size."""
+    rows = qkv.shape[0]
+    num_heads, num_kv_heads, head_dim = heads
+    if (k_out is None) != (v_out is None):
+        raise ValueError("k_out and v_out belong together; give both or neither")
+    if kv_rows is not None and (k_out is None or kv_rows.shape != (rows,)):
+        raise ValueError(
+            f"kv_rows has shape {tuple(kv_rows.shape)}; expected ({rows},), along with k_out and "
+            "v_out to write to"
+        )
+    if q_out is not None:
+        check_out("q_out", q_out, (rows, num_heads, head_dim), qkv)
+        check_row_contiguous("q_out", q_out)
+    for name, kv_out in (("k_out", k_out), ("v_out", v_out)):
+        if kv_out is not None:
+            slots = rows if kv_rows is None else kv_out.shape[0]
+            check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
+            check_row_contiguous(name, kv_out)

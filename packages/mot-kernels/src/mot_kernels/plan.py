@@ -21,10 +21,12 @@ TMA); the second tile's are not (-1) and are gathered through `row_ids`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from mot_kernels.replay import Replays
 
 # Row counts a tile may have. Tables for all of them are built with the plan (some tens of KB)
 # so that its tensors never change afterwards and a CUDA graph can replay over them.
@@ -57,6 +59,8 @@ class RoutePlan:
         flags: (2 * MOST_PROGRAMS,) int32 on the device, zeros: with these the programs of one
             launch tell each other that a part is done, and leave zeros behind. So launches that
             use one plan must not run at the same time: use a plan on one stream.
+        flat_offsets: `tile_offsets` as one tuple.
+        replays: what operations keep of calls with this plan, to do them again faster.
     """
 
     counts: tuple[int, ...]
@@ -66,6 +70,12 @@ class RoutePlan:
     tiles: torch.Tensor
     tile_offsets: tuple[tuple[int, int, int], ...]
     flags: torch.Tensor
+    flat_offsets: tuple[int, ...] = field(init=False, repr=False)
+    replays: Replays = field(init=False, repr=False, default_factory=Replays)
+
+    def __post_init__(self) -> None:
+        flat = tuple(offset for table in self.tile_offsets for offset in table)
+        object.__setattr__(self, "flat_offsets", flat)
 
     @property
     def num_rows(self) -> int:

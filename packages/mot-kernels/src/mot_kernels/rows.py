@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mot_kernels import ops
+from mot_kernels import dispatch, ops
 from mot_kernels.checks import DTYPES, check_plan, needs_grad
 from mot_kernels.formats import Format, QuantizedRows, check_activation_scale, rows_dtype
 from mot_kernels.plan import RoutePlan
+from mot_kernels.replay import UNROUTED, is_unobserved, metadata
 
 
 def quantize_rows(
@@ -50,8 +51,14 @@ def quantize_rows(
     if needs_grad(x):
         raise ValueError("x requires grad, but rounding has no backward; use torch.no_grad()")
     rows = empty_rows(x, x.shape, format, x.dtype)
+    tensors = (rows.data, rows.scales, x, activation_scale)
     expert_ids = None if plan is None else plan.expert_ids
-    ops.quantize_rows_(rows.data, rows.scales, x, activation_scale, expert_ids)
+    if is_unobserved(*tensors):
+        key = (quantize_rows, metadata(*tensors), dispatch.forced_path())
+        replays = UNROUTED if plan is None else plan.replays
+        replays.run(key, ops.quantize_rows, tensors, expert_ids)
+    else:
+        ops.quantize_rows_(*tensors, expert_ids)
     return rows
 
 

@@ -11,6 +11,7 @@ from mot_kernels import dispatch
 from mot_kernels._triton.activation import _silu_mul_kernel
 from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
+from mot_kernels._triton.launcher import LINEAR_PLACES, launch
 from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels._triton.rounding import _E4M3, _INT8, _KEEP
@@ -21,6 +22,7 @@ from mot_kernels._triton.tile import (
 )
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.plan import TILE_ROWS
+from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.lookup import Problem, find_config
 
@@ -28,6 +30,29 @@ _EPILOGUES = {
     "none": _EPILOGUE_NONE.value,
     "silu_mul": _EPILOGUE_SILU_MUL.value,
     "add_residual": _EPILOGUE_ADD_RESIDUAL.value,
+}
+
+# Which tensor a parameter points to: places among the arguments of the functions below. The ids of
+# experts are a plan's, and so is what is kept.
+_RMS_NORM_PLACES = {
+    "out_ptr": 0,
+    "out_scales_ptr": 1,
+    "residual_out_ptr": 2,
+    "x_ptr": 3,
+    "residual_ptr": 4,
+    "weight_ptr": 5,
+    "static_ptr": 6,
+}
+_QK_NORM_ROPE_PLACES = {
+    "q_ptr": 0,
+    "k_ptr": 1,
+    "v_ptr": 2,
+    "qkv_ptr": 3,
+    "q_weight_ptr": 4,
+    "k_weight_ptr": 5,
+    "rope_ptr": 6,
+    "positions_ptr": 7,
+    "kv_rows_ptr": 8,
 }
 
 
@@ -44,11 +69,14 @@ def launch_linear(
     tile_offsets: Sequence[int],
     silu_mul: bool,
     config: TileConfig | None,
-) -> None:
-    """One launch for all experts; see `mot_kernels.mot_linear` for shapes."""
+) -> Keep | None:
+    """One launch for all experts; see `mot_kernels.mot_linear` for shapes.
+
+    Returns how to do it again with other out, x, weight, bias and residual.
+    """
     rows, k = x.shape
     if rows == 0:
-        return
+        return None
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
     no_hopper = why_not_hopper(out, x, weight, bias, residual)
@@ -59,7 +87,7 @@ def launch_linear(
         if no_hopper is not None:
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
         with _on(x.device):
-            launch_linear_hopper(
+            return launch_linear_hopper(
                 out,
                 x,
                 weight,
@@ -71,11 +99,11 @@ def launch_linear(
                 tile_offsets,
                 _EPILOGUES[epilogue],
                 config,
+                LINEAR_PLACES,
             )
-        return
     if config.schedule == "few_rows":
         with _on(x.device):
-            launch_linear_few_rows(
+            return launch_linear_few_rows(
                 out,
                 x,
                 weight,
@@ -87,14 +115,17 @@ def launch_linear(
                 tile_offsets,
                 _EPILOGUES[epilogue],
                 config,
+                LINEAR_PLACES,
             )
-        return
     # tile_offsets is RoutePlan.tile_offsets, flattened: 3 numbers for each tile size.
     first, _, last = tile_offsets[3 * TILE_ROWS.index(config.block_m) :][:3]
     num_tiles = last - first
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
     with _on(x.device):
-        _mot_linear_kernel[grid](
+        return launch(
+            _mot_linear_kernel,
+            grid,
+            LINEAR_PLACES,
             out_ptr=out,
             x_ptr=x,
             w_ptr=weight,
@@ -161,15 +192,21 @@ def launch_rms_norm(
     activation_scale: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     eps: float,
-) -> None:
-    """One row per program; see `mot_kernels.mot_rms_norm` for shapes."""
+) -> Keep | None:
+    """One row per program; see `mot_kernels.mot_rms_norm` for shapes.
+
+    Returns how to do it again with other tensors: the arguments before `expert_ids`.
+    """
     rows, width = x.shape
     if rows == 0:
-        return
+        return None
     block = triton.next_power_of_2(width)
     units = dispatch.has_fp8_units(x.device)
     with _on(x.device):
-        _mot_rms_norm_kernel[(rows,)](
+        return launch(
+            _mot_rms_norm_kernel,
+            (rows,),
+            _RMS_NORM_PLACES,
             out_ptr=kernel_view(out, units),
             out_scales_ptr=out_scales,
             residual_out_ptr=residual_out,
@@ -209,15 +246,21 @@ def launch_qk_norm_rope(
     kv_rows: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     eps: float,
-) -> None:
-    """One row per program; see `mot_kernels.mot_qk_norm_rope` for shapes."""
+) -> Keep | None:
+    """One row per program; see `mot_kernels.mot_qk_norm_rope` for shapes.
+
+    Returns how to do it again with other tensors: the arguments before `expert_ids`.
+    """
     rows, heads, head_dim = q.shape
     if rows == 0:
-        return
+        return None
     block_heads = triton.next_power_of_2(heads)
     block_half = triton.next_power_of_2(head_dim // 2)
     with _on(qkv.device):
-        _mot_qk_norm_rope_kernel[(rows,)](
+        return launch(
+            _mot_qk_norm_rope_kernel,
+            (rows,),
+            _QK_NORM_ROPE_PLACES,
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,

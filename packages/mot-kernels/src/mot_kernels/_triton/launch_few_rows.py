@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -10,9 +10,11 @@ import triton
 from mot_kernels import dispatch
 from mot_kernels._triton.few_rows import _mot_linear_few_rows_kernel
 from mot_kernels._triton.launch_hopper import _multiprocessors
+from mot_kernels._triton.launcher import launch, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.formats import ExpertWeight, Int4W4A16
 from mot_kernels.plan import TILE_ROWS
+from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 
 # So many programs a multiprocessor run at once: tiles leave shared memory and registers for them.
@@ -46,7 +48,8 @@ def launch_linear_few_rows(
     tile_offsets: Sequence[int],
     epilogue: int,
     config: TileConfig,
-) -> None:
+    places: Mapping[str, int],
+) -> Keep:
     """One launch for all experts; see `mot_kernels.mot_linear` for shapes.
 
     Without a plan, so without its flags, K is not cut: launches on different streams may share
@@ -86,7 +89,10 @@ def launch_linear_few_rows(
         partials = x.new_empty(shape, dtype=torch.float32)
     scale_strides = (0, 0, 0) if scales is None else (*scales.stride(), 0)[:3]
     zero_strides = (0, 0, 0) if zeros is None else zeros.stride()
-    _mot_linear_few_rows_kernel[(units * parts,)](
+    keep = launch(
+        _mot_linear_few_rows_kernel,
+        (units * parts,),
+        places,
         out_ptr=out,
         partials_ptr=partials,
         counters_ptr=flags if parts > 1 else None,
@@ -135,3 +141,4 @@ def launch_linear_few_rows(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    return keep if partials is None else with_partials(keep, partials.numel(), partials.dtype)

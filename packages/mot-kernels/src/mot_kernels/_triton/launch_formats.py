@@ -14,12 +14,14 @@ from mot_kernels._triton.dequantize import _dequantize_kernel
 from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
 from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
+from mot_kernels._triton.launcher import FORMAT_PLACES, launch
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
 from mot_kernels.dispatch import why_not_hopper_format
 from mot_kernels.formats import ExpertWeight, Int4W4A16, QuantizedRows
 from mot_kernels.plan import TILE_ROWS
+from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.format_tiles import check_format_config
 from mot_kernels.tuning.lookup import Problem, find_config
@@ -42,15 +44,17 @@ def launch_linear_format(
     tile_offsets: Sequence[int],
     silu_mul: bool,
     config: TileConfig | None,
-) -> None:
+) -> Keep | None:
     """One product for all experts; see `ops` for the arguments and `mot_linear` for shapes.
+
+    Returns how to do it again with other tensors: the operator's arguments before `row_ids`.
 
     Raises:
         ValueError: `config` does not fit the format.
     """
     rows, k = x.shape
     if rows == 0:
-        return
+        return None
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
     no_hopper = why_not_hopper_format(out, x, weight, bias, residual, has_plan=tiles is not None)
@@ -63,12 +67,12 @@ def launch_linear_format(
         if no_hopper is not None:
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
         assert row_ids is not None and tiles is not None and flags is not None
-        narrow = isinstance(x, QuantizedRows)
+        rounds = isinstance(x, QuantizedRows)
         with _on(x.device):
-            launch_linear_hopper(
+            keep = launch_linear_hopper(
                 out,
                 x.data if isinstance(x, QuantizedRows) else x,
-                weight.data if narrow else _wide_weight(weight, x.dtype, counts),
+                weight.data if rounds else _wide_weight(weight, x.dtype, counts),
                 bias,
                 residual,
                 row_ids,
@@ -77,14 +81,15 @@ def launch_linear_format(
                 tile_offsets,
                 _EPILOGUES[epilogue],
                 config,
+                FORMAT_PLACES,
                 x_scales=x.scales if isinstance(x, QuantizedRows) else None,
                 w_scales=None if isinstance(weight.format, Int4W4A16) else weight.scales,
             )
-        return
+        return keep if rounds else None  # the weight is to be written out again
     if config.schedule == "few_rows":
         assert isinstance(x, torch.Tensor)  # formats that round rows have no such config
         with _on(x.device):
-            launch_linear_few_rows(
+            return launch_linear_few_rows(
                 out,
                 x,
                 weight,
@@ -96,8 +101,8 @@ def launch_linear_format(
                 tile_offsets,
                 _EPILOGUES[epilogue],
                 config,
+                FORMAT_PLACES,
             )
-        return
     if row_ids is None or tiles is None:
         num_tiles = triton.cdiv(rows, config.block_m)
     else:
@@ -136,9 +141,8 @@ def launch_linear_format(
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
     with _on(x.device):
         if isinstance(x, QuantizedRows):
-            _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
-        else:
-            _launch_16bit(grid, common, out, x, weight)
+            return _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
+        return _launch_16bit(grid, common, out, x, weight)
 
 
 def _wide_weight(weight: ExpertWeight, dtype: torch.dtype, counts: tuple[int, ...]) -> torch.Tensor:
@@ -186,11 +190,14 @@ def _launch_8bit(
     x: QuantizedRows,
     weight: ExpertWeight,
     activation_scale: torch.Tensor | None,
-) -> None:
+) -> Keep:
     # float32 means float32: units for e4m3fn add up with fewer bits.
     units = dispatch.has_fp8_units(x.device) and x.dtype is not torch.float32
     scales = weight.scales
-    _mot_linear_8bit_kernel[grid](
+    return launch(
+        _mot_linear_8bit_kernel,
+        grid,
+        FORMAT_PLACES,
         out_ptr=kernel_view(out, units),
         out_scales_ptr=out_scales,
         x_ptr=kernel_view(x.data, units),
@@ -217,10 +224,13 @@ def _launch_16bit(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: ExpertWeight,
-) -> None:
+) -> Keep:
     scales, zeros = weight.scales, weight.zero_points
     zero_strides = (0, 0, 0) if zeros is None else zeros.stride()
-    _mot_linear_16bit_kernel[grid](
+    return launch(
+        _mot_linear_16bit_kernel,
+        grid,
+        FORMAT_PLACES,
         out_ptr=out,
         x_ptr=x,
         w_ptr=weight.data,
@@ -248,15 +258,21 @@ def launch_quantize_rows(
     x: torch.Tensor,
     activation_scale: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
-) -> None:
-    """One row per program; see `mot_kernels.quantize_rows` for shapes."""
+) -> Keep | None:
+    """One row per program; see `mot_kernels.quantize_rows` for shapes.
+
+    Returns how to do it again with other tensors: the arguments before `expert_ids`.
+    """
     rows, k = x.shape
     if rows == 0:
-        return
+        return None
     block = triton.next_power_of_2(max(k, 1))
     units = dispatch.has_fp8_units(x.device)
     with _on(x.device):
-        _quantize_rows_kernel[(rows,)](
+        return launch(
+            _quantize_rows_kernel,
+            (rows,),
+            {"data_ptr": 0, "scales_ptr": 1, "x_ptr": 2, "static_ptr": 3},
             data_ptr=kernel_view(data, units),
             scales_ptr=scales,
             x_ptr=x,

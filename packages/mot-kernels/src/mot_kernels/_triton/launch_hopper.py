@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mot_kernels._triton.launcher import launch, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import MOST_PROGRAMS, TILE_ROWS
+from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 
 _LOADING_WARPS = 4
@@ -48,10 +50,11 @@ def launch_linear_hopper(
     tile_offsets: Sequence[int],
     epilogue: int,
     config: TileConfig,
+    places: Mapping[str, int],
     *,
     x_scales: torch.Tensor | None = None,
     w_scales: torch.Tensor | None = None,
-) -> None:
+) -> Keep | None:
     """One launch for all experts; see `mot_kernels.mot_linear` for shapes.
 
     x and weight are of 16 bits, or e4m3fn, or int8. Each sum is multiplied by its row's x_scales
@@ -70,16 +73,14 @@ def launch_linear_hopper(
     units = num_tiles * -(-out.shape[1] // block_out)
     programs = min(_multiprocessors(x.device), MOST_PROGRAMS)
     num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
-    partials = torch.empty(
-        ((units - num_whole) * parts, config.block_m, config.block_n),
-        dtype=torch.int32 if x.dtype is torch.int8 else torch.float32,
-        device=x.device,
-    )
     if config.block_k * x.element_size() != HOPPER_ROW_BYTES:
         raise ValueError(
             f"config has block_k={config.block_k}; schedule 'hopper' multiplies {x.dtype} in steps "
             f"of {HOPPER_ROW_BYTES // x.element_size()}"
         )
+    num_partials = (units - num_whole) * parts * config.block_m * config.block_n
+    sums = torch.int32 if x.dtype is torch.int8 else torch.float32
+    partials = x.new_empty(num_partials, dtype=sums)
     swizzled = _swizzled(8 * x.element_size())
     w_rows = experts * n
     x_desc, residual_desc = (
@@ -94,7 +95,10 @@ def launch_linear_hopper(
     w_desc = TensorDescriptor(
         weight, [w_rows, k], [weight.stride(1), 1], [block_out, config.block_k], swizzled
     )
-    _mot_linear_hopper_kernel[(programs,)](
+    keep = launch(
+        _mot_linear_hopper_kernel,
+        (programs,),
+        places if num_partials else {k: v for k, v in places.items() if k != "partials_ptr"},
         out_ptr=out,
         x_desc=x_desc,
         x_ptr=x,
@@ -132,6 +136,7 @@ def launch_linear_hopper(
         LOADING_WARPS=_LOADING_WARPS,
         num_warps=config.num_warps,
     )
+    return with_partials(keep, num_partials, sums) if num_partials else keep
 
 
 @functools.cache
