@@ -74,6 +74,16 @@ def test_candidates_of_formats_on_hopper(name: str) -> None:
         assert is_legal_format(config, FORMATS[name], torch.bfloat16, "silu_mul", 227 * 1024)
 
 
+@pytest.mark.parametrize("name", [None, "int8_w8a16", "int4_w4a16_group128"])
+def test_few_rows_are_tried_both_ways(name: str | None) -> None:
+    problem = Problem(37888, 3584, torch.bfloat16, "silu_mul", (2, 14), name)
+    first = first_candidates(problem, 227 * 1024)
+    assert {config.schedule for config in first} == {"few_rows", "portable"}
+    assert all(config.group_m == 1 for config in first)
+    few = [config for config in first if config.schedule == "few_rows"]
+    assert not regrouped(few, problem, 227 * 1024)
+
+
 def test_tiles_are_not_much_taller_than_the_rows() -> None:
     for rows, tallest in ((3, 16), (20, 32), (100, 128), (5000, 256)):
         problem = Problem(4608, 3584, torch.bfloat16, "none", (2, rows))

@@ -105,7 +105,7 @@ def test_tune_in_the_interpreter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["int8_w8a16", "fp8_w8a8_per_channel"])
 def test_tune_a_format_in_the_interpreter(name: str, tmp_path: Path) -> None:
-    tune_one = ("tune", "--shape", "32,16", "--dtype", "float16", "--rows", "2,8", "--rounds", "1")
+    tune_one = ("tune", "--shape", "32,16", "--dtype", "float16", "--rows", "2,20", "--rounds", "1")
     command = [*(sys.executable, "-m", "mot_bench"), *tune_one, "--format", name]
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -115,7 +115,7 @@ def test_tune_a_format_in_the_interpreter(name: str, tmp_path: Path) -> None:
     assert " 0 failed" in " ".join(done.stderr.split())
     load_entries.cache_clear()
     ((problem, config),) = load_entries(result_file(tmp_path))
-    assert problem == Problem(16, 32, torch.float16, "none", (2, 8), name)
+    assert problem == Problem(16, 32, torch.float16, "none", (2, 20), name)
     assert config.schedule == "portable"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,6 +268,16 @@ def test_find_config_nearest_in_log_rows(
     write(tmp_path / "packaged", *entries)
     problem = Problem(4608, 3584, BF16, "none", counts)
     assert find_config(problem, GPU).block_n == blocks[nearest]
+
+
+@pytest.mark.usefixtures("h200")
+def test_find_config_few_rows_among_themselves(tmp_path: Path) -> None:
+    """17 rows are near 16, but have another kernel."""
+    few = asdict(TileConfig(16, 128, 64, 1, 4, 4, "few_rows"))
+    write(tmp_path / "packaged", entry((2, 14), config=few), entry((2, 40), config=tiles(32)))
+    for rows, block_n in ((5, 128), (16, 128), (17, 32)):
+        config = find_config(Problem(4608, 3584, BF16, "none", (2, rows)), GPU)
+        assert config.block_n == block_n
 
 
 @pytest.mark.usefixtures("h200")

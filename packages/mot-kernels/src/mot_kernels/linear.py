@@ -76,7 +76,8 @@ def mot_linear(
         weight: (E, N, K) in x's dtype, any strides; or an `ExpertWeight`, whose format then says
             what is computed.
         plan: routing of the M rows to E experts. None means every row is expert 0: plain dense
-            PyTorch operations run, unless the weight has a format.
+            PyTorch operations run, unless the weight has a format. With few rows a plan is faster
+            all the same, also if they are one expert's: see docs/kernels.md.
         bias: (E, N) in x's dtype, or None. An expert without a bias has a row of zeros; see
             `stack_bias`.
         epilogue: None, `SILU_MUL` (N = 2F, y is (M, F)) or `AddResidual(residual)`.

@@ -57,8 +57,9 @@ class RoutePlan:
         tile_offsets: on the host, for each entry of `TILE_ROWS`, where in `tiles` its table
             starts, where in it the tiles without consecutive rows start, and where it ends.
         flags: (2 * MOST_PROGRAMS,) int32 on the device, zeros: with these the programs of one
-            launch tell each other that a part is done, and leave zeros behind. So launches that
-            use one plan must not run at the same time: use a plan on one stream.
+            launch tell each other that a part is done, and leave zeros behind (`mot_linear` on
+            Hopper GPUs, and with few rows on any). So launches that use one plan must not run at
+            the same time: use a plan on one stream.
         flat_offsets: `tile_offsets` as one tuple.
         replays: what operations keep of calls with this plan, to do them again faster.
     """
