@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import BaseTorchFunctionMode
 
 pytest.importorskip("triton")
 
@@ -31,6 +32,7 @@ from mot_kernels import (
     mot_linear,
     mot_qk_norm_rope,
     mot_rms_norm,
+    ops,
     quantize_rows,
     quantize_weight,
     use_path,
@@ -173,9 +175,43 @@ def test_launch_again_writes_to_new_tensors(format: Any, fake: FakeDriver) -> No
     assert again.compiled == wanted.compiled
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_operators_launch_again(name: str, fake: FakeDriver) -> None:
+    """What a mode sees, or a compiled graph holds, is done again as well."""
+    first, second = CALLS[name](), CALLS[name]()
+    with BaseTorchFunctionMode():  # so that the operator is called
+        first()
+        wanted, public = recorded(fake, second)
+        assert public == 0
+        forget()
+        got, public = recorded(fake, second)
+    assert (public, len(got)) == (1, 1)
+    assert got == wanted
+    assert not PLAN.replays
+
+
+@pytest.mark.parametrize("operation", ["linear", "rms_norm"])
+def test_operators_know_plans_by_address(operation: str, fake: FakeDriver) -> None:
+    """Another plan's operators launch with its own tables, at whatever addresses those are."""
+    x, weight, gamma = half(40, 128), half(2, 96, 128), half(2, 128)
+    for _ in range(20):
+        plan = make_plan()
+
+        def call(plan: RoutePlan = plan) -> object:
+            if operation == "rms_norm":
+                return mot_rms_norm(x, gamma, plan)
+            return mot_linear(x, weight, plan, config=HOPPER)
+
+        with BaseTorchFunctionMode():
+            call()
+            (launched,), _ = recorded(fake, call)
+        owned = plan.expert_ids if operation == "rms_norm" else plan.row_ids
+        assert owned.data_ptr() in launched.arguments
+
+
 def forget() -> None:
-    PLAN.replays.clear()
-    UNROUTED.clear()
+    for replays in (PLAN.replays, UNROUTED, ops._replays):
+        replays.clear()
 
 
 # --- never another kernel than the arguments ask for

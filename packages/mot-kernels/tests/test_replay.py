@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mot_kernels import RoutePlan, mot_linear, mot_rms_norm, ops, quantize_rows
@@ -41,11 +41,6 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Functions(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 class Subclass(torch.Tensor):
     """Does nothing of its own; but it could."""
 
@@ -64,7 +59,7 @@ def test_is_unobserved(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     "observer",
-    [Operators, Functions, FakeTensorMode, profiled],
+    [Operators, BaseTorchFunctionMode, FakeTensorMode, profiled],
     ids=["dispatch_mode", "function_mode", "fake_mode", "profiler"],
 )
 def test_is_observed_inside(observer: Callable[[], Any]) -> None:
@@ -118,7 +113,7 @@ def test_the_profiler_sees_the_operator(name: str) -> None:
 def test_nobody_costs_no_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, name, None)
     OPERATIONS[name](X)
-    with pytest.raises(TypeError, match="not callable"), Functions():
+    with pytest.raises(TypeError, match="not callable"), BaseTorchFunctionMode():
         OPERATIONS[name](X)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ from mot_kernels.formats import (
     Int8W8A8,
     QuantizedRows,
 )
-from mot_kernels.replay import Keep
+from mot_kernels.replay import Keep, Replays, metadata
 from mot_kernels.tuning.config import FEW_ROWS, TileConfig
 
 _SCHEMAS = (
@@ -315,12 +315,26 @@ def _qk_norm_rope(
     return None
 
 
-def _returning_nothing(implementation: Callable[..., object]) -> Callable[..., None]:
-    """As an operator's schema has it; how to do a call again is for those who call directly."""
+_replays = Replays()
+
+
+def _operator(implementation: Callable[..., Keep | None], tensors: int) -> Callable[..., None]:
+    """What an operator runs: its implementation, or again what that did before.
+
+    The first arguments, so many of them, are tensors that may be others the next time. Tensors
+    among the rest are a plan's and known by their addresses: what is kept keeps them alive.
+    """
 
     @functools.wraps(implementation)
-    def run(*args: object) -> None:
-        implementation(*args)
+    def run(*args: Any) -> None:
+        others = args[tensors:]
+        key = [implementation, metadata(*args[:tensors]), dispatch.forced_path()]
+        for other in others:
+            if isinstance(other, torch.Tensor):
+                key += [other.data_ptr(), metadata(other)]
+            else:
+                key.append(tuple(other) if isinstance(other, list) else other)
+        _replays.run(tuple(key), implementation, args[:tensors], *others)
 
     return run
 
@@ -329,18 +343,18 @@ def _writes_nothing(*args: object) -> None:
     """The fake of every operator: outputs exist already, so there is nothing to infer."""
 
 
-for _name, _implementation in (
-    ("linear_", _linear),
-    ("linear_format_", _linear_format),
-    ("quantize_rows_", _quantize_rows),
-    ("rms_norm_", _rms_norm),
-    ("qk_norm_rope_", _qk_norm_rope),
+for _name, _implementation, _tensors in (
+    ("linear_", _linear, 5),
+    ("linear_format_", _linear_format, 10),
+    ("quantize_rows_", _quantize_rows, 4),
+    ("rms_norm_", _rms_norm, 7),
+    ("qk_norm_rope_", _qk_norm_rope, 9),
 ):
-    _LIBRARY.impl(_name, _returning_nothing(_implementation), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _operator(_implementation, _tensors), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mot::{_name}", _writes_nothing, lib=_LIBRARY)
 
-# For callers that know nobody observes operators (`replay.is_unobserved`): the dispatcher costs a
-# quarter of a call.
+# For callers that know that nobody observes operators (`replay.is_unobserved`) and keep themselves
+# how to do it again: they are spared the dispatcher.
 linear, linear_format, quantize_rows = _linear, _linear_format, _quantize_rows
 rms_norm, qk_norm_rope = _rms_norm, _qk_norm_rope
 
