@@ -285,7 +285,7 @@ def test_few_rows_strides(device: torch.device) -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("format", [None, Int4W4A16(32)], ids=lambda f: str(f or "plain"))
 def test_few_rows_compiled(format: Format | None, device: torch.device) -> None:
-    """The operators bear `torch.compile`, whose graphs hold scratch and counters' zeros."""
+    """Twice in one compiled graph: the second launch finds the counters at zero."""
     torch.manual_seed(0)
     route = FEW_ROUTES[2]
     inputs = make_inputs(route, 64, 512, format, "silu_mul", torch.float16, device)
