@@ -11,6 +11,7 @@ import random
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -349,28 +350,27 @@ def test_launch_again_on_the_current_stream(fake: FakeDriver) -> None:
     assert (launched.stream, public) == (8, 0)
 
 
+@pytest.mark.parametrize("current", [0, 1])
 def test_launch_again_on_the_tensors_device(
-    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+    current: int, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where another device is current, the one it was launched on becomes so for the launch."""
-    call = linear(PORTABLE)
+    """Whichever device is current, the tensors' own becomes so for each launch."""
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        previous, fake.device = fake.device, index
+        yield
+        fake.device = previous
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launch, "_on", lambda on: device(0))
+    fake.device = current
+    call = linear(HOPPER)
     call()
-    entered: list[int] = []
-
-    class Device:
-        def __init__(self, index: int) -> None:
-            self.index = index
-
-        def __enter__(self) -> None:
-            entered.append(self.index)
-
-        def __exit__(self, *error: object) -> None:
-            entered.append(-1)
-
-    monkeypatch.setattr(torch.cuda, "device", Device)
-    fake.device = 1
-    (launched,), public = recorded(fake, call)
-    assert (entered, launched.stream, public) == ([0, -1], 7, 0)
+    for later in (0, 1):
+        fake.device = later
+        (launched,), public = recorded(fake, call)
+        assert (launched.stream, public, fake.device) == (7, 0, later)
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])

@@ -80,9 +80,12 @@ def launch(
             tensor stays what it is and is kept alive. Parameters that there are not are no matter.
     """
     compiled = kernel[grid](**arguments)
+    if not isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+        return lambda: None
+    device = driver.active.get_current_device()
 
     def keep() -> Launch | None:
-        if not isinstance(compiled, CompiledKernel) or _has_listeners():
+        if _has_listeners():
             return None
         if not _is_known(compiled.metadata.target.backend):
             return None
@@ -90,7 +93,7 @@ def launch(
             given = arguments.get(name)
             if given is not None and getattr(given, "base", given).data_ptr() % 16:
                 return None
-        return Launch(compiled, grid, places, arguments)
+        return Launch(compiled, device, grid, places, arguments)
 
     return keep
 
@@ -116,12 +119,15 @@ class Launch:
     def __init__(
         self,
         compiled: CompiledKernel,
+        device: int,
         grid: tuple[int, ...],
         places: Mapping[str, int],
         arguments: Mapping[str, Any],
     ) -> None:
-        self._device = driver.active.get_current_device()
+        self._device = device
         self._get_device = driver.active.get_current_device
+        if self._get_device is torch.cuda.current_device:
+            self._get_device = torch._C._cuda_getDevice  # CUDA need not be initialised any more
         self._get_stream = driver.active.get_current_stream
         self._grid = (*grid, 1, 1)[:3]
         self._function = compiled.function
@@ -156,6 +162,9 @@ class Launch:
             False, having launched nothing, where an address is not a multiple of 16, or somebody
             wants to see launches (a profiler): do it the public way.
         """
+        if self._get_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(*tensors)
         if _has_listeners():
             return False
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
@@ -169,16 +178,9 @@ class Launch:
             bits |= addresses[place]
         if bits % 16:
             return False
-        if self._get_device() == self._device:
-            self._start(arguments)
-        else:
-            with torch.cuda.device(self._device):
-                self._start(arguments)
-        return True
-
-    def _start(self, arguments: list[Any]) -> None:
         stream = self._get_stream(self._device)
         self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *arguments)
+        return True
 
 
 @functools.lru_cache(maxsize=1024)
