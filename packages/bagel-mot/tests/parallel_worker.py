@@ -7,7 +7,9 @@ On GPUs everything is done twice: what is captured in CUDA graphs is then replay
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 
 import torch
 from golden_data import GOLDEN, Judge
@@ -45,4 +47,10 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     on_gpus = "--gpus" in arguments
     names, *rest = (each for each in arguments if each != "--gpus")
-    main(names.split(","), rest, "cuda" if on_gpus else "cpu")
+    try:
+        main(names.split(","), rest, "cuda" if on_gpus else "cpu")
+    except BaseException:
+        # In good order it would wait for exchanges that the other ranks may never join.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -334,13 +334,16 @@ class _Graph:
 
 
 @pytest.fixture
-def capturing(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def capturing(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
     workspace = Workspace(cpu.model)
     workspace.capture = True
+    streams: list[object] = []
 
     @contextmanager
     def graph(_graph: _Graph, **options: Any) -> Iterator[None]:
-        assert options["pool"] is not None
+        # A pool is shared among captures of one stream.
+        streams.append(options["stream"])
+        assert options["pool"] is not None and set(streams) == {streams[0]} != {None}
         yield
 
     @contextmanager
@@ -348,10 +351,16 @@ def capturing(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> Workspace:
         yield
 
     stand_in = SimpleNamespace(
-        CUDAGraph=_Graph, graph=graph, device=device, graph_pool_handle=lambda: (0, 1)
+        CUDAGraph=_Graph,
+        Stream=lambda device: object(),
+        graph=graph,
+        device=device,
+        graph_pool_handle=lambda: (0, 1),
+        synchronize=lambda device: None,
     )
     monkeypatch.setattr(torch, "cuda", stand_in)
-    return workspace
+    yield workspace
+    workspace.drop_graphs()
 
 
 def test_second_call_captures(capturing: Workspace) -> None:
@@ -364,6 +373,21 @@ def test_second_call_captures(capturing: Workspace) -> None:
     assert isinstance(graph, _Graph) and graph.replays == 2
     call.drop()
     assert call() == 3 and call.is_captured
+
+
+def test_graphs_go_before_the_groups(capturing: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for them; the next call captures anew."""
+    callbacks: list[Callable[[], None]] = []
+    monkeypatch.setattr(graphs, "before_shutdown", callbacks.append)
+    calls = [capturing.call(lambda: None) for _ in range(2)]
+    for call in calls * 2:
+        call()
+    assert all(call.is_captured for call in calls)
+    (callback,) = callbacks
+    callback()
+    assert not any(call.is_captured for call in calls) and not capturing._graphs
+    calls[0]()
+    assert calls[0].is_captured and callbacks == [callback]
 
 
 def test_graphs_are_bounded(capturing: Workspace) -> None:

@@ -19,7 +19,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -68,7 +68,6 @@ class Workspace:
         self._shapes: OrderedDict[Hashable, Shaped] = OrderedDict()
         self._graphs: OrderedDict[int, Call[Any]] = OrderedDict()
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None  # a pool is shared by captures on one stream
         self._owner: object = None
         self.on_leave: Callable[[], None] | None = None
         self._rope = model.rope
@@ -143,17 +142,19 @@ class Workspace:
 
     def _record(self, body: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         with torch.cuda.device(self.model.device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()
+            if self._pool is None:
                 before_shutdown(partial(_drop_graphs, weakref.ref(self)))
             if not self._graphs:
                 self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.model.device)
             # Other threads may use the GPU meanwhile, NCCL's and its watchdog among them.
             with (
-                capturing(self._stream),
+                capturing(stream),
                 torch.cuda.graph(
-                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                    graph,
+                    pool=self._pool,
+                    stream=stream,
+                    capture_error_mode="thread_local",
                 ),
             ):
                 result = body()
@@ -176,8 +177,15 @@ class Workspace:
         self._shapes.clear()
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: the memory of a pool, and cuBLAS's, belong to a stream."""
+    return torch.cuda.Stream(device)
+
+
 def _drop_graphs(workspace: weakref.ref[Workspace]) -> None:
-    if (living := workspace()) is not None:
+    living = workspace()
+    if living is not None and living._graphs:
         torch.cuda.synchronize(living.model.device)
         living.drop_graphs()
 

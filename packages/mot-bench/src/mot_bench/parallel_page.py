@@ -90,8 +90,8 @@ def _calibration(model: CostModel, titles: dict[Shape, str]) -> list[str]:
         "## The model",
         "A step = fixed + (step of one GPU - fixed) * share of the rank that has the most + for "
         "each kind of parallelism: bytes that a rank sends / rate + messages * time of one. "
-        f"Here fixed {fixed / 1e3:.2f} ms, one GPU {1e3 * per_row:.2f} ns a row and "
-        f"{1e6 * per_pair:.2f} ps a pair of rows that attend to each other. The rates are not "
+        f"Here fixed {fixed / 1e3:.2f} ms, one GPU {per_row:.2f} us a row and "
+        f"{1e3 * per_pair:.3f} ns a pair of rows that attend to each other. The rates are not "
         "those of the links alone: rearranging, merging and what is not split are in them. Links "
         "are taken for equally fast between all GPUs, as in one machine with NVSwitch.",
         table(["kind", "GB/s", "us a message"], constants),

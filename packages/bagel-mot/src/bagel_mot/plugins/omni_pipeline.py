@@ -132,9 +132,9 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
             self.bagel,
             self.tokenizer,
             self._parallel,
-            # Of several workers, vLLM-Omni takes the groups down without asking who holds graphs of
-            # their exchanges; NCCL would wait for those.
-            cuda_graphs=not od_config.enforce_eager and self._parallel.config.world_size == 1,
+            # vLLM-Omni takes groups down without asking who holds graphs of their exchanges, and
+            # NCCL would wait for those.
+            cuda_graphs=not od_config.enforce_eager and not _exchanges(self._parallel, od_config),
         )
         self._together: Denoising | None = None
         self.setup_diffusion_pipeline_profiler(
@@ -370,3 +370,8 @@ def joined(od_config: OmniDiffusionConfig, llm: LlmConfig, device: torch.device)
         return ALONE
     config.check(llm, world)
     return start(config, device.type)
+
+
+def _exchanges(parallel: Parallel, od_config: OmniDiffusionConfig) -> bool:
+    """Whether a step exchanges data with other workers; replicas may be tensor parallel, too."""
+    return max(parallel.config.world_size, od_config.parallel_config.tensor_parallel_size) > 1
