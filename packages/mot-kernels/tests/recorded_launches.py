@@ -150,7 +150,7 @@ def linear(
             plan.tiles,
             plan.flags,
             plan.counts,
-            [offset for table in plan.tile_offsets for offset in table],
+            plan.flat_offsets,
             epilogue == "silu_mul",
             config,
         )
@@ -199,7 +199,7 @@ def few_rows(
             plan.tiles,
             plan.flags,
             plan.counts,
-            [offset for table in plan.tile_offsets for offset in table],
+            plan.flat_offsets,
             epilogue == "silu_mul",
             config or default_config(problem, shared_memory),
         )
@@ -219,7 +219,7 @@ def dequantize(format_name: str) -> Launch:
     has_zeros = isinstance(format, Int4W4A16) and not format.symmetric
     weight = ExpertWeight(data, scales, format, zeros if has_zeros else None)
     with _caught(launch_formats, "_dequantize_kernel", fp8_units=True) as caught:
-        launch_formats._wide_weight(weight, torch.bfloat16, (2, 4096))
+        launch_formats._wide_weight(weight, torch.bfloat16, (1,))
     return caught[0]
 
 

@@ -32,7 +32,7 @@ from mot_kernels import (
 from mot_kernels._triton import launch_few_rows
 from mot_kernels._triton.launch_few_rows import cut
 from mot_kernels._triton.launcher import LINEAR_PLACES
-from mot_kernels.plan import MOST_PROGRAMS
+from mot_kernels.plan import MOST_PROGRAMS, tile_range
 from mot_kernels.testing import Route, assert_close, looped_linear, poisoned
 from mot_kernels.tuning.config import FEW_ROWS
 from mot_kernels.tuning.lookup import Problem, find_config
@@ -325,7 +325,7 @@ def test_few_rows_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, device: to
             plan.row_ids,
             plan.tiles,
             plan.flags,
-            [offset for table in plan.tile_offsets for offset in table],
+            tile_range(plan.flat_offsets, 16, 2),
             0,
             config,
             LINEAR_PLACES,

@@ -53,16 +53,17 @@ def make_weight(
     format: Format, n: int, k: int, device: torch.device, experts: int = 2
 ) -> ExpertWeight:
     w = torch.randn(experts, n, k, device=device) * k**-0.5
-    return quantize_weight(w * 8.0 ** torch.arange(experts, device=device)[:, None, None], format)
+    # Experts differ by a factor, small enough for float16 to hold what comes out.
+    return quantize_weight(w * 2.0 ** torch.arange(experts, device=device)[:, None, None], format)
 
 
 # --- writing out
 
 
-@pytest.mark.parametrize("counts", [(2, 4096), (0, 300), (300, 0)], ids=str)
+@pytest.mark.parametrize("used", [(0, 1), (1,), (0,)], ids=str)
 @pytest.mark.parametrize("format", WIDE, ids=str)
-def test_wide_weight(format: Format, counts: tuple[int, ...], device: torch.device) -> None:
-    """The experts that have rows, exactly; int8 without its scales."""
+def test_wide_weight(format: Format, used: tuple[int, ...], device: torch.device) -> None:
+    """The experts that are asked for, exactly; int8 without its scales."""
     from mot_kernels._triton.launch_formats import _wide_weight
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
@@ -70,14 +71,13 @@ def test_wide_weight(format: Format, counts: tuple[int, ...], device: torch.devi
         pytest.skip("needs Triton's kernels: set TRITON_INTERPRET=1 or use a CUDA machine")
     torch.manual_seed(0)
     weight = make_weight(format, 37, 384, device)
-    wide = _wide_weight(weight, dtype, counts)
+    wide = _wide_weight(weight, dtype, used)
     wanted = dequantize(weight)
     if isinstance(format, Int8W8A16):
         wanted = weight.data.float()
     assert wide.shape == weight.shape
-    for expert, count in enumerate(counts):
-        if count:
-            assert torch.equal(wide[expert], wanted[expert].to(dtype))
+    for expert in used:
+        assert torch.equal(wide[expert], wanted[expert].to(dtype))
 
 
 # --- when it may run

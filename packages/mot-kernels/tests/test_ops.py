@@ -98,7 +98,7 @@ def linear_arguments(
         t.plan.tiles,
         t.plan.flags,
         list(t.plan.counts),
-        [offset for table in t.plan.tile_offsets for offset in table],
+        list(t.plan.flat_offsets),
         silu_mul,
         [16, 16, 16, 1, 1, 1, 0] if bias else [],
     )
@@ -124,7 +124,7 @@ def format_arguments(
         t.plan.tiles,
         t.plan.flags,
         list(t.plan.counts),
-        [offset for table in t.plan.tile_offsets for offset in table],
+        list(t.plan.flat_offsets),
         str(weight.format),
         t.dtype,
         False,

@@ -11,7 +11,7 @@ import torch
 
 import mot_kernels.plan
 from mot_kernels import RoutePlan
-from mot_kernels.plan import TILE_ROWS
+from mot_kernels.plan import TILE_ROWS, expert_tiles, tile_range
 from mot_kernels.testing import ROUTES, Route
 
 all_routes = pytest.mark.parametrize("route", ROUTES.values(), ids=str)
@@ -90,11 +90,17 @@ def test_tiles_for_matches_naive(route: Route, tile_rows: int, device: torch.dev
     plan = route.plan(device)
     tiles = plan.tiles_for(tile_rows)
     assert tiles.tolist() == naive_tiles(route.labels, route.num_experts, tile_rows)
-    start, gathered, end = plan.tile_offsets[TILE_ROWS.index(tile_rows)]
+    start, gathered, end = tile_range(plan.flat_offsets, tile_rows, route.num_experts)
     assert (plan.tiles[start:gathered, 3] >= 0).all()
     assert (plan.tiles[gathered:end, 3] < 0).all()
     assert end - start == len(tiles)
     for expert in range(route.num_experts):
+        own = expert_tiles(plan.flat_offsets, tile_rows, expert, route.num_experts)
+        found = [t for at in own for t in plan.tiles[at.start : at.end].tolist()]
+        assert found == [t for t in tiles.tolist() if t[0] == expert]
+        for at in own:
+            assert at.start < at.end and at.gathered in (at.start, at.end)
+            assert ((plan.tiles[at.start : at.end, 3] < 0) == (at.gathered == at.start)).all()
         assert int(tiles[tiles[:, 0] == expert, 2].sum()) == plan.counts[expert]
 
 

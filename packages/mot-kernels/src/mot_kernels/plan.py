@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class RoutePlan:
             other: expert, offset into `row_ids`, live rows, first row or -1 if not consecutive.
             In a table the tiles of consecutive rows come first.
         tile_offsets: on the host, for each entry of `TILE_ROWS`, where in `tiles` its table
-            starts, where in it the tiles without consecutive rows start, and where it ends.
+            starts, where in it the tiles of consecutive rows of each expert end, then where the
+            other tiles of each expert end; see `tile_range` and `expert_tiles`.
         flags: (2 * MOST_PROGRAMS,) int32 on the device, zeros: with these the programs of one
             launch tell each other that a part is done, and leave zeros behind (`mot_linear` on
             Hopper GPUs, and with few rows on any). So launches that use one plan must not run at
@@ -69,7 +71,7 @@ class RoutePlan:
     row_ids: torch.Tensor
     expert_ids: torch.Tensor
     tiles: torch.Tensor
-    tile_offsets: tuple[tuple[int, int, int], ...]
+    tile_offsets: tuple[tuple[int, ...], ...]
     flags: torch.Tensor
     flat_offsets: tuple[int, ...] = field(init=False, repr=False)
     replays: Replays = field(init=False, repr=False, default_factory=Replays)
@@ -102,7 +104,7 @@ class RoutePlan:
         """The tile table for tiles of `tile_rows` rows, (T, 4) int32: a view of `tiles`."""
         if tile_rows not in TILE_ROWS:
             raise ValueError(f"tile_rows is {tile_rows}; a plan has tables for {TILE_ROWS}")
-        start, _, end = self.tile_offsets[TILE_ROWS.index(tile_rows)]
+        start, _, end = tile_range(self.flat_offsets, tile_rows, self.num_experts)
         return self.tiles[start:end]
 
     @classmethod
@@ -246,6 +248,37 @@ class RoutePlan:
         return cls(counts, runs, rows, experts, tiles.view(-1, 4), tile_offsets, zeros)
 
 
+class TileRange(NamedTuple):
+    """Tiles `start` to `end` of `RoutePlan.tiles`; from `gathered` on rows are not consecutive."""
+
+    start: int
+    gathered: int
+    end: int
+
+
+def tile_range(offsets: Sequence[int], tile_rows: int, experts: int) -> TileRange:
+    """The table for tiles of `tile_rows` rows, given `RoutePlan.flat_offsets`."""
+    table = _table(offsets, tile_rows, experts)
+    return TileRange(table[0], table[experts], table[-1])
+
+
+def expert_tiles(
+    offsets: Sequence[int], tile_rows: int, expert: int, experts: int
+) -> list[TileRange]:
+    """As `tile_range`, of one expert: its tiles are in at most two places."""
+    table = _table(offsets, tile_rows, experts)
+    start, end = table[expert : expert + 2]
+    gathered, gathered_end = table[experts + expert : experts + expert + 2]
+    ranges = [TileRange(start, end, end), TileRange(gathered, gathered, gathered_end)]
+    return [each for each in ranges if each.start < each.end]
+
+
+def _table(offsets: Sequence[int], tile_rows: int, experts: int) -> Sequence[int]:
+    size = 2 * experts + 1
+    first = size * TILE_ROWS.index(tile_rows)
+    return offsets[first : first + size]
+
+
 def _check_integer_vector(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; give a 1-D integer tensor")
@@ -304,13 +337,13 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _cut_tiles(
     row_ids: np.ndarray, segments: list[np.ndarray]
-) -> tuple[np.ndarray, tuple[tuple[int, int, int], ...]]:
+) -> tuple[np.ndarray, tuple[tuple[int, ...], ...]]:
     """Cut every segment into tiles, for each size in `TILE_ROWS`; see `RoutePlan.tiles`."""
     lengths = np.concatenate(segments).astype(np.int64)
     experts = np.repeat(np.arange(len(segments)), [len(s) for s in segments])
     starts = np.cumsum(lengths) - lengths
     tables: list[np.ndarray] = []
-    all_offsets: list[tuple[int, int, int]] = []
+    all_offsets: list[tuple[int, ...]] = []
     base = 0
     for size in TILE_ROWS:
         per_segment = -(-lengths // size)
@@ -321,8 +354,9 @@ def _cut_tiles(
         first, last = row_ids[offset], row_ids[offset + live - 1]
         first = np.where(last - first == live - 1, first, -1)  # ascending within a segment
         table = np.stack([expert, offset, live, first], axis=1)
-        tables.append(table[np.argsort(first < 0, kind="stable")])
-        consecutive = int(np.count_nonzero(first >= 0))
-        all_offsets.append((base, base + consecutive, base + len(table)))
+        place = expert + len(segments) * (first < 0)
+        tables.append(table[np.argsort(place, kind="stable")])
+        ends = base + np.cumsum(np.bincount(place, minlength=2 * len(segments)))
+        all_offsets.append((base, *map(int, ends)))
         base += len(table)
     return np.concatenate(tables).astype(np.int32), tuple(all_offsets)

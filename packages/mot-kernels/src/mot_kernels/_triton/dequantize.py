@@ -12,22 +12,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_INTEGERS_FROM = tl.constexpr(8388608.0)  # 2^23: the next fp32 number is 1 away
+_INTEGERS_FROM_BITS = tl.constexpr(0x4B000000)
+
 
 @triton.jit
 def _dequantize_kernel(
-    out_ptr,  # (E, N, K) 16 bits, contiguous
-    w_ptr,  # (E, N, K) int8 or (E, N, K / 2) uint8, rows contiguous
-    scales_ptr,  # (E, N, K / GROUP), or unused
-    zeros_ptr,  # (E, N, K / GROUP) uint8, or unused: 8
-    first_expert,
+    out_ptr,  # (N, K) 16 bits, contiguous
+    w_ptr,  # (N, K) int8 or (N, K / 2) uint8, rows contiguous
+    scales_ptr,  # (N, K / GROUP), or unused
+    zeros_ptr,  # (N, K / GROUP) uint8, or unused: 8
     N,
     K,
-    stride_w_e,
     stride_w_n,
-    stride_scales_e,
     stride_scales_n,
     stride_scales_k,
-    stride_zeros_e,
     stride_zeros_n,
     stride_zeros_k,
     GROUP: tl.constexpr,
@@ -35,33 +34,39 @@ def _dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid: (cdiv(N, BLOCK_N), cdiv(K, BLOCK_K), experts); GROUP is 0 for int8."""
-    expert = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (n < N)[:, None] & (k < K)[None, :]
-    out_ptrs = out_ptr + (expert * N + n[:, None]) * K + k[None, :]
+    """Grid: (cdiv(N, BLOCK_N), cdiv(K, BLOCK_K)); GROUP, which divides BLOCK_K, is 0 for int8."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    w_expert = expert + first_expert
-    w_ptrs = w_ptr + w_expert * stride_w_e + n.to(tl.int64)[:, None] * stride_w_n
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_k = tl.program_id(1) * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
+    mask_n = (n < N)[:, None]
+    mask = mask_n & (k < K)[None, :]
     if GROUP == 0:
-        q = tl.load(w_ptrs + k[None, :], mask=mask, other=0)
-        tl.store(out_ptrs, q.to(DTYPE), mask=mask)
+        q = tl.load(w_ptr + n[:, None] * stride_w_n + k[None, :], mask=mask, other=0)
+        w = q.to(DTYPE)
     else:
-        bytes_k = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        byte_mask = (n < N)[:, None] & (bytes_k * 2 < K)[None, :]
-        packed = tl.load(w_ptrs + bytes_k[None, :], mask=byte_mask, other=0)
-        group = bytes_k * 2 // GROUP
-        at = w_expert * stride_scales_e + n.to(tl.int64)[:, None] * stride_scales_n
-        at += group[None, :] * stride_scales_k
-        scales = tl.load(scales_ptr + at, mask=byte_mask, other=0.0).to(tl.float32)
+        HALF: tl.constexpr = BLOCK_K // 2
+        GROUPS: tl.constexpr = BLOCK_K // GROUP
+        at = first_k // 2 + tl.arange(0, HALF)
+        bytes_mask = mask_n & (at < K // 2)[None, :]
+        packed = tl.load(w_ptr + n[:, None] * stride_w_n + at[None, :], mask=bytes_mask, other=0)
+        packed = tl.reshape(packed, (BLOCK_N, GROUPS, GROUP // 2)).to(tl.int32)
+        group = first_k // GROUP + tl.arange(0, GROUPS)[None, :]
+        mask_g = mask_n & (group < K // GROUP)
+        scale_ptrs = scales_ptr + n[:, None] * stride_scales_n + group * stride_scales_k
+        scales = tl.load(scale_ptrs, mask=mask_g, other=0.0).to(tl.float32)[:, :, None]
         if HAS_ZEROS:
-            at = w_expert * stride_zeros_e + n.to(tl.int64)[:, None] * stride_zeros_n
-            at += group[None, :] * stride_zeros_k
-            zeros = tl.load(zeros_ptr + at, mask=byte_mask, other=0).to(tl.float32)
+            zero_ptrs = zeros_ptr + n[:, None] * stride_zeros_n + group * stride_zeros_k
+            zeros = tl.load(zero_ptrs, mask=mask_g, other=0).to(tl.float32)[:, :, None]
         else:
-            zeros = 8.0
-        low = ((packed & 15).to(tl.float32) - zeros) * scales
-        high = ((packed >> 4).to(tl.float32) - zeros) * scales
-        w = tl.interleave(low.to(DTYPE), high.to(DTYPE))
-        tl.store(out_ptrs, w, mask=mask)
+            zeros = tl.full((1, 1, 1), 8.0, tl.float32)
+        low = (_float(packed & 15) - (_INTEGERS_FROM + zeros)) * scales
+        high = (_float(packed >> 4) - (_INTEGERS_FROM + zeros)) * scales
+        w = tl.reshape(tl.interleave(low.to(DTYPE), high.to(DTYPE)), (BLOCK_N, BLOCK_K))
+    tl.store(out_ptr + n[:, None] * K + k[None, :], w, mask=mask)
+
+
+@triton.jit
+def _float(levels):
+    """levels + 2^23 in fp32, of levels in 0..15: an OR, a quarter of what a conversion takes."""
+    return (levels | _INTEGERS_FROM_BITS).to(tl.float32, bitcast=True)

@@ -21,7 +21,7 @@ from mot_kernels._triton.tile import (
     _EPILOGUE_SILU_MUL,
 )
 from mot_kernels.dispatch import why_not_hopper
-from mot_kernels.plan import TILE_ROWS
+from mot_kernels.plan import tile_range
 from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.lookup import Problem, find_config
@@ -83,6 +83,7 @@ def launch_linear(
     if config is None:
         problem = Problem(n, k, x.dtype, epilogue, counts)
         config = find_config(problem, x.device, hopper=no_hopper is None)
+    table = tile_range(tile_offsets, config.block_m, len(counts))
     if config.schedule == "hopper":
         if no_hopper is not None:
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
@@ -96,7 +97,7 @@ def launch_linear(
                 row_ids,
                 tiles,
                 flags,
-                tile_offsets,
+                table,
                 _EPILOGUES[epilogue],
                 config,
                 LINEAR_PLACES,
@@ -112,14 +113,12 @@ def launch_linear(
                 row_ids,
                 tiles,
                 flags,
-                tile_offsets,
+                table,
                 _EPILOGUES[epilogue],
                 config,
                 LINEAR_PLACES,
             )
-    # tile_offsets is RoutePlan.tile_offsets, flattened: 3 numbers for each tile size.
-    first, _, last = tile_offsets[3 * TILE_ROWS.index(config.block_m) :][:3]
-    num_tiles = last - first
+    num_tiles = table.end - table.start
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
     with _on(x.device):
         return launch(
@@ -132,7 +131,7 @@ def launch_linear(
             bias_ptr=bias,
             residual_ptr=residual,
             row_ids_ptr=row_ids,
-            tiles_ptr=tiles[first:last],
+            tiles_ptr=tiles[table.start : table.end],
             num_tiles=num_tiles,
             num_rows=rows,
             w_rows=n,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from mot_kernels._triton.launch_hopper import _multiprocessors
 from mot_kernels._triton.launcher import launch, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.formats import ExpertWeight, Int4W4A16
-from mot_kernels.plan import TILE_ROWS
+from mot_kernels.plan import TileRange
 from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 
@@ -45,12 +45,12 @@ def launch_linear_few_rows(
     row_ids: torch.Tensor | None,
     tiles: torch.Tensor | None,
     flags: torch.Tensor | None,
-    tile_offsets: Sequence[int],
+    tile_range: TileRange | None,
     epilogue: int,
     config: TileConfig,
     places: Mapping[str, int],
 ) -> Keep:
-    """One launch for all experts; see `mot_kernels.mot_linear` for shapes.
+    """One launch for the tiles of a range; see `mot_kernels.mot_linear` for shapes.
 
     Without a plan, so without its flags, K is not cut: launches on different streams may share
     nothing else that says how far each of them has come.
@@ -70,12 +70,11 @@ def launch_linear_few_rows(
     group = 0
     if isinstance(weight, ExpertWeight) and isinstance(weight.format, Int4W4A16):
         group = weight.format.group_size
-    if row_ids is None or tiles is None:
+    if tiles is None or tile_range is None:
         num_tiles = triton.cdiv(rows, config.block_m)
     else:
-        # tile_offsets is RoutePlan.tile_offsets, flattened: 3 numbers for each tile size.
-        start, _, end = tile_offsets[3 * TILE_ROWS.index(config.block_m) :][:3]
-        tiles, num_tiles = tiles[start:end], end - start
+        tiles = tiles[tile_range.start : tile_range.end]
+        num_tiles = len(tiles)
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
     units = num_tiles * triton.cdiv(out.shape[1], block_out)

@@ -20,10 +20,10 @@ from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
 from mot_kernels.dispatch import why_not_hopper_format
 from mot_kernels.formats import ExpertWeight, Int4W4A16, QuantizedRows
-from mot_kernels.plan import TILE_ROWS
+from mot_kernels.plan import expert_tiles, tile_range
 from mot_kernels.replay import Keep
-from mot_kernels.tuning.config import TileConfig
-from mot_kernels.tuning.format_tiles import check_format_config
+from mot_kernels.tuning.config import FEW_ROWS, HOPPER_SHARED_MEMORY, TileConfig
+from mot_kernels.tuning.format_tiles import check_format_config, default_format_config
 from mot_kernels.tuning.lookup import Problem, find_config
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -67,25 +67,28 @@ def launch_linear_format(
         if no_hopper is not None:
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
         assert row_ids is not None and tiles is not None and flags is not None
-        rounds = isinstance(x, QuantizedRows)
         with _on(x.device):
-            keep = launch_linear_hopper(
-                out,
-                x.data if isinstance(x, QuantizedRows) else x,
-                weight.data if rounds else _wide_weight(weight, x.dtype, counts),
-                bias,
-                residual,
-                row_ids,
-                tiles,
-                flags,
-                tile_offsets,
-                _EPILOGUES[epilogue],
-                config,
-                FORMAT_PLACES,
-                x_scales=x.scales if isinstance(x, QuantizedRows) else None,
-                w_scales=None if isinstance(weight.format, Int4W4A16) else weight.scales,
-            )
-        return keep if rounds else None  # the weight is to be written out again
+            if isinstance(x, QuantizedRows):
+                return launch_linear_hopper(
+                    out,
+                    x.data,
+                    weight.data,
+                    bias,
+                    residual,
+                    row_ids,
+                    tiles,
+                    flags,
+                    tile_range(tile_offsets, config.block_m, len(counts)),
+                    _EPILOGUES[epilogue],
+                    config,
+                    FORMAT_PLACES,
+                    x_scales=x.scales,
+                    w_scales=weight.scales,
+                )
+            routing = (row_ids, tiles, flags, counts, tile_offsets)
+            _launch_written_out(out, x, weight, bias, residual, routing, epilogue, config)
+            return None  # the weight is to be written out each time
+    table = None if tiles is None else tile_range(tile_offsets, config.block_m, len(counts))
     if config.schedule == "few_rows":
         assert isinstance(x, torch.Tensor)  # formats that round rows have no such config
         with _on(x.device):
@@ -98,17 +101,16 @@ def launch_linear_format(
                 row_ids,
                 tiles,
                 flags,
-                tile_offsets,
+                table,
                 _EPILOGUES[epilogue],
                 config,
                 FORMAT_PLACES,
             )
-    if row_ids is None or tiles is None:
+    if tiles is None or table is None:
         num_tiles = triton.cdiv(rows, config.block_m)
     else:
-        # tile_offsets is RoutePlan.tile_offsets, flattened: 3 numbers for each tile size.
-        first, _, last = tile_offsets[3 * TILE_ROWS.index(config.block_m) :][:3]
-        tiles, num_tiles = tiles[first:last], last - first
+        tiles = tiles[table.start : table.end]
+        num_tiles = len(tiles)
     common = {
         "bias_ptr": bias,
         "residual_ptr": residual,
@@ -145,40 +147,71 @@ def launch_linear_format(
         return _launch_16bit(grid, common, out, x, weight)
 
 
-def _wide_weight(weight: ExpertWeight, dtype: torch.dtype, counts: tuple[int, ...]) -> torch.Tensor:
-    """The experts that have rows, (E, N, K) in dtype; int8 without its scales.
+def _launch_written_out(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: ExpertWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], Sequence[int]],
+    epilogue: str,
+    config: TileConfig,
+) -> None:
+    """Experts of many rows: weights are written out in 16 bits, then schedule "hopper".
 
-    What an expert without rows has is undefined: no tile asks for it.
+    Those of few rows have them read as they are, by launches of their own: writing out would cost
+    more than the product.
+    """
+    row_ids, tiles, flags, counts, offsets = routing
+    experts = len(counts)
+    many = [expert for expert, count in enumerate(counts) if count > FEW_ROWS]
+    few = [expert for expert, count in enumerate(counts) if 0 < count <= FEW_ROWS]
+    wide = _wide_weight(weight, x.dtype, many)
+    ranges = [tile_range(offsets, config.block_m, experts)]
+    if few:
+        ranges = [at for e in many for at in expert_tiles(offsets, config.block_m, e, experts)]
+    rest = (bias, residual, row_ids, tiles, flags)
+    scales = None if isinstance(weight.format, Int4W4A16) else weight.scales
+    chosen = _EPILOGUES[epilogue]
+    for at in ranges:
+        launch_linear_hopper(
+            out, x, wide, *rest, at, chosen, config, FORMAT_PLACES, w_scales=scales
+        )
+    small = default_format_config(weight.format, x.dtype, epilogue, FEW_ROWS, HOPPER_SHARED_MEMORY)
+    for expert in few:
+        for at in expert_tiles(offsets, small.block_m, expert, experts):
+            launch_linear_few_rows(out, x, weight, *rest, at, chosen, small, FORMAT_PLACES)
+
+
+def _wide_weight(weight: ExpertWeight, dtype: torch.dtype, used: Sequence[int]) -> torch.Tensor:
+    """The experts `used`, at least one, (E, N, K) in dtype; int8 without its scales.
+
+    Other experts' numbers are undefined.
     """
     _, n, k = weight.shape
     wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scales, zeros = weight.scales, weight.zero_points
     group = weight.format.group_size if isinstance(weight.format, Int4W4A16) else 0
-    used = [expert for expert, count in enumerate(counts) if count]
-    first, last = used[0], used[-1]
-    block_n, block_k = 16, 512 if group else 256
-    _dequantize_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k), last - first + 1)](
-        out_ptr=wide[first],
-        w_ptr=weight.data,
-        scales_ptr=scales if group else None,
-        zeros_ptr=zeros,
-        first_expert=first,
-        N=n,
-        K=k,
-        stride_w_e=weight.data.stride(0),
-        stride_w_n=weight.data.stride(1),
-        stride_scales_e=scales.stride(0),
-        stride_scales_n=scales.stride(1),
-        stride_scales_k=scales.stride(2) if group else 0,
-        stride_zeros_e=0 if zeros is None else zeros.stride(0),
-        stride_zeros_n=0 if zeros is None else zeros.stride(1),
-        stride_zeros_k=0 if zeros is None else zeros.stride(2),
-        GROUP=group,
-        HAS_ZEROS=zeros is not None,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
-    )
+    block_n, block_k = 16, 512
+    for expert in used:
+        _dequantize_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
+            out_ptr=wide[expert],
+            w_ptr=weight.data[expert],
+            scales_ptr=scales[expert] if group else None,
+            zeros_ptr=None if zeros is None else zeros[expert],
+            N=n,
+            K=k,
+            stride_w_n=weight.data.stride(1),
+            stride_scales_n=scales.stride(1),
+            stride_scales_k=scales.stride(2) if group else 0,
+            stride_zeros_n=0 if zeros is None else zeros.stride(1),
+            stride_zeros_k=0 if zeros is None else zeros.stride(2),
+            GROUP=group,
+            HAS_ZEROS=zeros is not None,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=4,
+        )
     return wide
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from mot_kernels._triton.launcher import launch, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
-from mot_kernels.plan import MOST_PROGRAMS, TILE_ROWS
+from mot_kernels.plan import MOST_PROGRAMS, TileRange
 from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 
@@ -47,7 +47,7 @@ def launch_linear_hopper(
     row_ids: torch.Tensor,
     tiles: torch.Tensor,
     flags: torch.Tensor,
-    tile_offsets: Sequence[int],
+    tile_range: TileRange,
     epilogue: int,
     config: TileConfig,
     places: Mapping[str, int],
@@ -55,7 +55,7 @@ def launch_linear_hopper(
     x_scales: torch.Tensor | None = None,
     w_scales: torch.Tensor | None = None,
 ) -> Keep | None:
-    """One launch for all experts; see `mot_kernels.mot_linear` for shapes.
+    """One launch for the tiles of a range; see `mot_kernels.mot_linear` for shapes.
 
     x and weight are of 16 bits, or e4m3fn, or int8. Each sum is multiplied by its row's x_scales
     (M,) and its channel's w_scales (E, N) or (E,), both float32, if they are given.
@@ -65,8 +65,7 @@ def launch_linear_hopper(
     from mot_kernels._triton.hopper import _CHUNK, _mot_linear_hopper_kernel
 
     experts, n, k = weight.shape
-    table = 3 * TILE_ROWS.index(config.block_m)
-    start, gathered, end = tile_offsets[table : table + 3]
+    start, gathered, end = tile_range
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
     num_tiles = end - start

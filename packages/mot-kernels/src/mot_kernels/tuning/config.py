@@ -10,6 +10,9 @@ import torch
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import TILE_ROWS
 
+HOPPER_SHARED_MEMORY = 227 * 1024
+"""Bytes a block may have on compute capability 9.0."""
+
 FEW_ROWS = 16
 """Up to so many rows of the largest expert, 16-bit rows get schedule "few_rows"."""
 
