@@ -90,6 +90,27 @@ def test_quantize_rows_per_token(format: Format, dtype: torch.dtype, device: tor
     assert (rows.data[4].float() == 0).all()
 
 
+@interprets_infinities
+@rounding_formats
+@scalings
+def test_quantize_rows_wide(
+    format: Format, static: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Rows that are read in pieces; the largest element may be in any, NaN too."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 9001, device=device).to(dtype)
+    for row, place in enumerate((0, 4096, 9000)):
+        x[row, place] = -50.0
+    plan = RoutePlan.from_labels(torch.tensor([1, 0, 0, 1], device=device), 2)
+    scale = torch.tensor([0.1, 0.2], device=device) if static else None
+    assert_same_bits(
+        quantize_rows(x, format, plan, activation_scale=scale), on_cpu(x, format, plan, scale)
+    )
+    x[2, 5000] = float("nan")
+    if not static:
+        assert quantize_rows(x, format).scales.isnan().tolist() == [False, False, True, False]
+
+
 @rounding_formats
 def test_quantize_rows_static_saturates(format: Format, device: torch.device) -> None:
     x = torch.tensor([[1.0, -0.25, 1e6, -1e6], [3.0, 0.0, 2.0, -2.0]], device=device)

@@ -17,8 +17,9 @@ from mot_kernels.plan import TileRange
 from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 
-# So many programs a multiprocessor run at once: tiles leave shared memory and registers for them.
-_RESIDENT = 3
+# So many programs a multiprocessor are to run at once; tiles leave shared memory and registers for
+# them. Of 4-bit weights, which take instructions, one more is worth its sums.
+_RESIDENT, _RESIDENT_4_BITS = 2, 3
 # A part has so many steps of K at least: what it reads is then more than the sums it leaves.
 _LEAST_STEPS = 2
 _MOST_PARTS = 16
@@ -81,7 +82,8 @@ def launch_linear_few_rows(
     multiprocessors = _multiprocessors(x.device) if x.is_cuda else _MULTIPROCESSORS
     most_units = 0 if flags is None else len(flags)
     steps = triton.cdiv(k, config.block_k)
-    parts = cut(units, steps, _RESIDENT * multiprocessors, most_units)
+    resident = _RESIDENT_4_BITS if group else _RESIDENT
+    parts = cut(units, steps, resident * multiprocessors, most_units)
     partials = None
     if parts > 1:
         shape = units, parts, config.block_m, config.block_n

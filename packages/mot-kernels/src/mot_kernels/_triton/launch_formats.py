@@ -26,6 +26,9 @@ from mot_kernels.tuning.config import FEW_ROWS, HOPPER_SHARED_MEMORY, TileConfig
 from mot_kernels.tuning.format_tiles import check_format_config, default_format_config
 from mot_kernels.tuning.lookup import Problem, find_config
 
+# Elements of a row that is rounded in one go: of a wider one few programs would fit side by side.
+_WIDEST_ROW = 4096
+
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -299,7 +302,7 @@ def launch_quantize_rows(
     rows, k = x.shape
     if rows == 0:
         return None
-    block = triton.next_power_of_2(max(k, 1))
+    block = min(triton.next_power_of_2(max(k, 1)), _WIDEST_ROW)
     units = dispatch.has_fp8_units(x.device)
     with _on(x.device):
         return launch(
@@ -320,6 +323,7 @@ def launch_quantize_rows(
             HAS_STATIC=activation_scale is not None,
             HAS_PLAN=expert_ids is not None,
             UNITS=units,
+            FITS=k <= block,
             BLOCK_K=block,
             # 16 bytes a thread of a 16-bit row: 8 elements, 256 a warp.
             num_warps=min(max(block // 512, 1), 16),

@@ -21,11 +21,15 @@ _LEAST_SCALE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def _row_scale(y, KIND: tl.constexpr):
-    """The scale of one row, fp32: its largest magnitude over 448 or 127, never 0."""
-    # The magnitudes as integers: in the same order, and NaN, which a maximum of floats would drop,
-    # is the largest.
-    bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def _magnitude_bits(y):
+    """Magnitudes as integers: in the same order, and NaN, which a maximum of floats would drop,
+    is the largest."""
+    return y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _row_scale(bits, KIND: tl.constexpr):
+    """The scale of a row, fp32: its largest magnitude over 448 or 127, never 0."""
     amax = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
     if KIND == _E4M3:
         scale = tl.div_rn(amax, 448.0)
@@ -90,7 +94,7 @@ def _store_quantized_row(
     if HAS_STATIC:
         scale = tl.load(static_ptr)
     else:
-        scale = _row_scale(y, KIND)
+        scale = _row_scale(_magnitude_bits(y), KIND)
     tl.store(scales_ptr, scale)
     tl.store(data_ptr + offs, _round(y, scale, KIND, UNITS), mask=mask)
 
@@ -111,24 +115,41 @@ def _quantize_rows_kernel(
     HAS_STATIC: tl.constexpr,
     HAS_PLAN: tl.constexpr,
     UNITS: tl.constexpr,
+    FITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid: (M,); one row each, read once."""
+    """Grid: (M,); one row each, read once if it fits BLOCK_K, else twice: then from the cache."""
     row = tl.program_id(0).to(tl.int64)
     if HAS_STATIC and HAS_PLAN:
         static_ptr += tl.load(expert_ids_ptr + row).to(tl.int64) * stride_static_e
     offs = tl.arange(0, BLOCK_K)
-    mask = offs < K
     x_ptrs = x_ptr + row * stride_x_m + offs.to(tl.int64) * stride_x_k
-    y = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    _store_quantized_row(
-        data_ptr + row * stride_data_m,
-        scales_ptr + row,
-        static_ptr,
-        y,
-        offs,
-        mask,
-        KIND,
-        HAS_STATIC,
-        UNITS,
-    )
+    data_ptr += row * stride_data_m
+    if FITS:
+        mask = offs < K
+        y = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        _store_quantized_row(
+            data_ptr,
+            scales_ptr + row,
+            static_ptr,
+            y,
+            offs,
+            mask,
+            KIND,
+            HAS_STATIC,
+            UNITS,
+        )
+    else:
+        if HAS_STATIC:
+            scale = tl.load(static_ptr)
+        else:
+            bits = tl.zeros((BLOCK_K,), tl.int32)
+            for k in range(0, K, BLOCK_K):
+                y = tl.load(x_ptrs + k * stride_x_k, mask=offs < K - k, other=0.0)
+                bits = tl.maximum(bits, _magnitude_bits(y.to(tl.float32)))
+            scale = _row_scale(bits, KIND)
+        tl.store(scales_ptr + row, scale)
+        for k in range(0, K, BLOCK_K):
+            mask = offs < K - k
+            y = tl.load(x_ptrs + k * stride_x_k, mask=mask, other=0.0).to(tl.float32)
+            tl.store(data_ptr + k + offs, _round(y, scale, KIND, UNITS), mask=mask)

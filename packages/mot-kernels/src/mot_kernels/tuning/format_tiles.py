@@ -125,10 +125,10 @@ def default_format_config(
         height = 64 if rows > 32 else 16
         candidates = [TileConfig(height, 64, 32, 8, 4, stages) for stages in (3, 2, 1)]
     elif rows <= FEW_ROWS and not narrow:
-        depth = min(128, most)
+        # 16 KB of int8, or 4 KB of INT4, a stage: measured, see docs/log.md, 2026-11-25.
         candidates = [
-            TileConfig(16, 64, depth, 1, 4, stages, "few_rows")
-            for stages in ((6, 4, 3) if depth == 128 else (8, 4))
+            TileConfig(16, 64, min(depth, most), 1, 4, stages, "few_rows")
+            for depth, stages in ((256, 4), (128, 4), (128, 3))
         ]
     elif rows <= 64:
         height = 16 if rows <= 16 else 32 if rows <= 32 else 64
