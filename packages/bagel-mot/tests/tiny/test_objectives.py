@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 import torch
+from conftest import SMALL
 from torch import Tensor
 
 from bagel_mot.config import BagelConfig
@@ -16,13 +17,15 @@ from bagel_mot.denoising import Denoising
 from bagel_mot.images import patchify, resize, to_tensor
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.embeddings import rope_table
+from bagel_mot.parallel import ParallelConfig, start
+from bagel_mot.pipeline import build_model
 from bagel_mot.sampling import ImageJob, ImageSettings
 from bagel_mot.tiny.drawing import SceneArrays, draw, draw_image
 from bagel_mot.tiny.language import draw_painting
 from bagel_mot.tiny.objectives import Objectives
 from bagel_mot.tiny.packing import plan_for, run_together
 from bagel_mot.tiny.pool import Pool, make_pools
-from bagel_mot.tiny.weights import leaves
+from bagel_mot.tiny.weights import initialise, leaves
 from bagel_mot.tokenizer import BagelTokenizer
 
 SIZE = (64, 96)  # not square: rows and columns cannot be mixed up unseen
@@ -238,3 +241,25 @@ def test_gradient_of_both_experts(
                 for name, leaf in stacks.items():
                     leaf.add_(moves[name], alpha=-sign * step)
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02, abs=1e-3)
+
+
+def test_losses_in_bfloat16(folder: Path, tokenizer: BagelTokenizer, pools: dict[str, Pool]) -> None:
+    """What trains on a GPU computes what float32 does, up to rounding, gradients included."""
+    start(ParallelConfig(), "cpu")
+    losses, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = build_model(SMALL.config(folder), device=torch.device("cpu"), dtype=dtype)
+        model.vae.float()
+        initialise(model, 0)
+        with torch.no_grad():  # zero would stop gradients
+            model.llm2vae.weight.copy_(torch.randn(model.llm2vae.weight.shape) * 0.1)
+        learning = leaves(model)
+        objectives = Objectives(model, tokenizer)
+        found = objectives.losses(pools, torch.Generator().manual_seed(0))
+        torch.stack(list(found.values())).sum().backward()
+        losses.append(torch.stack(list(found.values())).detach())
+        assert all(leaf.dtype is dtype for leaf in learning.values())
+        gradients.append(torch.cat([leaf.grad.float().flatten() for leaf in learning.values()]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99

@@ -261,3 +261,20 @@ def test_recipe_fits_into_the_wheel(tmp_path: Path) -> None:
         torch.Size(target.shape).numel() for target in checkpoint.model_targets(config).values()
     )
     assert 2 * weights < 23.8e6
+
+
+def test_leaves_in_16_bits_learn_what_16_bits_cannot_tell(tmp_path: Path) -> None:
+    """Each step moves the leaf by less than bfloat16 resolves; together they count."""
+    leaf = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        return {"all": leaf.float().sum()}
+
+    schedule = Schedule(40, 1e-3, warmup=1, cooldown=0.0)
+    stage = Stage("model", {"leaf": leaf}, loss, schedule, tmp_path)
+    assert stage.run()
+    assert leaf.tolist() == torch.tensor([0.96]).bfloat16().tolist() * 4
+    assert stage.average["leaf"].dtype is torch.float32
+    other = torch.zeros(4, dtype=torch.bfloat16, requires_grad=True)
+    resumed = Stage("model", {"leaf": other}, loss, schedule, tmp_path)
+    assert resumed.done and torch.equal(other, leaf)

@@ -46,6 +46,9 @@ Loss = Callable[[int], Mapping[str, Tensor]]
 class Stage:
     """Trains some tensors until its schedule's end, or until time is up.
 
+    What a leaf learns is smaller than bfloat16 can tell: leaves in 16 bits have a master each, in
+    float32, which the optimiser changes and the leaf follows.
+
     Args:
         name: of the stage; its state is `NAME.pt` in `folder`.
         leaves: what learns, by name.
@@ -73,8 +76,14 @@ class Stage:
         self._log = folder / "log.jsonl"
         self._state = folder / f"{name}.pt"
         self._log_every, self._save_every = log_every, save_every
-        self.average = {key: leaf.detach().clone() for key, leaf in leaves.items()}
-        tensors = list(leaves.values())
+        self._masters = {
+            key: leaf if leaf.dtype is torch.float32 else leaf.detach().float()
+            for key, leaf in leaves.items()
+        }
+        pairs = [(leaf, self._masters[key]) for key, leaf in leaves.items()]
+        self._followers = [(leaf, master) for leaf, master in pairs if master is not leaf]
+        self.average = {key: each.detach().clone() for key, each in self._masters.items()}
+        tensors = list(self._masters.values())
         self._optimizer = torch.optim.Adam(
             tensors, lr=schedule.rate, betas=(0.9, 0.95), fused=tensors[0].is_cuda
         )
@@ -92,7 +101,7 @@ class Stage:
         Returns:
             Whether the stage is done.
         """
-        tensors = list(self.leaves.values())
+        tensors = list(self._masters.values())
         averages = list(self.average.values())
         sums: dict[str, Tensor] = {}
         began = time.monotonic()
@@ -103,9 +112,11 @@ class Stage:
                 group["lr"] = rate
             losses = self._loss(self.step)
             torch.stack(list(losses.values())).sum().backward()
+            self._take_gradients()
             norm = torch.nn.utils.clip_grad_norm_(tensors, self.schedule.clip)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
+            self._follow_masters()
             # Early on the average must not hold on to the start values.
             keep = min(self.schedule.average, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
@@ -130,13 +141,25 @@ class Stage:
         self.save()
         return self.done
 
+    def _take_gradients(self) -> None:
+        """Hand the gradients of leaves in 16 bits to their masters."""
+        for leaf, master in self._followers:
+            if leaf.grad is not None:
+                master.grad, leaf.grad = leaf.grad.float(), None
+
+    @torch.no_grad()
+    def _follow_masters(self) -> None:
+        if self._followers:
+            leaves, masters = zip(*self._followers, strict=True)
+            torch._foreach_copy_(leaves, masters)
+
     def save(self) -> None:
         """Write the state beside the old one, then rename: it is whole or the old one."""
         self._state.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._state.with_suffix(".tmp")
         state = {
             "step": self.step,
-            "leaves": {key: leaf.detach() for key, leaf in self.leaves.items()},
+            "leaves": {key: master.detach() for key, master in self._masters.items()},
             "average": self.average,
             "optimizer": self._optimizer.state_dict(),
         }
@@ -149,9 +172,10 @@ class Stage:
         state = torch.load(self._state, map_location=device, weights_only=True)
         if state["leaves"].keys() != self.leaves.keys():
             raise ValueError(f"{self._state} holds other tensors than this model has")
-        for key, leaf in self.leaves.items():
-            leaf.copy_(state["leaves"][key])
+        for key, master in self._masters.items():
+            master.copy_(state["leaves"][key])
             self.average[key].copy_(state["average"][key])
+        self._follow_masters()
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 

@@ -99,7 +99,9 @@ def train(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    model = build_model(plan.recipe.config(place), device=device, dtype=torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = build_model(plan.recipe.config(place), device=device, dtype=dtype)
+    model.vae.to(torch.float32, memory_format=torch.channels_last)
     initialise(model, plan.seed)
     objectives = Objectives(model, tokenizer)
 
