@@ -26,6 +26,23 @@ def test_strips(shape: tuple[int, ...], mean: float) -> None:
     checks.close("whole", norm.silu(x), want, 1e-4 if mean else 5e-6)
 
 
+@pytest.mark.parametrize("silu", [False, True])
+def test_for_training(silu: bool) -> None:
+    """What GPUs train with has the values and gradients of what CPUs do."""
+    norm, x = checks.make(checks.SHAPES[1], 0.0, CPU)
+    norm.requires_grad_(True)
+    upstream = torch.randn(x.shape)
+    found = []
+    for train in (norm.silu if silu else norm, lambda x: norm._for_training(x, silu=silu)):
+        norm.zero_grad()
+        leaf = x.detach().clone().requires_grad_(True)
+        y = train(leaf)
+        y.backward(upstream)
+        found.append((y.detach(), leaf.grad, norm.weight.grad, norm.bias.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["interpret", "compile"])
 def test_kernels_without_a_gpu(how: str) -> None:
     """A program of its own: what Triton runs on is decided when it is imported."""

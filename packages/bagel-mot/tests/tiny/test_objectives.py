@@ -243,7 +243,9 @@ def test_gradient_of_both_experts(
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02, abs=1e-3)
 
 
-def test_losses_in_bfloat16(folder: Path, tokenizer: BagelTokenizer, pools: dict[str, Pool]) -> None:
+def test_losses_in_bfloat16(
+    folder: Path, tokenizer: BagelTokenizer, pools: dict[str, Pool]
+) -> None:
     """What trains on a GPU computes what float32 does, up to rounding, gradients included."""
     start(ParallelConfig(), "cpu")
     losses, gradients = [], []

@@ -39,6 +39,9 @@ def train_tiny(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that draw samples. Default: the cores.")
     ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="Replay steps on a GPU instead of launching their kernels.")
+    ] = True,
     device: Annotated[
         str | None, typer.Option(help="E.g. cuda:0 or cpu. Default: a GPU if there is one.")
     ] = None,
@@ -66,6 +69,7 @@ def train_tiny(
             device=place,
             start_from=start_from,
             deadline=float("inf") if minutes is None else began + 60 * minutes,
+            cuda_graphs=cuda_graphs,
             workers=(os.cpu_count() or 1) if workers is None else workers,
             say=lambda line: console.print(line, markup=False, highlight=False),
         )

@@ -6,12 +6,15 @@ and resumed ends with the very weights of one that was not (on one device; GPUs 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +42,57 @@ class Schedule:
         return self.rate * min((step + 1) / self.warmup, left, 1.0)
 
 
-Loss = Callable[[int], Mapping[str, Tensor]]
-"""Step number -> named losses; their sum is what is minimised."""
+@dataclass(frozen=True)
+class Loss:
+    """What a stage minimises.
+
+    Attributes:
+        choose: step number -> its kind, one of a few; seeds `generator`, so that all of a step
+            follows from its number.
+        compute: kind -> named losses, whose sum is minimised. Steps of a kind launch the same work
+            on the same tensors, and nothing waits for the device.
+        generator: where `compute` gets its random numbers, all of them.
+    """
+
+    choose: Callable[[int], int]
+    compute: Callable[[int], Mapping[str, Tensor]]
+    generator: torch.Generator
+
+
+class Replays:
+    """CUDA graphs of steps, one for each kind.
+
+    Args:
+        generator: of all random numbers in a step; a replay takes those that follow its seed.
+
+    Attributes:
+        stream: where all steps must run.
+    """
+
+    _WARM = 2  # steps of a kind that run as they are: they compile, choose algorithms, allocate
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.stream = torch.cuda.Stream(generator.device)
+        self._generator = generator
+        self._pool = torch.cuda.graph_pool_handle()
+        self._done: Counter[int] = Counter()
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+
+    def run(self, kind: int, update: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`update()`, from a graph as soon as there is one; what it returns is valid until the
+        next step of the kind."""
+        self._done[kind] += 1
+        if self._done[kind] <= self._WARM:
+            return update()
+        if kind not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self._generator)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+                found = update()
+            self._graphs[kind] = graph, found
+        graph, found = self._graphs[kind]
+        graph.replay()
+        return found
 
 
 class Stage:
@@ -55,6 +107,8 @@ class Stage:
         loss: see `Loss`.
         log: JSON lines go there: step, rate, losses (means since the last line), seconds.
         log_every, save_every: steps.
+        cuda_graphs: on a GPU, capture the third step of each kind in a CUDA graph and replay it
+            from then on: thousands of small kernels would wait for Python.
     """
 
     def __init__(
@@ -67,6 +121,7 @@ class Stage:
         *,
         log_every: int = 50,
         save_every: int = 1000,
+        cuda_graphs: bool = True,
     ) -> None:
         self.name = name
         self.leaves = leaves
@@ -84,9 +139,14 @@ class Stage:
         self._followers = [(leaf, master) for leaf, master in pairs if master is not leaf]
         self.average = {key: each.detach().clone() for key, each in self._masters.items()}
         tensors = list(self._masters.values())
-        self._optimizer = torch.optim.Adam(
-            tensors, lr=schedule.rate, betas=(0.9, 0.95), fused=tensors[0].is_cuda
-        )
+        device = tensors[0].device
+        on_gpu = device.type == "cuda"
+        # What a graph reads anew each time has to be in a tensor: also the rate.
+        rate: Any = torch.tensor(schedule.rate, device=device) if on_gpu else schedule.rate
+        self._options = {"fused": on_gpu, "capturable": on_gpu}
+        self._optimizer = torch.optim.Adam(tensors, lr=rate, betas=(0.9, 0.95), **self._options)
+        self._blend = torch.zeros((), device=device)
+        self._replays = Replays(loss.generator) if on_gpu and cuda_graphs else None
         if self._state.is_file():
             self._resume()
 
@@ -101,28 +161,25 @@ class Stage:
         Returns:
             Whether the stage is done.
         """
-        tensors = list(self._masters.values())
-        averages = list(self.average.values())
+        stream = None if self._replays is None else self._replays.stream
+        with torch.cuda.stream(stream):  # no stream, no effect
+            return self._run(deadline)
+
+    def _run(self, deadline: float) -> bool:
         sums: dict[str, Tensor] = {}
         began = time.monotonic()
         counted = 0
         while not self.done and time.monotonic() < deadline:
             rate = self.schedule.rate_at(self.step)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            losses = self._loss(self.step)
-            torch.stack(list(losses.values())).sum().backward()
-            self._take_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(tensors, self.schedule.clip)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
-            self._follow_masters()
+            self._set_rate(rate)
             # Early on the average must not hold on to the start values.
             keep = min(self.schedule.average, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, tensors, 1 - keep)
-            for key, value in {**losses, "gradient": norm}.items():
-                sums[key] = sums.get(key, 0) + value.detach()
+            self._blend.fill_(1 - keep)
+            kind = self._loss.choose(self.step)
+            update = functools.partial(self._update, kind)
+            found = update() if self._replays is None else self._replays.run(kind, update)
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0) + value
             self.step += 1
             counted += 1
             if counted == self._log_every or self.done:
@@ -140,6 +197,29 @@ class Stage:
                 self.save()
         self.save()
         return self.done
+
+    def _update(self, kind: int) -> dict[str, Tensor]:
+        """A step: losses, gradients, weights and their average. Nothing waits for the device."""
+        tensors, averages = list(self._masters.values()), list(self.average.values())
+        losses = self._loss.compute(kind)
+        torch.stack(list(losses.values())).sum().backward()
+        self._take_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(tensors, self.schedule.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._follow_masters()
+        with torch.no_grad():
+            moves = torch._foreach_sub(tensors, averages)
+            torch._foreach_mul_(moves, self._blend)
+            torch._foreach_add_(averages, moves)
+        return {key: value.detach() for key, value in {**losses, "gradient": norm}.items()}
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _take_gradients(self) -> None:
         """Hand the gradients of leaves in 16 bits to their masters."""
@@ -176,7 +256,11 @@ class Stage:
             master.copy_(state["leaves"][key])
             self.average[key].copy_(state["average"][key])
         self._follow_masters()
+        rates = [group["lr"] for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        # The state may come from another device: it says how far Adam is, not how Adam runs.
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group.update(self._options, lr=rate)
         self.step = state["step"]
 
     def _write_line(

@@ -27,7 +27,7 @@ from bagel_mot.tiny.objectives import Objectives
 from bagel_mot.tiny.pool import TASKS, Pool, make_pools
 from bagel_mot.tiny.recipe import Recipe
 from bagel_mot.tiny.scenes import SIZES
-from bagel_mot.tiny.trainer import Schedule, Stage
+from bagel_mot.tiny.trainer import Loss, Schedule, Stage
 from bagel_mot.tiny.vocabulary import write_tokenizer
 from bagel_mot.tiny.weights import initialise, leaves, save_checkpoint, vae_leaves
 from bagel_mot.tokenizer import BagelTokenizer
@@ -69,6 +69,7 @@ def train(
     start_from: Path | None = None,
     deadline: float = float("inf"),
     workers: int = 0,
+    cuda_graphs: bool = True,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Train, or go on training, until the plan is done or time is up.
@@ -78,6 +79,7 @@ def train(
             the run is resumed.
         deadline: when to stop, as `time.monotonic()` counts.
         workers: processes that draw the samples; 0 draws them in this one.
+        cuda_graphs: see `trainer.Stage`.
         say: told in a line what goes on.
 
     Returns:
@@ -107,11 +109,12 @@ def train(
 
     if start_from is not None:
         _load(model, start_from)
-    elif not _train_vae(objectives, plan, pools, folder, deadline, say):
+    elif not _train_vae(objectives, plan, pools, folder, deadline, cuda_graphs, say):
         return False
     model.vae.requires_grad_(False)
 
-    stage = Stage("model", leaves(model), _loss(objectives, plan, pools), plan.model, folder)
+    loss = _loss(objectives, plan, pools)
+    stage = Stage("model", leaves(model), loss, plan.model, folder, cuda_graphs=cuda_graphs)
     say(f"model: step {stage.step} of {plan.model.steps}")
     done = stage.run(deadline)
     save_checkpoint(model, place, stage.average)
@@ -126,11 +129,13 @@ def _train_vae(
     pools: dict[str, list[Pool]],
     folder: Path,
     deadline: float,
+    cuda_graphs: bool,
     say: Callable[[str], None],
 ) -> bool:
     """The first stage; leaves the VAE with its average weights. Returns whether it is done."""
     loss = _vae_loss(objectives, plan, pools)
-    stage = Stage("vae", vae_leaves(objectives.model), loss, plan.vae, folder)
+    learning = vae_leaves(objectives.model)
+    stage = Stage("vae", learning, loss, plan.vae, folder, cuda_graphs=cuda_graphs)
     say(f"VAE: step {stage.step} of {plan.vae.steps}")
     if not stage.run(deadline):
         say(f"time is up at step {stage.step} of the VAE; the same command goes on")
@@ -169,14 +174,18 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None) -> None:
     file.write_text(json.dumps(identity, indent=1) + "\n")
 
 
-def _vae_loss(
-    objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]
-) -> Callable[[int], dict[str, Tensor]]:
+def _vae_loss(objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]) -> Loss:
+    """Each step has pictures of one pool."""
     channels = objectives.model.config.vae.z_channels
+    generator = torch.Generator(objectives.model.device)
+    several = pools["paint"] + pools["edit"]
 
-    def loss(step: int) -> dict[str, Tensor]:
-        generator = _generator(plan.seed, "vae", step, objectives.model.device)
-        pool = Random(f"{plan.seed}/vae/{step}").choice(pools["paint"] + pools["edit"])
+    def choose(step: int) -> int:
+        _seed(generator, plan.seed, "vae", step)
+        return Random(f"{plan.seed}/vae/{step}").randrange(len(several))
+
+    def compute(kind: int) -> dict[str, Tensor]:
+        pool = several[kind]
         height, width = pool.size
         batch = max(plan.pixels // (height * width), 1)
         index = _index(len(pool), batch, generator)
@@ -184,26 +193,24 @@ def _vae_loss(
         noise = torch.randn(shape, generator=generator, device=generator.device)
         return objectives.reconstruct(pool.scenes.select(index), pool.size, noise)
 
-    return loss
+    return Loss(choose, compute, generator)
 
 
-def _loss(
-    objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]
-) -> Callable[[int], dict[str, Tensor]]:
+def _loss(objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]) -> Loss:
     """Each step has a batch of every task, all with pictures of one size."""
     batches = {
         task: [max(rows // _rows_of(objectives, task, pool), 1) for pool in pools[task]]
         for task, rows in zip(TASKS, plan.rows, strict=True)
     }
+    generator = torch.Generator(objectives.model.device)
 
-    def loss(step: int) -> dict[str, Tensor]:
-        generator = _generator(plan.seed, "model", step, objectives.model.device)
-        random = Random(f"{plan.seed}/model/{step}")
-        number = random.randrange(len(plan.sizes))
+    def choose(step: int) -> int:
+        _seed(generator, plan.seed, "model", step)
+        return Random(f"{plan.seed}/model/{step}").randrange(len(plan.sizes))
+
+    def compute(kind: int) -> dict[str, Tensor]:
         samples = {
-            task: several[number].select(
-                _index(len(several[number]), batches[task][number], generator)
-            )
+            task: several[kind].select(_index(len(several[kind]), batches[task][kind], generator))
             for task, several in pools.items()
         }
         losses = objectives.losses(samples, generator)
@@ -211,7 +218,7 @@ def _loss(
             task: weight * losses[task] for task, weight in zip(TASKS, plan.weights, strict=True)
         }
 
-    return loss
+    return Loss(choose, compute, generator)
 
 
 def _rows_of(objectives: Objectives, task: str, pool: Pool) -> int:
@@ -219,9 +226,8 @@ def _rows_of(objectives: Objectives, task: str, pool: Pool) -> int:
     return objectives.packing(task, pool.select(torch.arange(1))).rows
 
 
-def _generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
-    own = Random(f"{seed}/{stage}/{step}/noise").getrandbits(62)
-    return torch.Generator(device).manual_seed(own)
+def _seed(generator: torch.Generator, seed: int, stage: str, step: int) -> None:
+    generator.manual_seed(Random(f"{seed}/{stage}/{step}/noise").getrandbits(62))
 
 
 def _index(length: int, count: int, generator: torch.Generator) -> Tensor:
