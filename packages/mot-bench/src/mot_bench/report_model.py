@@ -103,7 +103,7 @@ def _opening(
         "result file": f"`{path.name}`",
     }
     parts = [
-        f"## {title}",
+        f"## {title}" + ("" if model.quantization == "none" else f", {model.quantization}"),
         table(["", ""], [[key, value] for key, value in facts.items()]),
         f"Repeat it with:\n\n```\n{results.command}\n```",
     ]
