@@ -60,24 +60,23 @@ def make_weight(
 # --- writing out
 
 
-@pytest.mark.parametrize("used", [(0, 1), (1,), (0,)], ids=str)
 @pytest.mark.parametrize("format", WIDE, ids=str)
-def test_wide_weight(format: Format, used: tuple[int, ...], device: torch.device) -> None:
-    """The experts that are asked for, exactly; int8 without its scales."""
-    from mot_kernels._triton.launch_formats import _wide_weight
+def test_write_out(format: Format, device: torch.device) -> None:
+    """Exactly; int8 without its scales."""
+    from mot_kernels._triton.launch_formats import _write_out
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     if choose_path(device, dtype).path.value != "triton":
         pytest.skip("needs Triton's kernels: set TRITON_INTERPRET=1 or use a CUDA machine")
     torch.manual_seed(0)
     weight = make_weight(format, 37, 384, device)
-    wide = _wide_weight(weight, dtype, used)
     wanted = dequantize(weight)
     if isinstance(format, Int8W8A16):
         wanted = weight.data.float()
-    assert wide.shape == weight.shape
-    for expert in used:
-        assert torch.equal(wide[expert], wanted[expert].to(dtype))
+    for expert in range(2):
+        wide = poisoned((37, 384), dtype, device)
+        _write_out(wide, weight, expert)
+        assert torch.equal(wide, wanted[expert].to(dtype))
 
 
 # --- when it may run

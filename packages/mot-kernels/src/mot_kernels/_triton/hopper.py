@@ -160,12 +160,13 @@ def _gather_residual(
 
 @gluon.jit
 def _loading_warps(
-    ring, wide_ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows, N_OUT,
+    ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
     EPILOGUE: gl.constexpr, HAS_GATHERED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring, unit after unit."""
     x_ring, w_ring, full, empty = ring
     x_desc, x_ptr, stride_x_m = x
+    w_desc, w_rows, first_expert = weight
     residual_desc, residual_ptr, stride_residual_m = residual
     num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = x_ring.shape[0]
@@ -185,7 +186,7 @@ def _loading_warps(
         tile_ptr = tiles_ptr + tile * 4
         first = gl.load(tile_ptr + 3)
         column = block_n * OUT
-        w_row = gl.load(tile_ptr) * w_rows + column
+        w_row = (gl.load(tile_ptr) - first_expert) * w_rows + column
         if first >= 0:
             for k in range(first_step * BLOCK_K, last_step * BLOCK_K, BLOCK_K):
                 stage = step % STAGES
@@ -303,13 +304,13 @@ def _computing_group(
                 step += 1
 
 
-@gluon.jit(do_not_specialize=("num_tiles", "num_whole", "parts", "group_m"))
+@gluon.jit(do_not_specialize=("num_tiles", "num_whole", "parts", "group_m", "first_expert"))
 def _mot_linear_hopper_kernel(
     out_ptr,  # (M, N_OUT) output
     x_desc,  # (M, K) 16 bits, e4m3fn or int8
     x_ptr,
     x_scales_ptr,  # (M,) fp32, for 8 bits, or unused
-    w_desc,  # (E * N, K) as x
+    w_desc,  # (experts * N, K) as x, from first_expert on
     w_scales_ptr,  # (E, N) or (E,) by strides, fp32, or unused
     bias_ptr,  # (E, N) or unused
     residual_desc,  # (M, N_OUT) or unused
@@ -323,6 +324,7 @@ def _mot_linear_hopper_kernel(
     parts,  # of each unit that is cut along K: the last ones, from num_whole on
     group_m,  # row tiles that walk the columns together
     w_rows,  # N
+    first_expert,
     N_OUT,
     K,
     stride_out_m,
@@ -374,6 +376,7 @@ def _mot_linear_hopper_kernel(
     work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, parts, K // BLOCK_K, group_m)
     ring = (x_ring, w_ring, full, empty)
     x = (x_desc, x_ptr, stride_x_m)
+    weight = (w_desc, w_rows, first_expert)
     out = (out_ptr, stride_out_m)
     bias = (bias_ptr, stride_bias_e)
     scales = (x_scales_ptr, w_scales_ptr, stride_w_scales_e, stride_w_scales_n)
@@ -398,8 +401,8 @@ def _mot_linear_hopper_kernel(
             (
                 _loading_warps,
                 (
-                    ring, wide_ring, x, w_desc, residual, row_ids_ptr, tiles_ptr, work, w_rows,
-                    N_OUT, EPILOGUE, HAS_GATHERED, LOADING_WARPS,
+                    ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
+                    EPILOGUE, HAS_GATHERED, LOADING_WARPS,
                 ),
             ),
         ],

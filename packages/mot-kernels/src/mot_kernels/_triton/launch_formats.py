@@ -166,56 +166,61 @@ def _launch_written_out(
     more than the product.
     """
     row_ids, tiles, flags, counts, offsets = routing
-    experts = len(counts)
-    many = [expert for expert, count in enumerate(counts) if count > FEW_ROWS]
-    few = [expert for expert, count in enumerate(counts) if 0 < count <= FEW_ROWS]
-    wide = _wide_weight(weight, x.dtype, many)
-    ranges = [tile_range(offsets, config.block_m, experts)]
-    if few:
-        ranges = [at for e in many for at in expert_tiles(offsets, config.block_m, e, experts)]
     rest = (bias, residual, row_ids, tiles, flags)
-    scales = None if isinstance(weight.format, Int4W4A16) else weight.scales
     chosen = _EPILOGUES[epilogue]
-    for at in ranges:
-        launch_linear_hopper(
-            out, x, wide, *rest, at, chosen, config, FORMAT_PLACES, w_scales=scales
-        )
-    small = default_format_config(weight.format, x.dtype, epilogue, FEW_ROWS, HOPPER_SHARED_MEMORY)
-    for expert in few:
-        for at in expert_tiles(offsets, small.block_m, expert, experts):
-            launch_linear_few_rows(out, x, weight, *rest, at, chosen, small, FORMAT_PLACES)
-
-
-def _wide_weight(weight: ExpertWeight, dtype: torch.dtype, used: Sequence[int]) -> torch.Tensor:
-    """The experts `used`, at least one, (E, N, K) in dtype; int8 without its scales.
-
-    Other experts' numbers are undefined.
-    """
     _, n, k = weight.shape
-    wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    small = default_format_config(weight.format, x.dtype, epilogue, FEW_ROWS, HOPPER_SHARED_MEMORY)
+    scales = None if isinstance(weight.format, Int4W4A16) else weight.scales
+    wide: torch.Tensor | None = None  # one expert's, then the next one's
+    for expert, count in enumerate(counts):
+        is_small = count <= FEW_ROWS
+        if count and not is_small:
+            wide = x.new_empty(1, n, k) if wide is None else wide
+            _write_out(wide[0], weight, expert)
+        block_m = small.block_m if is_small else config.block_m
+        for at in expert_tiles(offsets, block_m, expert, len(counts)):
+            if is_small:
+                launch_linear_few_rows(out, x, weight, *rest, at, chosen, small, FORMAT_PLACES)
+                continue
+            assert wide is not None
+            launch_linear_hopper(
+                out,
+                x,
+                wide,
+                *rest,
+                at,
+                chosen,
+                config,
+                FORMAT_PLACES,
+                w_scales=scales,
+                first_expert=expert,
+            )
+
+
+def _write_out(wide: torch.Tensor, weight: ExpertWeight, expert: int) -> None:
+    """One expert's weight into wide (N, K), 16 bits, contiguous; int8 without its scales."""
     scales, zeros = weight.scales, weight.zero_points
     group = weight.format.group_size if isinstance(weight.format, Int4W4A16) else 0
+    n, k = wide.shape
     block_n, block_k = 16, 512
-    for expert in used:
-        _dequantize_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
-            out_ptr=wide[expert],
-            w_ptr=weight.data[expert],
-            scales_ptr=scales[expert] if group else None,
-            zeros_ptr=None if zeros is None else zeros[expert],
-            N=n,
-            K=k,
-            stride_w_n=weight.data.stride(1),
-            stride_scales_n=scales.stride(1),
-            stride_scales_k=scales.stride(2) if group else 0,
-            stride_zeros_n=0 if zeros is None else zeros.stride(1),
-            stride_zeros_k=0 if zeros is None else zeros.stride(2),
-            GROUP=group,
-            HAS_ZEROS=zeros is not None,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=4,
-        )
-    return wide
+    _dequantize_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
+        out_ptr=wide,
+        w_ptr=weight.data[expert],
+        scales_ptr=scales[expert] if group else None,
+        zeros_ptr=None if zeros is None else zeros[expert],
+        N=n,
+        K=k,
+        stride_w_n=weight.data.stride(1),
+        stride_scales_n=scales.stride(1),
+        stride_scales_k=scales.stride(2) if group else 0,
+        stride_zeros_n=0 if zeros is None else zeros.stride(1),
+        stride_zeros_k=0 if zeros is None else zeros.stride(2),
+        GROUP=group,
+        HAS_ZEROS=zeros is not None,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
 
 
 def _launch_8bit(

@@ -54,11 +54,13 @@ def launch_linear_hopper(
     *,
     x_scales: torch.Tensor | None = None,
     w_scales: torch.Tensor | None = None,
+    first_expert: int = 0,
 ) -> Keep | None:
     """One launch for the tiles of a range; see `mot_kernels.mot_linear` for shapes.
 
     x and weight are of 16 bits, or e4m3fn, or int8. Each sum is multiplied by its row's x_scales
-    (M,) and its channel's w_scales (E, N) or (E,), both float32, if they are given.
+    (M,) and its channel's w_scales (E, N) or (E,), both float32, if they are given. Of weight there
+    may be the experts that the tiles are of only, from `first_expert` on.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -116,6 +118,7 @@ def launch_linear_hopper(
         parts=parts,
         group_m=config.group_m,
         w_rows=n,
+        first_expert=first_expert,
         N_OUT=out.shape[1],
         K=k,
         stride_out_m=out.stride(0),
