@@ -11,7 +11,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,19 +65,28 @@ class Replays:
 
     Args:
         generator: of all random numbers in a step; a replay takes those that follow its seed.
-
-    Attributes:
-        stream: where all steps must run.
     """
 
     _WARM = 2  # steps of a kind that run as they are: they compile, choose algorithms, allocate
 
     def __init__(self, generator: torch.Generator) -> None:
-        self.stream = torch.cuda.Stream(generator.device)
+        self._stream = torch.cuda.Stream(generator.device)
         self._generator = generator
         self._pool = torch.cuda.graph_pool_handle()
         self._done: Counter[int] = Counter()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """All steps must be inside: on the stream that graphs are captured on, behind what was
+        launched before, and before what follows."""
+        outside = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
 
     def run(self, kind: int, update: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`update()`, from a graph as soon as there is one; what it returns is valid until the
@@ -87,7 +97,7 @@ class Replays:
         if kind not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self._generator)
-            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 found = update()
             self._graphs[kind] = graph, found
         graph, found = self._graphs[kind]
@@ -161,8 +171,9 @@ class Stage:
         Returns:
             Whether the stage is done.
         """
-        stream = None if self._replays is None else self._replays.stream
-        with torch.cuda.stream(stream):  # no stream, no effect
+        if self._replays is None:
+            return self._run(deadline)
+        with self._replays.running():
             return self._run(deadline)
 
     def _run(self, deadline: float) -> bool:
