@@ -10,7 +10,7 @@ and copied to where they belong, so the host never holds more than one of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,16 @@ VAE_FILE = "ae.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 """Of tensors that are not quantised, and of scales; as safetensors spells them."""
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""All that tensors of the model may be stored in, by their names."""
 
 # (checkpoint name, parameter, shape, shard). {i} is the layer; {gen} is "" and "_moe_gen", and
 # with it {exp} is "" and ".gen_exp": one line stands for a tensor and its generation twin. The
@@ -260,10 +270,7 @@ def load_checkpoint(
         CheckpointError: a parameter of the model has no tensor, or a file cannot be read.
     """
     parameters = dict(model.named_parameters())
-    filled = {target.parameter for target in targets.values()}
-    # A weight that is quantised as it comes fills its scales, too.
-    plain = {target.parameter for target in targets.values() if target.dtypes == PLAIN_DTYPES}
-    filled |= parameters.keys() & {f"{name}_scale" for name in plain}
+    filled = filled_parameters(parameters, targets)
     if parameters.keys() != filled:
         difference = sorted(parameters.keys() ^ filled)
         raise CheckpointError(f"model and name table disagree about: {', '.join(difference)}")
@@ -272,12 +279,23 @@ def load_checkpoint(
         with _opened(file) as tensors:
             for name in names:
                 target = targets[name]
-                _place(parameters[target.parameter], tensors.get_tensor(name), target)
+                place(parameters[target.parameter], tensors.get_tensor(name), target)
                 if on_tensor is not None:
                     on_tensor(name, stored[name].elements)
 
 
-def _place(parameter: nn.Parameter, stored: torch.Tensor, target: Target) -> None:
+def filled_parameters(
+    parameters: Mapping[str, nn.Parameter], targets: Mapping[str, Target]
+) -> set[str]:
+    """Names of what all of `targets` fill."""
+    filled = {target.parameter for target in targets.values()}
+    # A weight that is quantised as it comes fills its scales, too.
+    plain = {target.parameter for target in targets.values() if target.dtypes == PLAIN_DTYPES}
+    return filled | (parameters.keys() & {f"{name}_scale" for name in plain})
+
+
+def place(parameter: nn.Parameter, stored: torch.Tensor, target: Target) -> None:
+    """Copy a tensor as it is stored to the parameter of its target."""
     tensor = stored if target.decode is None else target.decode(stored)
     if tensor is not None:
         fill(parameter, tensor, target.shard)

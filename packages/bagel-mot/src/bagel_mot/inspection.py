@@ -12,7 +12,7 @@ import torch
 from mot_kernels import Int4W4A16
 
 from bagel_mot import checkpoint
-from bagel_mot.checkpoint import PLAIN_DTYPES, CheckpointError, StoredTensor, Target
+from bagel_mot.checkpoint import DTYPES, PLAIN_DTYPES, CheckpointError, StoredTensor, Target
 from bagel_mot.compressed import stored_formats, stored_targets
 from bagel_mot.config import BagelConfig
 from bagel_mot.model.attention_choice import choose_attention
@@ -22,9 +22,7 @@ from bagel_mot.quantization import LayerFormats
 # Bytes an element takes once loaded, by what the model computes in.
 _WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Bytes an element takes in a file; other dtypes have no place in the model and count as nothing.
-_STORED_WIDTHS = defaultdict(
-    int, {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "I32": 4, "I64": 8}
-)
+_STORED_WIDTHS = defaultdict(int, {name: dtype.itemsize for name, dtype in DTYPES.items()})
 
 Rows = list[tuple[str, ...]]
 

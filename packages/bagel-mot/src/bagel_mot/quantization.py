@@ -28,6 +28,8 @@ PROJECTIONS: dict[str, Projection] = {
 """What users call a decoder layer's projections (as vLLM does), by their place in the layer."""
 
 NAMES = ("fp8", "int8", "w8a16", "w4a16")
+FORMATS = (*NAMES, *(f"w4a16:{size}" for size in GROUP_SIZES))
+"""All that `Quantization.parse` takes."""
 
 
 class Keep(BaseModel):
@@ -96,13 +98,9 @@ class Quantization(BaseModel):
         Raises:
             ValueError: there is no such format, or a word of `keep` is not known.
         """
+        if format not in FORMATS:
+            raise ValueError(f"quantization is {format!r}; expected one of {', '.join(FORMATS)}")
         name, colon, group = format.partition(":")
-        groups = [str(size) for size in GROUP_SIZES]
-        if name not in NAMES or (colon and (name != "w4a16" or group not in groups)):
-            raise ValueError(
-                f"quantization is {format!r}; expected one of {', '.join(NAMES)}, or "
-                f"{', '.join(f'w4a16:{size}' for size in groups)}"
-            )
         values = {"group_size": int(group)} if colon else {}
         return cls.model_validate({"format": name, "keep": Keep.parse(keep), **values})
 

@@ -73,7 +73,7 @@ def test_wrong_tensor(pipeline: Any, tensor: torch.Tensor) -> None:
 def test_files(pipeline: Any) -> None:
     """The loader is told exactly which files, whatever else lies in the folder."""
     patterns = [source.allow_patterns_overrides for source in pipeline.weights_sources]
-    assert patterns == [["ae.safetensors"], ["ema.safetensors"]]
+    assert patterns == [["checkpoint/ae.safetensors"], ["checkpoint/ema.safetensors"]]
     assert all(source.prefix == "" for source in pipeline.weights_sources)
 
 
@@ -131,7 +131,7 @@ def test_profiler(world: World) -> None:
         ({"enable_cpu_offload": True}, "enable_cpu_offload is set"),
         ({"enable_layerwise_offload": True}, "enable_layerwise_offload is set"),
         ({"lora_path": "adapter"}, "lora_path is set"),
-        ({"quantization_config": "fp8"}, "quantization_config is set"),
+        ({"diffusion_kv_cache_dtype": "fp8"}, "diffusion_kv_cache_dtype is 'fp8'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,6 +1,6 @@
 """Entry point of vLLM-Omni: registers our BAGEL pipeline, and if asked to, in place of theirs.
 
-vLLM-Omni calls `register` in each of its processes before it looks for a model's class. The
+vLLM-Omni calls `register` in each of its processes before it reads a model's configuration. The
 pipeline itself is named as strings and imported where it is used, so this module stays light.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from typing import Any
 
 logger = logging.getLogger("bagel_mot")
 
@@ -17,6 +18,9 @@ REPLACE_VARIABLE = "BAGEL_MOT_REPLACE_OMNI"
 OWN_NAME = "MoTBagelPipeline"
 REPLACED_NAME = "BagelPipeline"
 _MODULE = "bagel_mot.plugins.omni_pipeline"
+# Quantisation methods, as users and checkpoints spell them; see `omni_quantization`.
+OWN_METHOD = "bagel_mot"
+STORED_METHOD = "compressed-tensors"
 
 
 def register() -> None:
@@ -28,10 +32,14 @@ def register() -> None:
         return
     try:
         from vllm_omni.diffusion.registry import register_diffusion_model
+        from vllm_omni.quantization.factory import (
+            SUPPORTED_QUANTIZATION_METHODS,
+            register_quantization_override,
+        )
     except ImportError as error:
         logger.warning(
-            "MoTBagelPipeline is not registered: this vLLM-Omni has no register_diffusion_model "
-            "(%s); bagel-mot works with 0.26 to 0.30",
+            "MoTBagelPipeline is not registered: this vLLM-Omni has no such registries (%s); "
+            "bagel-mot works with 0.26 to 0.30",
             error,
         )
         return
@@ -45,6 +53,23 @@ def register() -> None:
             pre_process_func_name="get_bagel_pre_process_func",
             post_process_func_name="get_bagel_post_process_func",
         )
+    register_quantization_override(OWN_METHOD, _own_config)
+    # vLLM-Omni writes names with underscores, and so misses vLLM's method of this name: without
+    # ours it would refuse the config.json of every quantised checkpoint.
+    if STORED_METHOD.replace("-", "_") not in SUPPORTED_QUANTIZATION_METHODS:
+        register_quantization_override(STORED_METHOD, _stored_config)
+
+
+def _own_config(**options: Any) -> Any:
+    from bagel_mot.plugins.omni_quantization import own_config
+
+    return own_config(**options)
+
+
+def _stored_config(**options: Any) -> Any:
+    from bagel_mot.plugins.omni_quantization import stored_config
+
+    return stored_config(**options)
 
 
 def _replaces() -> bool:

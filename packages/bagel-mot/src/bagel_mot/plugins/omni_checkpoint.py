@@ -15,7 +15,10 @@ from vllm_omni.model_executor.model_loader.weight_utils import download_weights_
 
 from bagel_mot import checkpoint
 from bagel_mot.checkpoint import CheckpointError, StoredTensor, Target
+from bagel_mot.compressed import choose_formats
 from bagel_mot.config import BagelConfig
+from bagel_mot.plugins.omni_quantization import asked_quantization
+from bagel_mot.quantization import LayerFormats
 from bagel_mot.tokenizer import BagelTokenizer
 
 
@@ -26,11 +29,15 @@ class Checkpoint:
     Attributes:
         config: with the grids that the position tables have.
         stored: the tensors in its files.
+        formats: what decoder layers are to be in, as stored or as asked for; None if in none.
+        model_targets: where the model's tensors go, the VAE's aside.
     """
 
     folder: Path
     config: BagelConfig
     stored: Mapping[str, StoredTensor]
+    formats: LayerFormats | None
+    model_targets: Mapping[str, Target]
 
     @classmethod
     def of(cls, od_config: Any) -> Checkpoint:
@@ -38,7 +45,8 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file does not hold what it should.
+            ValueError: a file does not hold what it should, or `od_config.quantization_config` is
+                for what is not available, is quantised already, or has no such sizes.
         """
         model = od_config.model
         if not model:
@@ -50,7 +58,11 @@ class Checkpoint:
         folder = Path(model)
         stored = checkpoint.read_headers(folder)
         config = checkpoint.config_with_grids(BagelConfig.from_folder(folder), stored)
-        return cls(folder, config, stored)
+        asked = asked_quantization(od_config.quantization_config)
+        formats, targets = choose_formats(folder, stored, config, asked)
+        if formats is not None:
+            formats.check(config.llm, od_config.parallel_config.tensor_parallel_size)
+        return cls(folder, config, stored, formats, targets)
 
     def tokenizer(self) -> BagelTokenizer:
         """The folder's tokenizer.
@@ -73,7 +85,7 @@ class Checkpoint:
         Raises:
             CheckpointError: listing all that is missing, not known or of another shape.
         """
-        targets = checkpoint.model_targets(self.config) | checkpoint.vae_targets(vae)
+        targets = {**self.model_targets, **checkpoint.vae_targets(vae)}
         checkpoint.check_names(dict(self.stored), targets)
         return targets
 
@@ -81,17 +93,19 @@ class Checkpoint:
         """The files, for vLLM-Omni's loader to stream.
 
         One source a file: the loader's own choice, by pattern or by the index, would add files
-        that happen to lie there, or leave out a VAE that the index does not list.
+        that happen to lie there, or leave out a VAE that the index does not list. They are named
+        from the folder above, because 0.26 insists on all that an index beside them lists.
         """
+        folder = self.folder.absolute()
         files = sorted({tensor.file for tensor in self.stored.values()})
         return [
             DiffusersPipelineLoader.ComponentSource(
-                model_or_path=str(self.folder),
+                model_or_path=str(folder.parent),
                 subfolder=None,
                 revision=None,
                 prefix="",
                 fall_back_to_pt=False,
-                allow_patterns_overrides=[str(file.relative_to(self.folder))],
+                allow_patterns_overrides=[str(Path(folder.name, file.relative_to(self.folder)))],
             )
             for file in files
         ]
@@ -120,12 +134,13 @@ def load_stream(
         if target is None:
             what = "came twice" if name in targets else "is not part of the model"
             raise CheckpointError(f"tensor {name} {what}")
-        if tuple(tensor.shape) != target.shape or not tensor.is_floating_point():
+        dtypes = [checkpoint.DTYPES[dtype] for dtype in target.dtypes]
+        if tuple(tensor.shape) != target.shape or tensor.dtype not in dtypes:
             raise CheckpointError(
                 f"tensor {name} is {list(tensor.shape)} {tensor.dtype}; expected "
-                f"{list(target.shape)} in a floating-point type"
+                f"{list(target.shape)} in {' or '.join(map(str, dtypes))}"
             )
-        checkpoint.fill(parameters[target.parameter], tensor, target.shard)
+        checkpoint.place(parameters[target.parameter], tensor, target)
     if waiting:
         raise CheckpointError(f"missing tensors: {', '.join(sorted(waiting))}")
-    return {target.parameter for target in targets.values()}
+    return checkpoint.filled_parameters(parameters, targets)

@@ -29,6 +29,7 @@ from bagel_mot.plugins.omni_checkpoint import Checkpoint, load_stream
 from bagel_mot.plugins.omni_context import contexts_from, handed_over_size
 from bagel_mot.plugins.omni_noise import noise_sources
 from bagel_mot.plugins.omni_painting import Painting, image_answer, text_answer
+from bagel_mot.plugins.omni_quantization import asked_quantization
 from bagel_mot.plugins.omni_request import (
     Asked,
     client_errors,
@@ -89,7 +90,7 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
 
     Args:
         od_config: vLLM-Omni's configuration. Its tensor, sequence (Ulysses, ring, all-gather) and
-            CFG parallel sizes become ours.
+            CFG parallel sizes become ours, and so does its quantisation (`omni_quantization`).
         prefix: of parameter names; always "".
 
     Attributes:
@@ -123,7 +124,9 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
         self._parallel = joined(od_config, loaded.config.llm, self.device)
         self.tokenizer = loaded.tokenizer()
         # The parameters' names begin with this attribute's, the first that holds them.
-        self.bagel = build_model(loaded.config, device=self.device, dtype=od_config.dtype)
+        self.bagel = build_model(
+            loaded.config, device=self.device, dtype=od_config.dtype, formats=loaded.formats
+        )
         self.transformer = self.bagel.transformer
         self.vae = self.bagel.vae
         self._targets = loaded.targets(self.vae)
@@ -330,8 +333,15 @@ def check_supported(od_config: OmniDiffusionConfig) -> None:
         )
     if parallel.use_hsdp:
         problems.append("parallel_config.use_hsdp is on, but weights are not sharded; turn it off")
-    if od_config.quantization_config is not None:
-        problems.append("quantization_config is set, but only unquantised weights are available")
+    try:
+        asked_quantization(od_config.quantization_config)
+    except ValueError as error:
+        problems.append(str(error))
+    if (kept_in := od_config.diffusion_kv_cache_dtype) not in (None, "auto"):
+        problems.append(
+            f"diffusion_kv_cache_dtype is {kept_in!r}, but the cache is in the model's dtype; "
+            "expected 'auto'"
+        )
     if od_config.cache_backend not in (None, "none"):
         problems.append(f"cache_backend is {od_config.cache_backend!r}; expected 'none'")
     for name in (
