@@ -47,6 +47,7 @@ from mot_kernels.testing import (
     looped_linear,
     poisoned,
 )
+from mot_kernels.tuning.format_tiles import hopper_block_k
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_allocations"),
@@ -410,9 +411,9 @@ def test_formats_config(format: Format, device: torch.device) -> None:
         check(x, weight, plan, labels_of(route, device), config=config)
     with pytest.raises(ValueError, match=r"block_k=16; with format \w+ it can be 32\.\."):
         mot_linear(x, weight, plan, config=TileConfig(16, 16, 16))
-    hopper = TileConfig(128, 128, 64, schedule="hopper")
-    with pytest.raises(ValueError, match="has kernels for"):
-        mot_linear(x, weight, plan, config=hopper)
+    wrong = TileConfig(128, 128, 192 - hopper_block_k(format), schedule="hopper")
+    with pytest.raises(ValueError, match="schedule 'hopper'"):
+        mot_linear(x, weight, plan, config=wrong)
     if isinstance(format, Int4W4A16 | Fp8W8A8):
         with pytest.raises(ValueError, match=r"block_k=256; .* it can be 32\.\.\d+"):
             mot_linear(x, weight, plan, config=TileConfig(16, 16, 256))

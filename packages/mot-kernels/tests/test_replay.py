@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mot_kernels import RoutePlan, mot_linear, mot_rms_norm, ops, quantize_rows
+from mot_kernels import RoutePlan, dispatch, mot_linear, mot_rms_norm, ops, quantize_rows
 from mot_kernels.formats import Int8W8A8
 from mot_kernels.replay import Replays, is_unobserved, metadata
 
@@ -154,3 +158,14 @@ def test_metadata() -> None:
     others = [X[:4], X.T.contiguous().T, half, X.to("meta"), None]
     assert all(metadata(other, None) != metadata(X, None) for other in others)
     assert metadata(None, X) != metadata(X, None)
+
+
+@pytest.mark.skipif(not dispatch.interpreting(), reason="test_launcher.py runs by itself here")
+def test_launcher_without_the_interpreter() -> None:
+    """In the interpreter test_launcher.py skips itself: then in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    tests = Path(__file__).with_name("test_launcher.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", str(tests)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "skipped" not in done.stdout
