@@ -89,7 +89,7 @@ def test_each_projection(format: str, tmp_path: Path) -> None:
                 with_kwargs=True,
             )
     results(pipeline)
-    rows = {(False, 0), (True, 0), (True, 1)}  # texts written; rows read; latents
+    rows = {(True, 0), (True, 1)}  # everything is routed: texts and pictures; latents
     assert seen == {(name, *kind) for name in PROJECTIONS for kind in rows}
     # The norms before these two round in passing.
     assert given == ({"attn.qkv", "mlp.gate_up"} if format in ROUNDS_ACTIVATIONS else set())
