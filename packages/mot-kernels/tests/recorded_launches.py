@@ -87,7 +87,8 @@ def _caught(
     with (
         mock.patch.object(module, name, Catcher()),
         mock.patch.object(dispatch, "has_fp8_units", lambda device: fp8_units),
-        mock.patch.object(dispatch, "has_ptx", lambda device: ptx),
+        mock.patch.object(dispatch, "is_nvidia", lambda device: ptx),
+        mock.patch.object(dispatch, "_capability", lambda device: (8, 0)),  # no Hopper
     ):
         yield caught
 

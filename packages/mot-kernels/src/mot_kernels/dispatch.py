@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mot_kernels.formats import ExpertWeight, Format, Fp8W8A8, QuantizedRows
+from mot_kernels.formats import ExpertWeight, Format, Fp8W8A8, QuantizedRows, WeightScales
 
 logger = logging.getLogger("mot_kernels")
 
@@ -113,13 +113,13 @@ def choose_format_path(format: Format, device: torch.device, dtype: torch.dtype)
 
 def has_fp8_units(device: torch.device) -> bool:
     """Whether matrix units multiply e4m3fn. AMD's gfx942 has another e4m3 (fnuz): False there."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not is_nvidia(device):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def has_ptx(device: torch.device) -> bool:
-    """Whether kernels on a device may have instructions of NVIDIA's PTX in them."""
+def is_nvidia(device: torch.device) -> bool:
+    """Whether it is a GPU of NVIDIA's, whose kernels may have instructions of PTX in them."""
     return device.type == "cuda" and torch.version.hip is None
 
 
@@ -136,7 +136,7 @@ def why_not_hopper(
         x: (M, K) 16 bits, or the data of `QuantizedRows`.
         weight: (E, N, K) as x; None if it will be written anew for this product.
     """
-    if x.device.type != "cuda" or torch.version.hip is not None:
+    if not is_nvidia(x.device):
         return f"device type {x.device.type!r} is no NVIDIA GPU"
     capability = _capability(x.device)
     if capability != (9, 0):
@@ -187,7 +187,7 @@ def why_not_hopper_format(
     """
     if not has_plan:
         return "there is no plan"
-    if weight.scales.dim() == 3 and isinstance(weight.format, Fp8W8A8):
+    if weight.format == Fp8W8A8(WeightScales.BLOCK):
         return f"it multiplies sums by scales after the last k, and {weight.format} has several"
     if isinstance(x, QuantizedRows):
         return why_not_hopper(out, x.data, weight.data, bias, residual)

@@ -23,8 +23,8 @@ from mot_kernels.formats import (
     QuantizedRows,
     quantizes_activations,
 )
-from mot_kernels.plan import RoutePlan
-from mot_kernels.replay import UNROUTED, is_unobserved, metadata
+from mot_kernels.plan import RoutePlan, replays_of
+from mot_kernels.replay import is_unobserved, metadata
 from mot_kernels.rows import empty_rows, quantize_rows
 from mot_kernels.tuning.config import TileConfig
 
@@ -228,8 +228,8 @@ def _format_linear_(
     )
     if is_unobserved(*tensors):
         decided = (weight.format, x.dtype, type(epilogue), config, dispatch.forced_path())
-        replays = UNROUTED if plan is None else plan.replays
-        replays.run((*decided, metadata(*tensors)), ops.linear_format, tensors, *others)
+        key = (*decided, metadata(*tensors))
+        replays_of(plan).run(key, ops.linear_format, tensors, *others)
     else:
         ops.linear_format_(*tensors, *others)
 

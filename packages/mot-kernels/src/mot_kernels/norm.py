@@ -17,8 +17,8 @@ from mot_kernels.checks import (
     needs_grad,
 )
 from mot_kernels.formats import Format, QuantizedRows
-from mot_kernels.plan import RoutePlan
-from mot_kernels.replay import UNROUTED, Replays, is_unobserved, metadata
+from mot_kernels.plan import RoutePlan, replays_of
+from mot_kernels.replay import is_unobserved, metadata
 from mot_kernels.rows import empty_rows
 
 
@@ -113,7 +113,7 @@ def mot_rms_norm(
     if not differentiable and is_unobserved(x, weight, residual, out, activation_scale):
         seen = metadata(x, weight, residual, out, activation_scale)
         key = (mot_rms_norm, seen, quantize, eps, dispatch.forced_path())
-    if key is None or key not in _replays(plan):
+    if key is None or key not in replays_of(plan):
         _check_rms_norm(x, weight, plan, residual, out)
         check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
     if differentiable:
@@ -137,13 +137,9 @@ def mot_rms_norm(
     if key is None:
         ops.rms_norm_(*tensors, expert_ids, eps)
     else:
-        _replays(plan).run(key, ops.rms_norm, tensors, expert_ids, float(eps))
+        replays_of(plan).run(key, ops.rms_norm, tensors, expert_ids, float(eps))
     normed = y if rows is None else rows
     return normed if summed is None else (normed, summed)
-
-
-def _replays(plan: RoutePlan | None) -> Replays:
-    return UNROUTED if plan is None else plan.replays
 
 
 def _check_rms_norm(
@@ -221,7 +217,7 @@ def mot_qk_norm_rope(
     if not differentiable and is_unobserved(*inputs, q_out, k_out, v_out):
         seen = metadata(*inputs, q_out, k_out, v_out)
         key = (mot_qk_norm_rope, seen, num_heads, num_kv_heads, eps, dispatch.forced_path())
-    if key is None or key not in _replays(plan):
+    if key is None or key not in replays_of(plan):
         _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
         check_plan(plan, qkv.shape[0], q_weight.shape[0], qkv.device)
         heads = (num_heads, num_kv_heads, q_weight.shape[1])
@@ -252,7 +248,7 @@ def mot_qk_norm_rope(
         ops.qk_norm_rope_(q, k, v, *inputs, expert_ids, eps)
     else:
         tensors = (q, k, v, *inputs)
-        _replays(plan).run(key, ops.qk_norm_rope, tensors, expert_ids, float(eps))
+        replays_of(plan).run(key, ops.qk_norm_rope, tensors, expert_ids, float(eps))
     return q, k, v
 
 

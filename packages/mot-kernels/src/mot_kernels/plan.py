@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mot_kernels.replay import Replays
+from mot_kernels.replay import UNROUTED, Replays
 
 # Row counts a tile may have. Tables for all of them are built with the plan (some tens of KB)
 # so that its tensors never change afterwards and a CUDA graph can replay over them.
@@ -246,6 +246,11 @@ class RoutePlan:
             packed = packed.to(device)
         tiles, rows, experts, zeros = packed.split([part.size for part in parts])
         return cls(counts, runs, rows, experts, tiles.view(-1, 4), tile_offsets, zeros)
+
+
+def replays_of(plan: RoutePlan | None) -> Replays:
+    """Where an operation keeps how it did a call with this plan, or without one."""
+    return UNROUTED if plan is None else plan.replays
 
 
 class TileRange(NamedTuple):

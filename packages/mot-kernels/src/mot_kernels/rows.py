@@ -7,8 +7,8 @@ import torch
 from mot_kernels import dispatch, ops
 from mot_kernels.checks import DTYPES, check_plan, needs_grad
 from mot_kernels.formats import Format, QuantizedRows, check_activation_scale, rows_dtype
-from mot_kernels.plan import RoutePlan
-from mot_kernels.replay import UNROUTED, is_unobserved, metadata
+from mot_kernels.plan import RoutePlan, replays_of
+from mot_kernels.replay import is_unobserved, metadata
 
 
 def quantize_rows(
@@ -55,8 +55,7 @@ def quantize_rows(
     expert_ids = None if plan is None else plan.expert_ids
     if is_unobserved(*tensors):
         key = (quantize_rows, metadata(*tensors), dispatch.forced_path())
-        replays = UNROUTED if plan is None else plan.replays
-        replays.run(key, ops.quantize_rows, tensors, expert_ids)
+        replays_of(plan).run(key, ops.quantize_rows, tensors, expert_ids)
     else:
         ops.quantize_rows_(*tensors, expert_ids)
     return rows

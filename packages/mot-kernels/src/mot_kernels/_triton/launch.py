@@ -11,7 +11,7 @@ from mot_kernels import dispatch
 from mot_kernels._triton.activation import _silu_mul_kernel
 from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
-from mot_kernels._triton.launcher import LINEAR_PLACES, launch
+from mot_kernels._triton.launcher import LINEAR_PLACES, launch, strides
 from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels._triton.rounding import _E4M3, _INT8, _KEEP
@@ -84,27 +84,12 @@ def launch_linear(
         problem = Problem(n, k, x.dtype, epilogue, counts)
         config = find_config(problem, x.device, hopper=no_hopper is None)
     table = tile_range(tile_offsets, config.block_m, len(counts))
-    if config.schedule == "hopper":
-        if no_hopper is not None:
-            raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
+    if config.schedule == "hopper" and no_hopper is not None:
+        raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
+    if config.schedule != "portable":
+        own = launch_linear_hopper if config.schedule == "hopper" else launch_linear_few_rows
         with _on(x.device):
-            return launch_linear_hopper(
-                out,
-                x,
-                weight,
-                bias,
-                residual,
-                row_ids,
-                tiles,
-                flags,
-                table,
-                _EPILOGUES[epilogue],
-                config,
-                LINEAR_PLACES,
-            )
-    if config.schedule == "few_rows":
-        with _on(x.device):
-            return launch_linear_few_rows(
+            return own(
                 out,
                 x,
                 weight,
@@ -137,17 +122,11 @@ def launch_linear(
             w_rows=n,
             N_OUT=out.shape[1],
             K=k,
-            stride_out_m=out.stride(0),
-            stride_out_n=out.stride(1),
-            stride_x_m=x.stride(0),
-            stride_x_k=x.stride(1),
-            stride_w_e=weight.stride(0),
-            stride_w_n=weight.stride(1),
-            stride_w_k=weight.stride(2),
-            stride_bias_e=0 if bias is None else bias.stride(0),
-            stride_bias_n=0 if bias is None else bias.stride(1),
-            stride_residual_m=0 if residual is None else residual.stride(0),
-            stride_residual_n=0 if residual is None else residual.stride(1),
+            **strides("out", out, "mn"),
+            **strides("x", x, "mk"),
+            **strides("w", weight, "enk"),
+            **strides("bias", bias, "en"),
+            **strides("residual", residual, "mn"),
             HAS_BIAS=bias is not None,
             EPILOGUE=_EPILOGUES[epilogue],
             EVEN_K=k % config.block_k == 0,
@@ -216,11 +195,11 @@ def launch_rms_norm(
             expert_ids_ptr=expert_ids,
             D=width,
             stride_out_m=out.stride(0),
-            stride_residual_out_m=0 if residual_out is None else residual_out.stride(0),
+            **strides("residual_out", residual_out, "m"),
             stride_x_m=x.stride(0),
-            stride_residual_m=0 if residual is None else residual.stride(0),
+            **strides("residual", residual, "m"),
             stride_weight_e=weight.stride(0),
-            stride_static_e=0 if activation_scale is None else activation_scale.stride(0),
+            **strides("static", activation_scale, "e"),
             eps=eps,
             HAS_PLAN=expert_ids is not None,
             HAS_RESIDUAL=residual is not None,

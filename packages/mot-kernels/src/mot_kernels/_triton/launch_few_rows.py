@@ -10,7 +10,7 @@ import triton
 from mot_kernels import dispatch
 from mot_kernels._triton.few_rows import _mot_linear_few_rows_kernel
 from mot_kernels._triton.launch_hopper import _multiprocessors
-from mot_kernels._triton.launcher import launch, with_partials
+from mot_kernels._triton.launcher import launch, strides, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.formats import ExpertWeight, Int4W4A16
 from mot_kernels.plan import TileRange
@@ -88,8 +88,6 @@ def launch_linear_few_rows(
     if parts > 1:
         shape = units, parts, config.block_m, config.block_n
         partials = x.new_empty(shape, dtype=torch.float32)
-    scale_strides = (0, 0, 0) if scales is None else (*scales.stride(), 0)[:3]
-    zero_strides = (0, 0, 0) if zeros is None else zeros.stride()
     keep = launch(
         _mot_linear_few_rows_kernel,
         (units * parts,),
@@ -110,23 +108,13 @@ def launch_linear_few_rows(
         w_rows=data.shape[1],
         N_OUT=out.shape[1],
         K=k,
-        stride_out_m=out.stride(0),
-        stride_out_n=out.stride(1),
-        stride_x_m=x.stride(0),
-        stride_x_k=x.stride(1),
-        stride_w_e=data.stride(0),
-        stride_w_n=data.stride(1),
-        stride_w_k=data.stride(2),
-        stride_w_scales_e=scale_strides[0],
-        stride_w_scales_n=scale_strides[1],
-        stride_w_scales_k=scale_strides[2],
-        stride_w_zeros_e=zero_strides[0],
-        stride_w_zeros_n=zero_strides[1],
-        stride_w_zeros_k=zero_strides[2],
-        stride_bias_e=0 if bias is None else bias.stride(0),
-        stride_bias_n=0 if bias is None else bias.stride(1),
-        stride_residual_m=0 if residual is None else residual.stride(0),
-        stride_residual_n=0 if residual is None else residual.stride(1),
+        **strides("out", out, "mn"),
+        **strides("x", x, "mk"),
+        **strides("w", data, "enk"),
+        **strides("w_scales", scales, "enk"),
+        **strides("w_zeros", zeros, "enk"),
+        **strides("bias", bias, "en"),
+        **strides("residual", residual, "mn"),
         HAS_PLAN=row_ids is not None,
         HAS_BIAS=bias is not None,
         HAS_SCALES=scales is not None,
@@ -134,7 +122,7 @@ def launch_linear_few_rows(
         EPILOGUE=epilogue,
         GROUP=group,
         EVEN_K=k % config.block_k == 0,
-        PTX=dispatch.has_ptx(x.device),
+        PTX=dispatch.is_nvidia(x.device),
         PARTS=parts,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

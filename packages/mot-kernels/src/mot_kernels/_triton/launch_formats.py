@@ -14,7 +14,7 @@ from mot_kernels._triton.dequantize import _dequantize_kernel
 from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
 from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
-from mot_kernels._triton.launcher import FORMAT_PLACES, launch
+from mot_kernels._triton.launcher import FORMAT_PLACES, launch, strides
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
@@ -70,17 +70,14 @@ def launch_linear_format(
         if no_hopper is not None:
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
         assert row_ids is not None and tiles is not None and flags is not None
+        rest = (bias, residual, row_ids, tiles, flags)
         with _on(x.device):
             if isinstance(x, QuantizedRows):
                 return launch_linear_hopper(
                     out,
                     x.data,
                     weight.data,
-                    bias,
-                    residual,
-                    row_ids,
-                    tiles,
-                    flags,
+                    *rest,
                     tile_range(tile_offsets, config.block_m, len(counts)),
                     _EPILOGUES[epilogue],
                     config,
@@ -88,8 +85,7 @@ def launch_linear_format(
                     x_scales=x.scales,
                     w_scales=weight.scales,
                 )
-            routing = (row_ids, tiles, flags, counts, tile_offsets)
-            _launch_written_out(out, x, weight, bias, residual, routing, epilogue, config)
+            _launch_written_out(out, x, weight, rest, counts, tile_offsets, epilogue, config)
             return None  # the weight is to be written out each time
     table = None if tiles is None else tile_range(tile_offsets, config.block_m, len(counts))
     if config.schedule == "few_rows":
@@ -124,14 +120,10 @@ def launch_linear_format(
         "w_rows": n,
         "N_OUT": out.shape[1],
         "K": k,
-        "stride_out_m": out.stride(0),
-        "stride_out_n": out.stride(1),
-        "stride_w_e": weight.data.stride(0),
-        "stride_w_n": weight.data.stride(1),
-        "stride_bias_e": 0 if bias is None else bias.stride(0),
-        "stride_bias_n": 0 if bias is None else bias.stride(1),
-        "stride_residual_m": 0 if residual is None else residual.stride(0),
-        "stride_residual_n": 0 if residual is None else residual.stride(1),
+        **strides("out", out, "mn"),
+        **strides("w", weight.data, "en"),
+        **strides("bias", bias, "en"),
+        **strides("residual", residual, "mn"),
         "HAS_PLAN": row_ids is not None,
         "HAS_BIAS": bias is not None,
         "EPILOGUE": _EPILOGUES[epilogue],
@@ -154,9 +146,9 @@ def _launch_written_out(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: ExpertWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], Sequence[int]],
+    rest: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
+    counts: tuple[int, ...],
+    tile_offsets: Sequence[int],
     epilogue: str,
     config: TileConfig,
 ) -> None:
@@ -164,9 +156,10 @@ def _launch_written_out(
 
     Those of few rows have them read as they are, by launches of their own: writing out would cost
     more than the product.
+
+    Args:
+        rest: bias, residual, row_ids, tiles, flags.
     """
-    row_ids, tiles, flags, counts, offsets = routing
-    rest = (bias, residual, row_ids, tiles, flags)
     chosen = _EPILOGUES[epilogue]
     _, n, k = weight.shape
     small = default_format_config(weight.format, x.dtype, epilogue, FEW_ROWS, HOPPER_SHARED_MEMORY)
@@ -178,7 +171,7 @@ def _launch_written_out(
             wide = x.new_empty(1, n, k) if wide is None else wide
             _write_out(wide[0], weight, expert)
         block_m = small.block_m if is_small else config.block_m
-        for at in expert_tiles(offsets, block_m, expert, len(counts)):
+        for at in expert_tiles(tile_offsets, block_m, expert, len(counts)):
             if is_small:
                 launch_linear_few_rows(out, x, weight, *rest, at, chosen, small, FORMAT_PLACES)
                 continue
@@ -199,22 +192,21 @@ def _launch_written_out(
 
 def _write_out(wide: torch.Tensor, weight: ExpertWeight, expert: int) -> None:
     """One expert's weight into wide (N, K), 16 bits, contiguous; int8 without its scales."""
-    scales, zeros = weight.scales, weight.zero_points
+    scales = weight.scales[expert]
+    zeros = None if weight.zero_points is None else weight.zero_points[expert]
     group = weight.format.group_size if isinstance(weight.format, Int4W4A16) else 0
     n, k = wide.shape
     block_n, block_k = 16, 512
     _dequantize_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
         out_ptr=wide,
         w_ptr=weight.data[expert],
-        scales_ptr=scales[expert] if group else None,
-        zeros_ptr=None if zeros is None else zeros[expert],
+        scales_ptr=scales if group else None,
+        zeros_ptr=zeros,
         N=n,
         K=k,
         stride_w_n=weight.data.stride(1),
-        stride_scales_n=scales.stride(1),
-        stride_scales_k=scales.stride(2) if group else 0,
-        stride_zeros_n=0 if zeros is None else zeros.stride(1),
-        stride_zeros_k=0 if zeros is None else zeros.stride(2),
+        **strides("scales", scales, "nk"),
+        **strides("zeros", zeros, "nk"),
         GROUP=group,
         HAS_ZEROS=zeros is not None,
         BLOCK_N=block_n,
@@ -247,10 +239,8 @@ def _launch_8bit(
         w_scales_ptr=scales,
         static_ptr=activation_scale,
         stride_x_m=x.data.stride(0),
-        stride_w_scales_e=scales.stride(0),
-        stride_w_scales_n=scales.stride(1) if scales.dim() > 1 else 0,
-        stride_w_scales_k=scales.stride(2) if scales.dim() > 2 else 0,
-        stride_static_e=0 if activation_scale is None else activation_scale.stride(0),
+        **strides("w_scales", scales, "enk"),
+        **strides("static", activation_scale, "e"),
         BLOCK_SCALES=scales.dim() == 3,
         UNITS=units,
         DTYPE=_DTYPES[x.dtype],
@@ -267,7 +257,6 @@ def _launch_16bit(
     weight: ExpertWeight,
 ) -> Keep:
     scales, zeros = weight.scales, weight.zero_points
-    zero_strides = (0, 0, 0) if zeros is None else zeros.stride()
     return launch(
         _mot_linear_16bit_kernel,
         grid,
@@ -279,12 +268,8 @@ def _launch_16bit(
         w_zeros_ptr=zeros,
         stride_x_m=x.stride(0),
         stride_x_k=x.stride(1),
-        stride_w_scales_e=scales.stride(0),
-        stride_w_scales_n=scales.stride(1),
-        stride_w_scales_k=scales.stride(2) if scales.dim() > 2 else 0,
-        stride_w_zeros_e=zero_strides[0],
-        stride_w_zeros_n=zero_strides[1],
-        stride_w_zeros_k=zero_strides[2],
+        **strides("w_scales", scales, "enk"),
+        **strides("w_zeros", zeros, "enk"),
         HAS_ZEROS=zeros is not None,
         GROUP=weight.format.group_size if isinstance(weight.format, Int4W4A16) else 0,
         # float32 means float32: TF32 would lose 13 bits that the caller asked for.
@@ -323,7 +308,7 @@ def launch_quantize_rows(
             stride_data_m=data.stride(0),
             stride_x_m=x.stride(0),
             stride_x_k=x.stride(1),
-            stride_static_e=0 if activation_scale is None else activation_scale.stride(0),
+            **strides("static", activation_scale, "e"),
             KIND=out_kind(data),
             HAS_STATIC=activation_scale is not None,
             HAS_PLAN=expert_ids is not None,

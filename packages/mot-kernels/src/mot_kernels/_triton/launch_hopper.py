@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mot_kernels._triton.launcher import launch, with_partials
+from mot_kernels._triton.launcher import launch, strides, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import MOST_PROGRAMS, TileRange
@@ -123,10 +123,9 @@ def launch_linear_hopper(
         K=k,
         stride_out_m=out.stride(0),
         stride_x_m=x.stride(0),
-        stride_w_scales_e=0 if w_scales is None else w_scales.stride(0),
-        stride_w_scales_n=w_scales.stride(1) if w_scales is not None and w_scales.dim() > 1 else 0,
-        stride_bias_e=0 if bias is None else bias.stride(0),
-        stride_residual_m=0 if residual is None else residual.stride(0),
+        **strides("w_scales", w_scales, "en"),
+        **strides("bias", bias, "e"),
+        **strides("residual", residual, "m"),
         HAS_BIAS=bias is not None,
         HAS_X_SCALES=x_scales is not None,
         HAS_W_SCALES=w_scales is not None,

@@ -98,6 +98,15 @@ def launch(
     return keep
 
 
+def strides(name: str, t: torch.Tensor | None, dims: str) -> dict[str, int]:
+    """A kernel's arguments `stride_NAME_D`, one for each letter of `dims`.
+
+    0 where t has no such dimension, and for all of them where there is no t.
+    """
+    found = () if t is None else t.stride()
+    return {f"stride_{name}_{d}": found[i] if i < len(found) else 0 for i, d in enumerate(dims)}
+
+
 def with_partials(keep: Keep, number: int, dtype: torch.dtype) -> Keep:
     """`keep`, with so many elements of scratch as the last tensor.
 
