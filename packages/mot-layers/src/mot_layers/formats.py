@@ -162,7 +162,25 @@ class QuantizingLinearMethod(FormatLinearMethod):
             layer.register_parameter(name, parameter)
 
 
-class FormatConfig(QuantizationConfig):
+class OwnConfig(QuantizationConfig):
+    """What quantisation configs for our layers have in common: every device and dtype, no file."""
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """All that `mot_linear` computes in; vLLM's interface."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any device; vLLM's interface."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None; vLLM's interface."""
+        return []
+
+
+class FormatConfig(OwnConfig):
     """A quantisation config for layers in one format: `MoTRowParallelLinear(..., quant_config=)`.
 
     Give it to the layers that are to be quantised and None to the others. It needs nothing of
@@ -189,20 +207,6 @@ class FormatConfig(QuantizationConfig):
     def get_name(self) -> Any:
         """The format's name; vLLM's interface."""
         return str(self.format)
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """All that `mot_linear` computes in; vLLM's interface."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Any device; vLLM's interface."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: the config is made in code; vLLM's interface."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FormatConfig:

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from mot_layers.formats import OwnConfig
 from torch import nn
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from bagel_mot.plugins.omni import OWN_METHOD, OWN_NAME, REPLACE_VARIABLE, STORED_METHOD
 from bagel_mot.quantization import FORMATS, Quantization
@@ -29,7 +28,7 @@ _POSSIBLE = (
 )
 
 
-class MoTQuantizationConfig(QuantizationConfig):
+class MoTQuantizationConfig(OwnConfig):
     """A wish that only `MoTBagelPipeline` understands; layers of other pipelines refuse it.
 
     Args:
@@ -50,20 +49,6 @@ class MoTQuantizationConfig(QuantizationConfig):
     def get_name(self) -> Any:
         """The method as users write it; vLLM's interface."""
         return STORED_METHOD if self.quantization is None else OWN_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """All that the pipeline computes in; vLLM's interface."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Any device; vLLM's interface."""
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None; vLLM's interface."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MoTQuantizationConfig:
