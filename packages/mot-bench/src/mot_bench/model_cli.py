@@ -124,7 +124,7 @@ def step(
         raise UsageError(f"--branches is {branches!r}; guidance has at most 3 branches")
     if quantization is not None and "gather-scatter" in (provider or ()):
         raise UsageError("--provider gather-scatter has 16-bit weights; leave --quantization out")
-    providers = list(dict.fromkeys(provider or PROVIDERS[: 2 if quantization is None else 1]))
+    providers = list(dict.fromkeys(provider or (PROVIDERS if quantization is None else ["mot"])))
     for name in providers:
         options.one_of("--provider", name, PROVIDERS)
     folder = None if output is None else options.output_folder(output)

@@ -22,9 +22,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """norm(x), in new memory."""
-        if self._needs_grad(x) and x.is_cuda:
-            return self._for_training(x, silu=False)
-        return self.apply_to(x, self.scale_shift(x), silu=False)
+        return self._whole(x, silu=False)
 
     def silu(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """silu(norm(x)).
@@ -32,9 +30,12 @@ class GroupNorm(nn.GroupNorm):
         Args:
             overwrite: x is not needed any more; the result may take its place.
         """
-        if self._needs_grad(x) and x.is_cuda:
-            return self._for_training(x, silu=True)
-        return self.apply_to(x, self.scale_shift(x), silu=True, out=x if overwrite else None)
+        return self._whole(x, silu=True, out=x if overwrite else None)
+
+    def _whole(self, x: Tensor, *, silu: bool, out: Tensor | None = None) -> Tensor:
+        if x.is_cuda and self._needs_grad(x):
+            return self._for_training(x, silu=silu)
+        return self.apply_to(x, self.scale_shift(x), silu=silu, out=out)
 
     def _for_training(self, x: Tensor, *, silu: bool) -> Tensor:
         """torch's own, in x's dtype: a few kernels each way, where ours would be fifty."""
@@ -94,8 +95,7 @@ class GroupNorm(nn.GroupNorm):
         return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
 
     def _runs_kernels(self, x: Tensor) -> bool:
-        needs_grad = self._needs_grad(x)
-        if choose_path(x.device, x.dtype, needs_grad=needs_grad).path is not Path.TRITON:
+        if choose_path(x.device, x.dtype, needs_grad=self._needs_grad(x)).path is not Path.TRITON:
             return False
         _, channels, height, width = x.shape
         expected = {1: (channels, 1), 2: (height, width * channels), 3: (width, channels)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -133,14 +134,15 @@ class Objectives:
         scale, shift = vae.cfg.scale_factor, vae.cfg.shift_factor
         x = draw(scenes, *size)
         # On a GPU, whose convolutions take 16 bits faster; the losses are float32.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        narrow = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=x.is_cuda)
+        with narrow():
             moments = vae.moments(x).float()
         mean, log_variance = moments.chunk(2, dim=1)
         log_variance = log_variance.clamp(2 * math.log(_LEAST_NOISE / scale), 10)
         z = mean + torch.exp(0.5 * log_variance) * noise
         # Everything about the latents is said of them as the language model gets them.
         latent = (z - shift) * scale
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        with narrow():
             decoded = vae.decode(latent).float()
         error = decoded - x
         edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()

@@ -60,7 +60,7 @@ class Loss:
     generator: torch.Generator
 
 
-class Replays:
+class StepGraphs:
     """CUDA graphs of steps, one for each kind.
 
     Args:
@@ -156,7 +156,7 @@ class Stage:
         self._options = {"fused": on_gpu, "capturable": on_gpu}
         self._optimizer = torch.optim.Adam(tensors, lr=rate, betas=(0.9, 0.95), **self._options)
         self._blend = torch.zeros((), device=device)
-        self._replays = Replays(loss.generator) if on_gpu and cuda_graphs else None
+        self._step_graphs = StepGraphs(loss.generator) if on_gpu and cuda_graphs else None
         if self._state.is_file():
             self._resume()
 
@@ -171,9 +171,9 @@ class Stage:
         Returns:
             Whether the stage is done.
         """
-        if self._replays is None:
+        if self._step_graphs is None:
             return self._run(deadline)
-        with self._replays.running():
+        with self._step_graphs.running():
             return self._run(deadline)
 
     def _run(self, deadline: float) -> bool:
@@ -188,7 +188,7 @@ class Stage:
             self._blend.fill_(1 - keep)
             kind = self._loss.choose(self.step)
             update = functools.partial(self._update, kind)
-            found = update() if self._replays is None else self._replays.run(kind, update)
+            found = update() if self._step_graphs is None else self._step_graphs.run(kind, update)
             for key, value in found.items():
                 sums[key] = sums.get(key, 0) + value
             self.step += 1
