@@ -77,6 +77,7 @@ def test_plan_matches_naive(route: Route, device: torch.device) -> None:
     for expert in range(route.num_experts):
         rows = [row for segment in naive_segments(labels, expert) for row in segment]
         assert plan.rows_of(expert).tolist() == rows
+    assert plan.is_grouped == (plan.row_ids.tolist() == list(range(plan.num_rows)))
     assert not plan.flags.any()
     for tensor in (plan.row_ids, plan.expert_ids, plan.tiles, plan.flags):
         assert tensor.dtype is torch.int32

@@ -23,7 +23,7 @@ from bagel_mot.sampling import ImageJob, ImageSettings
 from bagel_mot.tiny.drawing import SceneArrays, draw, draw_image
 from bagel_mot.tiny.language import draw_painting
 from bagel_mot.tiny.objectives import Objectives
-from bagel_mot.tiny.packing import plan_for, run_together
+from bagel_mot.tiny.packing import Grouping, run_together
 from bagel_mot.tiny.pool import Pool, make_pools
 from bagel_mot.tiny.weights import initialise, leaves
 from bagel_mot.tokenizer import BagelTokenizer
@@ -65,8 +65,8 @@ def packed_velocity(
     packed = packing.pack(
         [*parts, noisy], pool.lengths, everywhere & has_picture, everywhere & has_text
     )
-    plan = plan_for([packing], model.device)
-    (hidden,) = run_together(model, rope, plan, [packed])
+    grouping = Grouping([packing], model.device)
+    (hidden,) = run_together(model, rope, grouping, [packed])
     return model.velocity(hidden[:, packing.image_rows])
 
 

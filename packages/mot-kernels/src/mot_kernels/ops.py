@@ -64,6 +64,7 @@ class _Routing(NamedTuple):
     counts: tuple[int, ...]
     row_ids: torch.Tensor
     expert_ids: torch.Tensor
+    is_grouped: bool = False  # for all that is known here
 
 
 def _linear(

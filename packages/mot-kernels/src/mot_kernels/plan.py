@@ -91,6 +91,11 @@ class RoutePlan:
         return len(self.counts)
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether rows are grouped by expert as they are: `row_ids` counts up."""
+        return bool((np.diff(self.runs[:, 0]) > 0).all())
+
+    @property
     def device(self) -> torch.device:
         """Where the plan's tensors live."""
         return self.row_ids.device

@@ -3,11 +3,15 @@
 They are the truth in tests (called on float64 or float32 copies of the inputs), the path on a
 device without Triton, and the differentiable path. They compute in the dtype they are given;
 norms and RoPE compute in at least float32 and round once, like the kernels.
+
+Every elementwise step is a pass over memory here. Who trains on a GPU puts `compiled()` around it.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,9 @@ class Routing(Protocol):
     @property
     def expert_ids(self) -> torch.Tensor: ...
 
+    @property
+    def is_grouped(self) -> bool: ...
+
 
 def mot_linear(
     x: torch.Tensor,
@@ -40,17 +47,18 @@ def mot_linear(
     if plan is None:
         y = F.linear(x, weight[0], None if bias is None else bias[0])
     else:
-        parts = []
-        for e, rows in enumerate(torch.split(plan.row_ids.long(), list(plan.counts))):
-            # Not x[rows]: the backward of an index sorts, that of index_select adds.
-            gathered = x.index_select(0, rows)
-            parts.append(F.linear(gathered, weight[e], None if bias is None else bias[e]))
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        y = y.index_copy(0, plan.row_ids.long(), torch.cat(parts))
+        # Not x[rows]: the backward of an index sorts, that of index_select adds.
+        grouped = x if plan.is_grouped else x.index_select(0, plan.row_ids.long())
+        parts = [
+            F.linear(rows, weight[e], None if bias is None else bias[e])
+            for e, rows in enumerate(grouped.split(list(plan.counts)))
+        ]
+        y = torch.cat(parts)
+        if not plan.is_grouped:
+            y = torch.empty_like(y).index_copy(0, plan.row_ids.long(), y)
     match epilogue:
         case SiluMul():
-            gate, up = _wide(y).chunk(2, dim=-1)
-            y = (F.silu(gate) * up).to(y.dtype)
+            y = _parts.silu_mul(y)
         case AddResidual(residual):
             y = y + residual
     return y
@@ -65,11 +73,9 @@ def mot_rms_norm(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `mot_kernels.mot_rms_norm`."""
-    wide = _wide(x)
-    if residual is not None:
-        wide = wide + residual
-    y = _rms_norm(wide, _row_weight(weight, plan, x.shape[0]), eps).to(x.dtype)
-    return y if residual is None else (y, wide.to(x.dtype))
+    ids = None if plan is None else plan.expert_ids
+    y, wide = _parts.rms_norm(x, residual, weight, ids, eps)
+    return y if residual is None else (y, wide)
 
 
 def mot_qk_norm_rope(
@@ -85,28 +91,97 @@ def mot_qk_norm_rope(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `mot_kernels.mot_qk_norm_rope`; here K and V are always returned in row order."""
+    ids = None if plan is None else plan.expert_ids
+    return _parts.qk_norm_rope(
+        qkv, q_weight, k_weight, rope, positions, ids, num_heads, num_kv_heads, eps
+    )
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Inside, norms, RoPE and SiLU * up are compiled by `torch.compile`, whatever the shapes.
+
+    What is compiled lasts as long as the process. Results may differ in the last bit.
+    """
+    global _parts
+    before, _parts = _parts, _Parts(*(torch.compile(part, dynamic=True) for part in _EAGER))
+    try:
+        yield
+    finally:
+        _parts = before
+
+
+def _rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    expert_ids: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = _wide(x)
+    if residual is not None:
+        wide = wide + residual
+    y = _normed(wide, _row_weight(weight, expert_ids, x.shape[0]), eps)
+    return y.to(x.dtype), wide.to(x.dtype)
+
+
+def _qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rope: torch.Tensor,
+    positions: torch.Tensor,
+    expert_ids: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, head_dim = qkv.shape[0], q_weight.shape[-1]
     heads = qkv.view(rows, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     table = rope[positions.long()]
-    q_gamma = _row_weight(q_weight, plan, rows)
-    k_gamma = _row_weight(k_weight, plan, rows)
-    q = _rotate(_rms_norm(_wide(q), q_gamma[:, None], eps), table).to(qkv.dtype)
-    k = _rotate(_rms_norm(_wide(k), k_gamma[:, None], eps), table).to(qkv.dtype)
+    q_gamma = _row_weight(q_weight, expert_ids, rows)
+    k_gamma = _row_weight(k_weight, expert_ids, rows)
+    q = _rotate(_normed(_wide(q), q_gamma[:, None], eps), table).to(qkv.dtype)
+    k = _rotate(_normed(_wide(k), k_gamma[:, None], eps), table).to(qkv.dtype)
     return q, k, v.contiguous()
+
+
+def _silu_mul(y: torch.Tensor) -> torch.Tensor:
+    gate, up = _wide(y).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(y.dtype)
+
+
+class _Parts(NamedTuple):
+    """What `compiled` replaces."""
+
+    rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    qk_norm_rope: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    silu_mul: Callable[[torch.Tensor], torch.Tensor]
+
+
+_EAGER = _parts = _Parts(_rms_norm, _qk_norm_rope, _silu_mul)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _row_weight(weight: torch.Tensor, plan: Routing | None, rows: int) -> torch.Tensor:
-    if plan is None:
-        return _wide(weight[:1]).expand(rows, -1)
-    return _wide(weight).index_select(0, plan.expert_ids.long())
+def _row_weight(weight: torch.Tensor, expert_ids: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """The weight of each row's expert, (rows, D).
+
+    Chosen, not indexed: the backward of an index adds row after row to the few weights.
+    """
+    weight = _wide(weight)
+    if expert_ids is None:
+        return weight[:1].expand(rows, -1)
+    chosen = weight[:1].expand(rows, -1)
+    for e in range(1, len(weight)):
+        chosen = torch.where(expert_ids[:, None] == e, weight[e], chosen)
+    return chosen
 
 
-def _rms_norm(wide: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
+def _normed(wide: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * gamma
 
 

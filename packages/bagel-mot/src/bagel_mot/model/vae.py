@@ -64,7 +64,7 @@ class AutoEncoder(nn.Module):
         return moments
 
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Sample the latent of a picture: scale * (mean + exp(logvar / 2) * noise - shift).
+        """Sample the latent of a picture, `sample(moments(x), noise)`.
 
         Args:
             x: (B, 3, H, W) in [-1, 1]; cast to the dtype of the weights.
@@ -76,11 +76,26 @@ class AutoEncoder(nn.Module):
         Raises:
             ValueError: `x` or `noise` has the wrong shape.
         """
-        mean, log_variance = self.moments(x).to(noise.dtype).chunk(2, dim=1)
+        return self.sample(self.moments(x), noise)
+
+    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A latent: scale * (mean + exp(logvar / 2) * noise - shift).
+
+        Args:
+            moments: (B, 32, H/8, W/8), as `moments` gives them.
+            noise: (B, 16, H/8, W/8) standard normal.
+
+        Returns:
+            (B, 16, H/8, W/8) in the dtype of `noise`, in which the formula is computed.
+
+        Raises:
+            ValueError: `noise` has the wrong shape.
+        """
+        mean, log_variance = moments.to(noise.dtype).chunk(2, dim=1)
         if noise.shape != mean.shape:
             raise ValueError(
-                f"noise has shape {tuple(noise.shape)} but x of shape {tuple(x.shape)} has latents "
-                f"of shape {tuple(mean.shape)}; expected the latter"
+                f"noise has shape {tuple(noise.shape)} but the latents have {tuple(mean.shape)}; "
+                "expected the latter"
             )
         z = torch.addcmul(mean, torch.exp(0.5 * log_variance), noise)
         return (z - self.cfg.shift_factor) * self.cfg.scale_factor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import cos, pi, sin
+from math import cos, hypot, pi, sin
 from typing import Self
 
 import torch
@@ -22,6 +22,11 @@ _SQUARE = 0.88  # half a side
 _TRIANGLE = 0.62  # the inner circle
 _CROSS = (1.05, 0.38)  # half the length and half the width of an arm
 _STAR = (1.25, 0.55)  # tips and inner corners
+# From a star's tip to the inner corner beside it: that edge's normal, and how far out it lies.
+_FIFTH = 2 * pi / 5
+_STAR_EDGE = (_STAR[1] * sin(_FIFTH / 2), _STAR[1] * cos(_FIFTH / 2) - _STAR[0])
+_STAR_NORMAL = (-_STAR_EDGE[1] / hypot(*_STAR_EDGE), _STAR_EDGE[0] / hypot(*_STAR_EDGE))
+_STAR_OFFSET = _STAR_NORMAL[1] * _STAR[0]
 # Area of a shape of radius 1.
 AREAS = {
     "circle": pi,
@@ -119,17 +124,11 @@ def signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor | float) 
         return torch.maximum(far, near)
     if shape == "star":
         # Folded into the wedge between a tip (at angle 0) and the inner corner beside it.
-        fifth = 2 * pi / 5
         angle = torch.atan2(dx, -dy)
-        angle = (torch.remainder(angle + fifth / 2, fifth) - fifth / 2).abs()
+        angle = (torch.remainder(angle + _FIFTH / 2, _FIFTH) - _FIFTH / 2).abs()
         reach = torch.hypot(dx, dy)
-        tip, inner = _STAR
-        corner = (inner * sin(fifth / 2), inner * cos(fifth / 2))
-        edge = (corner[0], corner[1] - tip)
-        length = (edge[0] ** 2 + edge[1] ** 2) ** 0.5
-        normal = (-edge[1] / length, edge[0] / length)
-        offset = normal[1] * tip
-        return reach * (angle.sin() * normal[0] + angle.cos() * normal[1]) - offset * radius
+        along, across = _STAR_NORMAL
+        return reach * (angle.sin() * along + angle.cos() * across) - _STAR_OFFSET * radius
     raise ValueError(f"shape is {shape!r}; expected one of {', '.join(SHAPES)}")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from mot_kernels import RoutePlan
 from torch import Tensor
 
 from bagel_mot.model.bagel import Bagel
@@ -18,11 +18,11 @@ from bagel_mot.model.embeddings import rope_table
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.tiny.drawing import SceneArrays, draw
 from bagel_mot.tiny.packing import (
+    Grouping,
     Packed,
     Packing,
     Shape,
     patchify_all,
-    plan_for,
     run_together,
 )
 from bagel_mot.tiny.pool import Pool
@@ -41,6 +41,9 @@ _LEAST_NOISE = 0.15
 # ground: that is the median of what it could not tell apart); the squares of differences between
 # neighbours, because edges tell the shapes apart; and a little absolute error, for flat colours.
 _SQUARES, _EDGES, _ABSOLUTE = 4.0, 2.0, 0.1
+
+# Pictures that the VAE encodes together.
+_TOGETHER = 512
 
 # A batch ready to run, and its loss given its hidden states (B, rows, D).
 _Prepared: TypeAlias = tuple[Packed, Callable[[Tensor], Tensor]]
@@ -61,19 +64,47 @@ class Objectives:
         markers = [tokenizer.vision_start, tokenizer.vision_end]
         self._markers = torch.tensor(markers, device=model.device)
         self._packings: dict[Shape, Packing] = {}
-        self._plans: dict[tuple[Shape, ...], RoutePlan] = {}
+        self._groupings: dict[tuple[Shape, ...], Grouping] = {}
         self._encoder: AutoEncoder | None = None
+        # Of its hundred passes over every picture, one is left.
+        on_gpu = model.device.type == "cuda"
+        self._draw = torch.compile(draw, dynamic=True) if on_gpu else draw
+
+    @torch.no_grad()
+    def encode(self, task: str, pool: Pool) -> Pool:
+        """The pool with `moments`, of a task that paints.
+
+        The VAE must not learn any more: whoever trains calls this once, not with every batch.
+        """
+        if self._encoder is None:
+            # On a GPU half the bytes are nearly half the time.
+            dtype = torch.bfloat16 if self.model.device.type == "cuda" else torch.float32
+            self._encoder = copy.deepcopy(self.model.vae).to(dtype)
+        moments = []
+        for index in torch.arange(len(pool), device=self.model.device).split(_TOGETHER):
+            part = pool.select(index)
+            scenes = [part.scenes, part.sources] if task == "edit" else [part.scenes]
+            pictures = [self._draw(each, *pool.size) for each in scenes]
+            moments.append(torch.stack([self._encoder.moments(x) for x in pictures], dim=1))
+        return replace(pool, moments=torch.cat(moments))
 
     def losses(self, batches: Mapping[str, Pool], generator: torch.Generator) -> dict[str, Tensor]:
-        """The loss of each task (`paint`, `edit`, `ask`), from one pass through the model."""
+        """The loss of each task (`paint`, `edit`, `ask`), from one pass through the model.
+
+        Batches to paint are encoded here if they are not yet.
+        """
+        batches = {
+            task: batch if task == "ask" or batch.moments is not None else self.encode(task, batch)
+            for task, batch in batches.items()
+        }
         makers = {"paint": self._paint, "edit": self._edit, "ask": self._ask}
         made = {task: makers[task](batch, generator) for task, batch in batches.items()}
         packed = [batch for batch, _ in made.values()]
         shapes = tuple(batch.packing.shape for batch in packed)
-        if shapes not in self._plans:
+        if shapes not in self._groupings:
             packings = [batch.packing for batch in packed]
-            self._plans[shapes] = plan_for(packings, self.model.device)
-        hidden = run_together(self.model, self._rope, self._plans[shapes], packed)
+            self._groupings[shapes] = Grouping(packings, self.model.device)
+        hidden = run_together(self.model, self._rope, self._groupings[shapes], packed)
         return {
             task: loss(rows) for (task, (_, loss)), rows in zip(made.items(), hidden, strict=True)
         }
@@ -88,11 +119,12 @@ class Objectives:
     def _edit(self, batch: Pool, generator: torch.Generator) -> _Prepared:
         """Rectified flow from a picture and an instruction."""
         packing = self.packing("edit", batch)
-        pixels = draw(batch.sources, *batch.size)
+        pixels = self._draw(batch.sources, *batch.size)
         clean = torch.zeros(1, device=self.model.device)
         markers = self._embedded_markers()
+        latents = self._latents(batch, 1, generator)
         parts = [
-            packing.embed_latents(self.model, self._encode(pixels, generator), clean, markers),
+            packing.embed_latents(self.model, latents, clean, markers),
             packing.embed_vit(self.model, pixels, markers),
             packing.embed_text(self.model, batch.tokens),
         ]
@@ -103,7 +135,7 @@ class Objectives:
     def _ask(self, batch: Pool, generator: torch.Generator) -> _Prepared:
         """Cross-entropy of the answer's tokens, after a picture and a question or a text alone."""
         packing = self.packing("ask", batch)
-        pixels = draw(batch.scenes, *batch.size)
+        pixels = self._draw(batch.scenes, *batch.size)
         parts = [
             packing.embed_vit(self.model, pixels, self._embedded_markers()),
             packing.embed_text(self.model, batch.tokens),
@@ -132,7 +164,7 @@ class Objectives:
         """
         vae = self.model.vae
         scale, shift = vae.cfg.scale_factor, vae.cfg.shift_factor
-        x = draw(scenes, *size)
+        x = self._draw(scenes, *size)
         # On a GPU, whose convolutions take 16 bits faster; the losses are float32.
         narrow = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=x.is_cuda)
         with narrow():
@@ -163,7 +195,7 @@ class Objectives:
         generator: torch.Generator,
     ) -> _Prepared:
         """Predict eps - x0 at x_t = (1 - t) x0 + t eps, where `parts` are the context."""
-        x0 = self._encode(draw(batch.scenes, *batch.size), generator)
+        x0 = self._latents(batch, 0, generator)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         t = _times(len(batch), generator)
         x_t = torch.lerp(x0, eps, t[:, None, None])
@@ -175,18 +207,17 @@ class Objectives:
 
         return packing.pack([*parts, noisy], batch.lengths, has_picture, has_text), loss
 
-    @torch.no_grad()
-    def _encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, 3, H, W) -> (B, n, 64) latent tokens, float32."""
-        if self._encoder is None:
-            # The VAE does not learn any more. On a GPU half the bytes are nearly half the time.
-            dtype = torch.bfloat16 if pixels.is_cuda else torch.float32
-            self._encoder = copy.deepcopy(self.model.vae).to(dtype)
-        cfg = self.model.config
-        height, width = (side // cfg.vae.downsample for side in pixels.shape[-2:])
-        shape = (len(pixels), cfg.vae.z_channels, height, width)
-        noise = torch.randn(shape, generator=generator, device=pixels.device)
-        return patchify_all(self._encoder.encode(pixels, noise), cfg.latent_patch_size)
+    def _latents(self, batch: Pool, picture: int, generator: torch.Generator) -> Tensor:
+        """(B, n, 64) latent tokens of the scenes (0) or the sources (1), float32."""
+        assert batch.moments is not None
+        mean_and_variance = batch.moments[:, picture]
+        noise = torch.randn(
+            mean_and_variance.chunk(2, dim=1)[0].shape,
+            generator=generator,
+            device=generator.device,
+        )
+        latents = self.model.vae.sample(mean_and_variance, noise)
+        return patchify_all(latents, self.model.config.latent_patch_size)
 
     def packing(self, task: str, batch: Pool) -> Packing:
         """How the rows of such a batch are laid out; made once for each shape."""

@@ -5,12 +5,16 @@ tokens] [text, filled up] [image's latents], each only if its task has it. So ro
 rows reshape to (samples, rows, ...), and what a sample lacks is masked. What rows see and which
 position they have is as in `bagel_mot.context`: a block sees everything before it and itself, a
 text only backwards.
+
+Between the layers' ends all rows are grouped by expert: for attention alone they go back into their
+samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -180,11 +184,56 @@ class Packed:
         return y.transpose(1, 2).flatten(0, 1)
 
 
-@dataclass(frozen=True)
-class _Together(Layout):
-    """Rows of several batches, one behind the other; each attends within its samples."""
+class Grouping:
+    """The routing of several batches that run together: all their rows, grouped by expert.
 
-    batches: tuple[Packed, ...] = ()
+    Attributes:
+        plan: of the grouped rows.
+    """
+
+    def __init__(self, packings: Sequence[Packing], device: torch.device) -> None:
+        runs = [run for packing in packings for run in packing.runs]
+        packed = RoutePlan.from_runs(runs, num_experts=2, device=device)
+        self.plan = RoutePlan.from_runs(
+            list(enumerate(packed.counts)), num_experts=2, device=device
+        )
+        self._there = packed.row_ids.long()
+        self._back = torch.argsort(self._there)
+
+    def group(self, rows: Tensor) -> Tensor:
+        """(M, ...) rows, batch after batch and sample after sample -> grouped by expert."""
+        return _permute(rows, self._there, self._back)
+
+    def ungroup(self, rows: Tensor) -> Tensor:
+        """The inverse of `group`."""
+        return _permute(rows, self._back, self._there)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. Its backward is a gather, too; that of `index_select` would add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    permuted: Tensor = _Permute.apply(rows, order, inverse)
+    return permuted
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Together(Layout):
+    """Rows of several batches, grouped by expert; each attends within its samples."""
+
+    grouping: Grouping
+    batches: tuple[Packed, ...]
 
     @property
     def rows(self) -> list[int]:
@@ -194,19 +243,14 @@ class _Together(Layout):
     def attend(self, q: Tensor, own: Tensor, kv: Tensor, backend: Backend) -> Tensor:
         """See `Layout.attend`; whatever the backend, since gradients must flow."""
         del kv, backend
-        k, v = own.unbind(1)
+        k, v = self.grouping.ungroup(own).unbind(1)
+        q = self.grouping.ungroup(q)
         each = zip(self.batches, *(t.split(self.rows) for t in (q, k, v)), strict=True)
-        return torch.cat([batch.attend(*qkv) for batch, *qkv in each])
-
-
-def plan_for(packings: Sequence[Packing], device: torch.device) -> RoutePlan:
-    """The routing of several batches that run together, in this order."""
-    runs = [run for packing in packings for run in packing.runs]
-    return RoutePlan.from_runs(runs, num_experts=2, device=device)
+        return self.grouping.group(torch.cat([batch.attend(*qkv) for batch, *qkv in each]))
 
 
 def run_together(
-    model: Bagel, rope: Tensor, plan: RoutePlan, batches: Sequence[Packed]
+    model: Bagel, rope: Tensor, grouping: Grouping, batches: Sequence[Packed]
 ) -> list[Tensor]:
     """Hidden states of several batches, (B, rows, D) each, from one pass through the layers.
 
@@ -214,13 +258,23 @@ def run_together(
 
     Args:
         rope: as `Transformer.forward` takes it.
-        plan: `plan_for` these batches.
+        grouping: of these batches, in this order.
     """
-    positions = torch.cat([batch.positions for batch in batches])
+    x = grouping.group(torch.cat([batch.x for batch in batches]))
+    positions = grouping.group(torch.cat([batch.positions for batch in batches]))
     nothing = torch.empty(0, dtype=torch.int32, device=positions.device)  # no cache is written
-    layout = _Together(plan, positions, nothing, (), rope.shape[0], nothing, batches=tuple(batches))
-    x = torch.cat([batch.x for batch in batches])
-    hidden = model.transformer(x, layout, None, rope, model.attention).split(layout.rows)
+    layout = _Together(
+        grouping.plan,
+        positions,
+        nothing,
+        (),
+        rope.shape[0],
+        nothing,
+        grouping=grouping,
+        batches=tuple(batches),
+    )
+    hidden = model.transformer(x, layout, None, rope, model.attention)
+    hidden = grouping.ungroup(hidden).split(layout.rows)
     return [
         part.unflatten(0, (batch.packing.shape.batch, -1))
         for batch, part in zip(batches, hidden, strict=True)

@@ -43,6 +43,8 @@ class Pool:
         lengths: (n,) int64, tokens that are no filling.
         answers: (n,) int64, place of the answer's start token; 0 for other tasks.
         shown: (n,) bool, whether the question's picture is shown.
+        moments: (n, k, 32, H/8, W/8), what the VAE makes of `scenes` and, for edits, of `sources`,
+            once it has learnt; see `Objectives.encode`.
     """
 
     size: tuple[int, int]
@@ -52,6 +54,7 @@ class Pool:
     lengths: Tensor
     answers: Tensor
     shown: Tensor
+    moments: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -66,6 +69,7 @@ class Pool:
             self.lengths[index],
             self.answers[index],
             self.shown[index],
+            None if self.moments is None else self.moments[index],
         )
 
     def to(self, device: torch.device) -> Pool:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
 import torch
+from mot_kernels import reference
 from torch import Tensor
 
 from bagel_mot import checkpoint
@@ -54,10 +56,10 @@ class Plan:
     seed: int = 0
     sizes: tuple[tuple[int, int], ...] = SIZES
     samples: int = 25_000
-    vae: Schedule = field(default_factory=lambda: Schedule(6_000, 1e-3))
+    vae: Schedule = field(default_factory=lambda: Schedule(5_000, 1e-3))
     model: Schedule = field(default_factory=lambda: Schedule(20_000, 1e-3, warmup=500))
-    pixels: int = 128 * 64 * 64
-    rows: tuple[int, ...] = (16_384, 16_384, 8_192)
+    pixels: int = 64 * 64 * 64
+    rows: tuple[int, ...] = (8_192, 8_192, 4_096)
     weights: tuple[float, ...] = (1.0, 1.0, 0.5)
 
 
@@ -112,11 +114,15 @@ def train(
     elif not _train_vae(objectives, plan, pools, folder, deadline, cuda_graphs, say):
         return False
     model.vae.requires_grad_(False)
+    say("encoding the pictures")
+    for task in ("paint", "edit"):
+        pools[task] = [objectives.encode(task, pool) for pool in pools[task]]
 
     loss = _loss(objectives, plan, pools)
     stage = Stage("model", leaves(model), loss, plan.model, folder, cuda_graphs=cuda_graphs)
     say(f"model: step {stage.step} of {plan.model.steps}")
-    done = stage.run(deadline)
+    with reference.compiled() if device.type == "cuda" else nullcontext():
+        done = stage.run(deadline)
     save_checkpoint(model, place, stage.average)
     state = "done" if done else "time is up; the same command goes on"
     say(f"{state}: step {stage.step} of {plan.model.steps}, the model is in {place}")
