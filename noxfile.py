@@ -40,7 +40,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 LINTERS = ("ruff==0.17.6", "mypy==2.4.1")
 TYPED = ("httpx", "pillow", "pydantic", "rich", "typer")  # libraries whose types mypy reads
 
-# The trained tiny model, from when it is there on; docs/tiny.md says how it is made.
+# The trained tiny model; docs/tiny.md says how it is made.
 TINY = PACKAGES / "bagel-mot" / "src" / "bagel_mot" / "tiny" / "checkpoint"
 TINY_FILES = tuple(f"bagel_mot/tiny/checkpoint/{file.name}" for file in sorted(TINY.glob("*")))
 
@@ -108,21 +108,14 @@ def omni(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Let a tiny model paint; with random weights, until the trained ones are there."""
+    """Let the tiny model paint, edit and answer."""
     place = _prepare(session, STACK[:3], absent=STACK[3:])
-    picture = Path("demo", "demo.png" if TINY_FILES else "fox.png")
+    picture = Path("demo", "demo.png")
     picture.parent.mkdir(exist_ok=True)
-    paint: tuple[str, ...] = ("demo", "--model", "tiny")
-    if not TINY_FILES:
-        paint = (
-            *("generate", "a red fox in the snow"),
-            *("--model", "packages/bagel-mot/tests/golden/checkpoint"),
-            *("--height", "64", "--width", "96", "--num-timesteps", "20", "--seed", "0"),
-        )
     run_main = (place.python, "-c", "from bagel_mot.cli import main; main()")
     session.run(
         *(("bagel-mot",) if session.virtualenv.is_sandboxed else run_main),
-        *(*paint, "--output", str(picture), "--overwrite"),
+        *("demo", "--output", str(picture), "--overwrite"),
         env=place.env,
     )
     print(picture.absolute())

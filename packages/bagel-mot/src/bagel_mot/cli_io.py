@@ -53,10 +53,10 @@ def require_folder(model: Path) -> None:
         raise FileNotFoundError(f"--model {model}: no such folder; give a BAGEL checkpoint folder")
 
 
-def find_model(model: Path) -> Path:
+def find_model(model: Path | None) -> Path | None:
     """The folder behind --model; a callback of the option."""
     with user_errors():
-        return model_folder(model)
+        return None if model is None else model_folder(model)
 
 
 def output_files(output: Path, count: int, overwrite: bool) -> list[Path]:

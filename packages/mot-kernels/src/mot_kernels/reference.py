@@ -49,11 +49,10 @@ def mot_linear(
     else:
         # Not x[rows]: the backward of an index sorts, that of index_select adds.
         grouped = x if plan.is_grouped else x.index_select(0, plan.row_ids.long())
-        parts = [
-            F.linear(rows, weight[e], None if bias is None else bias[e])
-            for e, rows in enumerate(grouped.split(list(plan.counts)))
-        ]
-        y = torch.cat(parts)
+        # The backward of unbind writes a gradient once; that of weight[e] adds up whole stacks.
+        biases = [None] * len(weight) if bias is None else bias.unbind()
+        experts = zip(grouped.split(list(plan.counts)), weight.unbind(), biases, strict=True)
+        y = torch.cat([F.linear(rows, w, b) for rows, w, b in experts])
         if not plan.is_grouped:
             y = torch.empty_like(y).index_copy(0, plan.row_ids.long(), y)
     match epilogue:

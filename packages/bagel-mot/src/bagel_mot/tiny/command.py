@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bagel_mot.cli_io import console, user_errors
+from bagel_mot.cli_io import console, find_model, user_errors
 
 
 def train_tiny(
@@ -33,7 +33,11 @@ def train_tiny(
     ] = 1.0,
     start_from: Annotated[
         Path | None,
-        typer.Option("--from", help="Checkpoint folder to begin with; its VAE stays as it is."),
+        typer.Option(
+            "--from",
+            callback=find_model,
+            help="Checkpoint folder (or tiny) to begin with; its VAE stays as it is.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[

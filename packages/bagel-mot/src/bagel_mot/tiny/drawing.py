@@ -67,6 +67,12 @@ class SceneArrays:
             )
         return cls(ground.to(torch.uint8), places, looks)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Scenes of several, one behind the other."""
+        tensors = zip(*((p.ground, p.places, p.looks) for p in parts), strict=True)
+        return cls(*map(torch.cat, tensors))
+
     def select(self, index: Tensor) -> Self:
         """The scenes of these numbers."""
         return type(self)(self.ground[index], self.places[index], self.looks[index])

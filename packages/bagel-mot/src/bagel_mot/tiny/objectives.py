@@ -92,13 +92,27 @@ class Objectives:
         """The loss of each task (`paint`, `edit`, `ask`), from one pass through the model.
 
         Batches to paint are encoded here if they are not yet.
+
+        Raises:
+            ValueError: the batches' pictures are not of one size.
         """
+        sizes = {task: batch.size for task, batch in batches.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"batches have pictures of {sizes}; expected one size")
         batches = {
             task: batch if task == "ask" or batch.moments is not None else self.encode(task, batch)
             for task, batch in batches.items()
         }
-        makers = {"paint": self._paint, "edit": self._edit, "ask": self._ask}
-        made = {task: makers[task](batch, generator) for task, batch in batches.items()}
+        seen = self._see(batches)
+        made: dict[str, _Prepared] = {}
+        for task, batch in batches.items():
+            match task:
+                case "paint":
+                    made[task] = self._paint(batch, generator)
+                case "edit":
+                    made[task] = self._edit(batch, seen[task], generator)
+                case "ask":
+                    made[task] = self._ask(batch, seen[task])
         packed = [batch for batch, _ in made.values()]
         shapes = tuple(batch.packing.shape for batch in packed)
         if shapes not in self._groupings:
@@ -109,6 +123,22 @@ class Objectives:
             task: loss(rows) for (task, (_, loss)), rows in zip(made.items(), hidden, strict=True)
         }
 
+    def _see(self, batches: Mapping[str, Pool]) -> dict[str, Tensor]:
+        """What tasks with pictures see of them, (B, rows of the ViT part, D) each, in one pass."""
+        shown = {
+            task: batch.sources if task == "edit" else batch.scenes
+            for task, batch in batches.items()
+            if task != "paint"
+        }
+        if not shown:
+            return {}
+        task = next(iter(shown))
+        pixels = self._draw(SceneArrays.joined(list(shown.values())), *batches[task].size)
+        packing = self.packing(task, batches[task])
+        rows = packing.embed_vit(self.model, pixels, self._embedded_markers())
+        parts = rows.split([len(batches[task]) for task in shown])
+        return dict(zip(shown, parts, strict=True))
+
     def _paint(self, batch: Pool, generator: torch.Generator) -> _Prepared:
         """Rectified flow from a text: mean square error of the velocity."""
         packing = self.packing("paint", batch)
@@ -116,30 +146,25 @@ class Objectives:
         text = packing.embed_text(self.model, batch.tokens)
         return self._flow(packing, batch, [text], has_text, has_text, generator)
 
-    def _edit(self, batch: Pool, generator: torch.Generator) -> _Prepared:
+    def _edit(self, batch: Pool, seen: Tensor, generator: torch.Generator) -> _Prepared:
         """Rectified flow from a picture and an instruction."""
         packing = self.packing("edit", batch)
-        pixels = self._draw(batch.sources, *batch.size)
         clean = torch.zeros(1, device=self.model.device)
         markers = self._embedded_markers()
         latents = self._latents(batch, 1, generator)
         parts = [
             packing.embed_latents(self.model, latents, clean, markers),
-            packing.embed_vit(self.model, pixels, markers),
+            seen,
             packing.embed_text(self.model, batch.tokens),
         ]
         has_text = _share(len(batch), 1 - _NO_TEXT, generator)
         has_picture = _share(len(batch), 1 - _NO_PICTURE, generator)
         return self._flow(packing, batch, parts, has_picture, has_text, generator)
 
-    def _ask(self, batch: Pool, generator: torch.Generator) -> _Prepared:
+    def _ask(self, batch: Pool, seen: Tensor) -> _Prepared:
         """Cross-entropy of the answer's tokens, after a picture and a question or a text alone."""
         packing = self.packing("ask", batch)
-        pixels = self._draw(batch.scenes, *batch.size)
-        parts = [
-            packing.embed_vit(self.model, pixels, self._embedded_markers()),
-            packing.embed_text(self.model, batch.tokens),
-        ]
+        parts = [seen, packing.embed_text(self.model, batch.tokens)]
         tokens, everywhere = batch.tokens, torch.ones_like(batch.shown)
         place = torch.arange(tokens.shape[1] - 1, device=tokens.device)
         answer = (place >= batch.answers[:, None]) & (place < batch.lengths[:, None] - 1)
@@ -197,7 +222,7 @@ class Objectives:
         """Predict eps - x0 at x_t = (1 - t) x0 + t eps, where `parts` are the context."""
         x0 = self._latents(batch, 0, generator)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-        t = _times(len(batch), generator)
+        t = _times(len(batch), x0.shape[1], generator)
         x_t = torch.lerp(x0, eps, t[:, None, None])
         noisy = packing.embed_latents(self.model, x_t, t, self._embedded_markers())
 
@@ -236,13 +261,16 @@ def _share(count: int, probability: float, generator: torch.Generator) -> Tensor
     return torch.rand(count, generator=generator, device=generator.device) < probability
 
 
-def _times(count: int, generator: torch.Generator) -> Tensor:
+def _times(count: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Times to train at: half of them uniform, half near noise, where the composition is decided.
 
-    The latter are logit-normal with the sampler's shift of 3.
+    The latter are logit-normal with the sampler's shift of 3 at 32 latent tokens. The same noise
+    hides less of a larger picture, where more is then decided earlier: the shift grows as the root
+    of the tokens (Esser et al., arXiv:2403.03206, on higher resolutions).
     """
     device = generator.device
     uniform = torch.rand(count, generator=generator, device=device)
     s = torch.randn(count, generator=generator, device=device).sigmoid()
-    shifted = 3 * s / (1 + 2 * s)
+    shift = 3 * math.sqrt(tokens / 32)
+    shifted = shift * s / (1 + (shift - 1) * s)
     return torch.where(_share(count, 0.5, generator), uniform, shifted)

@@ -234,9 +234,14 @@ class Stage:
 
     def _take_gradients(self) -> None:
         """Hand the gradients of leaves in 16 bits to their masters."""
-        for leaf, master in self._followers:
-            if leaf.grad is not None:
-                master.grad, leaf.grad = leaf.grad.float(), None
+        found = [(leaf, master) for leaf, master in self._followers if leaf.grad is not None]
+        if not found:
+            return
+        for _, master in found:
+            master.grad = torch.empty_like(master)
+        torch._foreach_copy_([master.grad for _, master in found], [leaf.grad for leaf, _ in found])
+        for leaf, _ in found:
+            leaf.grad = None
 
     @torch.no_grad()
     def _follow_masters(self) -> None:

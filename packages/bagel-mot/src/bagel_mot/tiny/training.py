@@ -57,9 +57,9 @@ class Plan:
     sizes: tuple[tuple[int, int], ...] = SIZES
     samples: int = 25_000
     vae: Schedule = field(default_factory=lambda: Schedule(5_000, 1e-3))
-    model: Schedule = field(default_factory=lambda: Schedule(20_000, 1e-3, warmup=500))
+    model: Schedule = field(default_factory=lambda: Schedule(100_000, 1e-3, warmup=500))
     pixels: int = 64 * 64 * 64
-    rows: tuple[int, ...] = (8_192, 8_192, 4_096)
+    rows: tuple[int, ...] = (16_384, 8_192, 4_096)
     weights: tuple[float, ...] = (1.0, 1.0, 0.5)
 
 
@@ -203,16 +203,21 @@ def _vae_loss(objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]) 
 
 
 def _loss(objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]) -> Loss:
-    """Each step has a batch of every task, all with pictures of one size."""
+    """Each step has a batch of every task, all with pictures of one size.
+
+    Large pictures hold fewer to a batch and are harder, so their turn comes more often.
+    """
     batches = {
         task: [max(rows // _rows_of(objectives, task, pool), 1) for pool in pools[task]]
         for task, rows in zip(TASKS, plan.rows, strict=True)
     }
+    areas = [height * width for height, width in plan.sizes]
     generator = torch.Generator(objectives.model.device)
 
     def choose(step: int) -> int:
         _seed(generator, plan.seed, "model", step)
-        return Random(f"{plan.seed}/model/{step}").randrange(len(plan.sizes))
+        (kind,) = Random(f"{plan.seed}/model/{step}").choices(range(len(areas)), areas)
+        return kind
 
     def compute(kind: int) -> dict[str, Tensor]:
         samples = {
