@@ -86,8 +86,12 @@ def test_start_from_a_checkpoint(tmp_path: Path) -> None:
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
     train(tmp_path, PLAN, device=CPU, deadline=0, say=lambda _: None)
-    with pytest.raises(ValueError, match=r"is of a run with .* choose another folder"):
+    with pytest.raises(ValueError, match=r"with seed 0, not 1: .* choose another folder"):
         train(tmp_path, replace(PLAN, seed=1), device=CPU, deadline=0)
+    with pytest.raises(ValueError, match="with samples 12, not 13; rows "):
+        train(tmp_path, replace(PLAN, samples=13, rows=(1, 2, 3)), device=CPU, deadline=0)
+    with pytest.raises(ValueError, match="with starts_from False, not True"):
+        train(tmp_path, PLAN, device=CPU, deadline=0, start_from=tmp_path / "checkpoint")
 
 
 def test_pools_do_not_depend_on_the_workers(folder: Path) -> None:
@@ -177,6 +181,31 @@ def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     )
     with pytest.raises(FloatingPointError, match="stage model, step 1"):
         stage.run()
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """Not even between two lines of the log, and not when time is up."""
+    weight = torch.ones(1, requires_grad=True)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        return {"x": (weight * (float("nan") if step >= 6 else 1.0)).sum()}
+
+    def stage() -> Stage:
+        schedule = Schedule(100, 1e-3)
+        return Stage(
+            "model", {"w": weight}, each_step(loss), schedule, tmp_path, log_every=50, save_every=4
+        )
+
+    with pytest.raises(FloatingPointError, match="stage model, step 8"):
+        stage().run()
+    assert stage().step == 4
+    ticks = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.time, "monotonic", lambda: float(next(ticks)))
+        with pytest.raises(FloatingPointError, match="stage model, step 7"):
+            stage().run(deadline=3.5)
+    assert stage().step == 4
+    assert weight.isfinite().all()
 
 
 def test_schedule() -> None:

@@ -76,7 +76,8 @@ class Pool:
         """The same on a device."""
         parts = {
             name: getattr(self, name).to(device)
-            for name in ("scenes", "sources", "tokens", "lengths", "answers", "shown")
+            for name in ("scenes", "sources", "tokens", "lengths", "answers", "shown", "moments")
+            if getattr(self, name) is not None
         }
         return replace(self, **parts)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -177,35 +178,24 @@ class Stage:
             return self._run(deadline)
 
     def _run(self, deadline: float) -> bool:
-        sums: dict[str, Tensor] = {}
-        began = time.monotonic()
-        counted = 0
+        tally = _Tally()
         while not self.done and time.monotonic() < deadline:
-            rate = self.schedule.rate_at(self.step)
-            self._set_rate(rate)
+            self._set_rate(self.schedule.rate_at(self.step))
             # Early on the average must not hold on to the start values.
             keep = min(self.schedule.average, (1 + self.step) / (10 + self.step))
             self._blend.fill_(1 - keep)
             kind = self._loss.choose(self.step)
             update = functools.partial(self._update, kind)
             found = update() if self._step_graphs is None else self._step_graphs.run(kind, update)
-            for key, value in found.items():
-                sums[key] = sums.get(key, 0) + value
+            tally.add(found)
             self.step += 1
-            counted += 1
-            if counted == self._log_every or self.done:
-                # Reading a loss waits for the device: only here.
-                means = {key: float(value) / counted for key, value in sums.items()}
-                now = time.monotonic()
-                self._write_line(rate, means, now - began, counted)
-                if not all(map(_is_finite, means.values())):
-                    raise FloatingPointError(
-                        f"stage {self.name}, step {self.step}: {means} is not finite; the last "
-                        f"state is in {self._state}, lower the rate and resume from it"
-                    )
-                sums, began, counted = {}, now, 0
-            if self.step % self._save_every == 0 and not self.done:
+            saves = self.step % self._save_every == 0
+            if tally.steps == self._log_every or saves:
+                self._report(tally)
+                tally = _Tally()
+            if saves and not self.done:
                 self.save()
+        self._report(tally)
         self.save()
         return self.done
 
@@ -279,20 +269,45 @@ class Stage:
             group.update(self._options, lr=rate)
         self.step = state["step"]
 
-    def _write_line(
-        self, rate: float, means: Mapping[str, float], seconds: float, steps: int
-    ) -> None:
+    def _report(self, tally: _Tally) -> None:
+        """Write a line of the log. Whatever is saved after this is finite.
+
+        Raises:
+            FloatingPointError: a loss or the gradient is not.
+        """
+        if not tally.steps:
+            return
+        # Reading a loss waits for the device: only here.
+        means = {key: float(value) / tally.steps for key, value in tally.sums.items()}
+        seconds = time.monotonic() - tally.began
         line = {
             "stage": self.name,
             "step": self.step,
-            "rate": float(f"{rate:.4g}"),
+            "rate": float(f"{self.schedule.rate_at(self.step - 1):.4g}"),
             **{key: float(f"{value:.5g}") for key, value in means.items()},
             "seconds": round(seconds, 3),
-            "steps_per_second": round(steps / max(seconds, 1e-9), 2),
+            "steps_per_second": round(tally.steps / max(seconds, 1e-9), 2),
         }
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(
+                f"stage {self.name}, step {self.step}: {means} is not finite; the last state is in "
+                f"{self._state}, lower the rate and resume from it"
+            )
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0
+class _Tally:
+    """Sums of losses over some steps."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Those of one more step."""
+        self.steps += 1
+        for key, value in losses.items():
+            # A sum of its own: the next replay of the step's graph overwrites the losses.
+            self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()

@@ -2,7 +2,7 @@
 
 A run lives in one folder:
 
-- `run.json`: recipe and seed, which a resumed run must share;
+- `run.json`: recipe, seed, samples and batches, which a resumed run must share;
 - `vae.pt`, `model.pt`: states of the two stages; `log.jsonl`: the log of both;
 - `checkpoint/`: the model in the official layout, written anew whenever the run stops.
 """
@@ -89,7 +89,7 @@ def train(
         up before the VAE was done.
 
     Raises:
-        ValueError: the folder holds a run with another recipe or seed.
+        ValueError: the folder holds a run with another recipe, seed, samples or batches.
     """
     place = folder / CHECKPOINT
     _begin(folder, plan, start_from)
@@ -162,14 +162,25 @@ def _load(model: Bagel, folder: Path) -> None:
 
 def _begin(folder: Path, plan: Plan, start_from: Path | None) -> None:
     """Write what does not change during a run, or check that it is the same run."""
-    identity = {"recipe": asdict(plan.recipe), "seed": plan.seed}
+    identity = {
+        "recipe": asdict(plan.recipe),
+        **{name: getattr(plan, name) for name in ("seed", "sizes", "samples", "pixels", "rows")},
+        # Another VAE would give other latents.
+        "starts_from": start_from is not None,
+    }
     identity = json.loads(json.dumps(identity))
     file, place = folder / "run.json", folder / CHECKPOINT
     if file.is_file():
         found = json.loads(file.read_text())
-        if found != identity:
+        differing = [
+            f"{name} {found.get(name)}, not {value}"
+            for name, value in identity.items()
+            if found.get(name) != value
+        ]
+        if differing:
             raise ValueError(
-                f"{file} is of a run with {found}, not {identity}; choose another folder"
+                f"{file} is of a run with {'; '.join(differing)}: go on as it began, or choose "
+                "another folder"
             )
         return
     if start_from is None:
