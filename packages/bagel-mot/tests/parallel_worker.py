@@ -7,14 +7,13 @@ On GPUs everything is done twice: what is captured in CUDA graphs is then replay
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 
 import torch
 from golden_data import GOLDEN, Judge
 from golden_requests import paint_and_judge, request_parts
 
+from bagel_mot.launch import leave
 from bagel_mot.parallel import ParallelConfig
 from bagel_mot.pipeline import BagelPipeline
 
@@ -49,8 +48,6 @@ if __name__ == "__main__":
     names, *rest = (each for each in arguments if each != "--gpus")
     try:
         main(names.split(","), rest, "cuda" if on_gpus else "cpu")
-    except BaseException:
-        # In good order it would wait for exchanges that the other ranks may never join.
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    except BaseException as error:
+        leave(1, error)
+        raise

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from alone import generate_text
 from golden_data import GOLDEN, GoldenCase
 from golden_requests import RecordedNoise, pipeline_for, request_parts, settings_of
 from mot_layers import MoTMergedColumnParallelLinear, MoTQKVParallelLinear, MoTRowParallelLinear
@@ -24,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 from bagel_mot.context import Contexts
 from bagel_mot.images import resize, to_rgb, to_tensor
 from bagel_mot.pipeline import BagelPipeline
-from bagel_mot.text import generate_text
 
 FORMATS = ("fp8", "int8", "w8a16", "w4a16:32")
 LINEARS = (MoTQKVParallelLinear, MoTMergedColumnParallelLinear, MoTRowParallelLinear)

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from bagel_mot import __version__, checkpoint
 from bagel_mot.cli import app
+from bagel_mot.cli_io import Streamed
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageSettings
 
@@ -184,6 +185,147 @@ def test_edit(cpu: BagelPipeline) -> None:
     found = metadata(Path("night.png"))
     assert json.loads(found["settings"]) == json.loads(settings.model_dump_json())
     assert (found["prompt"], found["seed"]) == ("at night", "5")
+
+
+@pytest.mark.parametrize("command", ["generate", "edit"])
+def test_negative_prompt(cpu: BagelPipeline, command: str) -> None:
+    words = ["--negative-prompt", "a dog", "--num-timesteps", "3", "--seed", "5", "-o", "fox.png"]
+    words += ["--height", "64", "--width", "64", *ON_CPU]
+    make: dict[str, Any] = {"negative_prompt": "a dog", "seed": 5, "height": 64, "width": 64}
+    if command == "generate":
+        succeed("generate", "a fox", *words)
+        want = cpu.generate("a fox", settings=QUICK, **make).image
+        other = cpu.generate("a fox", settings=QUICK, **make | {"negative_prompt": None}).image
+    else:
+        succeed("edit", "a fox", "-i", STREET, *words)
+        settings = ImageSettings.for_editing(num_timesteps=3)
+        make["settings"] = settings
+        want = cpu.edit(opened(STREET), "a fox", **make).image
+        other = cpu.edit(opened(STREET), "a fox", **make | {"negative_prompt": None}).image
+    assert_same_picture(opened("fox.png"), want)
+    assert want.tobytes() != other.tobytes()
+    assert metadata(Path("fox.png"))["negative_prompt"] == "a dog"
+
+
+def prompts_file(*lines: dict[str, Any] | str) -> Path:
+    """Outside of the working folder."""
+    file = Path.cwd().parent / "prompts.jsonl"
+    file.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
+    return file
+
+
+@pytest.mark.parametrize("together", [16, 2])
+def test_generate_prompts(
+    cpu: BagelPipeline, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line as it would be alone; what it leaves out is as on the command line."""
+    monkeypatch.setattr("bagel_mot.painting._TOGETHER", together)
+    file = prompts_file(
+        {"prompt": "a fox — 狐", "seed": 7},
+        "",
+        {"prompt": "a dog", "height": 48, "width": 80, "negative_prompt": "a cat"},
+        {"prompt": "a cat"},
+    )
+    result = succeed("generate", "--prompts", str(file), *SMALL, "--seed", "5", "-o", "out/a.png")
+    files = [Path.cwd() / "out" / f"a-{i}.png" for i in range(3)]
+    assert result.stdout == "".join(f"{file}\n" for file in files)
+    small: dict[str, Any] = {"height": 64, "width": 64, "settings": QUICK, "seed": 5}
+    wide = small | {"height": 48, "width": 80, "negative_prompt": "a cat"}
+    for file, prompt, options in zip(
+        files,
+        ("a fox — 狐", "a dog", "a cat"),
+        (small | {"seed": 7}, wide, small),
+        strict=True,
+    ):
+        assert_close_picture(opened(file), cpu.generate(prompt, **options).image)
+        assert metadata(file)["prompt"] == prompt
+    assert [metadata(file)["seed"] for file in files] == ["7", "5", "5"]
+
+
+def test_generate_prompts_of_one_line_is_numbered() -> None:
+    """Whatever reads the files need not know how many lines there were."""
+    succeed("generate", "--prompts", str(prompts_file({"prompt": "a fox"})), *SMALL)
+    assert written() == ["bagel-0.png"]
+
+
+def test_generate_prompts_think() -> None:
+    file = prompts_file({"prompt": "a fox", "seed": 5}, {"prompt": "a dog", "seed": 6})
+    options = ["--think", "--max-text-tokens", "5", "--temperature", "1"]
+    result = succeed("generate", "--prompts", str(file), *SMALL, *options)
+    for name in ("bagel-0.png", "bagel-1.png"):
+        assert metadata(Path(name))["thought"] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2: Invalid JSON"),
+        ("[]", r"line 2: Input should be an object"),
+        ({"height": 64}, r"line 2: prompt: Field required$"),
+        ({"prompt": "x", "size": 64}, r"line 2: unknown key 'size'; expected prompt, height, wid"),
+        ({"prompt": "x", "seed": "1"}, r"line 2: seed: Input should be a valid integer$"),
+        ({"prompt": "x", "seed": -1}, r"line 2: seed is -1; expected 0\.\."),
+        ({"prompt": " "}, r"line 2: the prompt is empty"),
+        ({"prompt": "x", "height": 60}, r"line 2: height is 60; expected a multiple of 16"),
+        ({"prompt": "x", "width": None}, r"line 2: height is 64 and width None; give both"),
+    ],
+    ids=str,
+)
+def test_bad_line(
+    monkeypatch: pytest.MonkeyPatch, line: dict[str, Any] | str, message: str
+) -> None:
+    """All lines are checked before anything is loaded."""
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: pytest.fail("loaded"))
+    file = prompts_file({"prompt": "a fox"}, line)
+    said = refused(run("generate", "--prompts", str(file), *SMALL))
+    assert re.search(rf"^error: --prompts .*prompts\.jsonl, {message}", said)
+
+
+def test_bad_prompts() -> None:
+    missing = refused(run("generate", "--prompts", "no.jsonl", *SMALL))
+    assert missing == "error: --prompts no.jsonl: no such file"
+    assert "no prompts; expected" in refused(
+        run("generate", "--prompts", str(prompts_file("", " ")), *SMALL)
+    )
+    both = refused(run("generate", "a fox", "--prompts", str(prompts_file()), *SMALL))
+    assert "either a PROMPT, or --prompts FILE" in both
+
+
+@pytest.mark.parametrize("command", [["generate", "a fox", *SMALL], ["ask", "What?", *ON_CPU]])
+def test_errors_of_the_model_are_ours(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    """They are not told as if the user could mend them."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr("bagel_mot.pipeline.read_prompt", fail)
+    result = run(*command)
+    assert isinstance(result.exception, ValueError) and "error:" not in result.stderr
+
+
+def test_streamed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A growing text: what is written stays right, whatever comes."""
+    told = Streamed(err=False)
+    seen = []
+    for text in ("a", "a \ufffd", "a 狐", "a 狐 <|im", "a 狐 <b> and so on", "a 狐 <b> and so on."):
+        told(text)
+        seen.append(capsys.readouterr().out)
+    assert seen == ["a", " ", "狐", " ", "<b> and so on", "."]
+    told.finish("a 狐 <b> and so on.\ufffd")
+    assert capsys.readouterr().out == "\ufffd\n"
+
+
+def test_ask_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes in pieces, and whole."""
+    pieces = []
+    write = Streamed._write
+    monkeypatch.setattr(
+        Streamed, "_write", lambda self, text: (pieces.append(text), write(self, text))
+    )
+    result = succeed("ask", "What is this?", *ON_CPU, "--max-text-tokens", "9")
+    assert len(pieces) > 5 and result.stdout == pieces[-1] + "\n"
 
 
 @pytest.mark.parametrize("images", [[], [STREET], [STREET, PORTRAIT]], ids=len)
@@ -476,7 +618,12 @@ ASK = ["ask", "What is this?", *ON_CPU]
             ["edit", "", *ON_CPU, "-i", STREET], r"the prompt is empty", id="edit-empty-prompt"
         ),
         pytest.param(["ask", " ", *ON_CPU], r"the question is empty", id="empty-question"),
-        pytest.param(["generate", *SMALL], r"Missing argument", id="no-prompt"),
+        pytest.param(
+            ["generate", *SMALL],
+            r"give what to paint: either a PROMPT, or --prompts",
+            id="no-prompt",
+        ),
+        pytest.param(["ask", *ON_CPU], r"Missing argument", id="no-question"),
         pytest.param(["generate", "a fox"], r"Missing option '--model'", id="no-model"),
         pytest.param(
             [*GENERATE, "--steps", "9"], r"No such option: --steps.*--num-timesteps", id="option"
@@ -537,6 +684,16 @@ ASK = ["ask", "What is this?", *ON_CPU]
         ),
         pytest.param(
             [*GENERATE, "--seed", "-1"], r"'--seed'.*greater than or equal to 0", id="seed-negative"
+        ),
+        pytest.param(
+            [*GENERATE, "--negative-prompt", "\udcff"],
+            r"negative_prompt holds '.udcff' at position 0, half of a surrogate pair",
+            id="negative-prompt-bytes",
+        ),
+        pytest.param(
+            ["generate", "fox \udcff", *SMALL],
+            r"the text at parts\[0\] holds '.udcff' at position 4",
+            id="prompt-bytes",
         ),
         pytest.param([*GENERATE, "--seed", str(2**70)], r"seed.*expected 0\.\.", id="seed-huge"),
         pytest.param(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from alone import generate_text
 from context_rules import (
     NAMES,
     assert_same_context,
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from bagel_mot.context import Context, Contexts, append_text
 from bagel_mot.model.layout import KVCache
 from bagel_mot.pipeline import BagelPipeline
-from bagel_mot.text import generate_text
 
 # s: system prompt, t: text, n: negative text, p: picture, h: thought
 REQUESTS = {

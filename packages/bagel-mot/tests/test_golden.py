@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import generate_text
 from golden_data import GOLDEN, Judge
 from golden_requests import paint_and_judge, pipeline_for, request_parts, settings_of
 from torch import nn
@@ -23,7 +24,6 @@ from bagel_mot.context import Contexts, append_latent, append_text, append_vit
 from bagel_mot.images import resize, to_rgb, to_tensor
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageSettings
-from bagel_mot.text import generate_text
 
 IMAGE_CASES = [name for name in GOLDEN.names if name[0] in "ab"]
 TEXT_CASES = [name for name in GOLDEN.names if name[0] in "cd"]

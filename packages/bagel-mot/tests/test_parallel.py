@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +97,73 @@ def test_run_ranks_ends_what_takes_too_long(capfd: pytest.CaptureFixture[str]) -
     assert run_ranks([sys.executable, "-c", script], 2, seconds=1.0) == TOO_LONG
     assert time.monotonic() - before < 30
     assert "ranks [1] are not done after 1 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["waiting", "ending"])
+def test_run_ranks_ends_all_on_sigterm(tmp_path: Path, when: str) -> None:
+    """Who stops the launcher stops its ranks, also those that it is ending already."""
+    rank = (
+        "import os, pathlib, signal, sys, time\n"
+        "if os.environ['RANK'] == '1': signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "own = pathlib.Path(sys.argv[1], os.environ['RANK'])\n"
+        "own.with_suffix('.part').write_text(str(os.getpid()))\n"
+        "own.with_suffix('.part').rename(own)\n"
+        f"if {when!r} == 'ending' and os.environ['RANK'] == '0':\n"
+        "    while not own.with_name('1').exists(): time.sleep(0.05)\n"
+        "    sys.exit(1)\n"
+        "time.sleep(600)"
+    )
+    script = (
+        "import sys\n"
+        "from bagel_mot import launch\n"
+        f"launch.GRACE = {60 if when == 'ending' else 0.5}\n"
+        f"launch.run_ranks([sys.executable, '-c', {rank!r}, {str(tmp_path)!r}], 2)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", script])
+    files = [tmp_path / "0", tmp_path / "1"]
+    deadline = time.monotonic() + 30
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    if when == "ending":
+        time.sleep(2)  # rank 0 has failed by then, and rank 1 does not listen
+    launcher.terminate()
+    assert launcher.wait(30) == 128 + 15
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def test_run_ranks_gives_sigterm_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_ranks([sys.executable, "-c", ""], 2) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mistake", ["user's", "ours"])
+def test_a_failing_rank_leaves_at_once(mistake: str, ranks: int) -> None:
+    """One of several does not end in good order, where it could wait for the others for ever."""
+    script = (
+        "import atexit, sys\n"
+        "import bagel_mot.cli\n"
+        "atexit.register(print, 'in good order')\n"
+        "sys.argv = ['bagel-mot', 'demo', '--output', 'demo.jpg']\n"
+    )
+    if mistake == "ours":
+        script += "bagel_mot.demo.output_files = lambda *_: 1 / 0\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}bagel_mot.cli.main()"],
+        env=os.environ | {"WORLD_SIZE": str(ranks), "RANK": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == ("in good order\n" if ranks == 1 else ""), done.stderr
+    if mistake == "ours":
+        assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    else:
+        assert done.returncode == 2 and "error: --output demo.jpg: expected" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alone import denoise, generate_text
 from context_rules import Item, PlainContexts, contexts_by_the_rules
 from golden_data import GOLDEN, Judge, relative_error
 from golden_requests import paint_and_judge, pipeline_for, request_parts
@@ -18,12 +19,10 @@ from PIL import Image
 from test_context import forwards
 
 from bagel_mot import pipeline as pipeline_module
-from bagel_mot.denoising import denoise
 from bagel_mot.images import resize, to_image, to_rgb, to_tensor, unpatchify
 from bagel_mot.pipeline import BagelPipeline, Cancelled
 from bagel_mot.request import Noise, Part, Request, Result, image_size
 from bagel_mot.sampling import ImageSettings, Step
-from bagel_mot.text import generate_text
 
 SMALL = {"height": 64, "width": 80}
 QUICK = ImageSettings(num_timesteps=3)

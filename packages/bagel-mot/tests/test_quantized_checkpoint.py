@@ -354,3 +354,23 @@ def test_inspect_broken(written: Path) -> None:
     rewrite(written, lambda tensors: tensors.pop(f"{GEN_DOWN}.weight_scale"))
     report = inspect_checkpoint(written)
     assert any("not quantised, but other parts" in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_other_layouts_are_one_error(tmp_path: Path, method: str) -> None:
+    """Not one for each tensor that is called otherwise there; also of `inspect` and `quantize`."""
+    folder = tmp_path / "other"
+    shutil.copytree(GOLDEN.checkpoint, folder)
+    (folder / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": method, "bits": 4}})
+    )
+    tensors = load_file(folder / "ema.safetensors")
+    tensors[f"{Q_PROJ}.qweight"] = tensors.pop(f"{Q_PROJ}.weight")
+    save_file(tensors, folder / "ema.safetensors")
+    message = f"config.json: quantised by '{method}', which is not read here; use the original"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+    with pytest.raises(CheckpointError, match=message):
+        quantize_checkpoint(folder, tmp_path / "int8", Quantization.parse("int8"))
+    (problem,) = inspect_checkpoint(folder).problems
+    assert message in problem

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import denoise
 from context_rules import NAMES, PlainContexts, feed, request_items, rows
 from golden_data import GOLDEN, relative_error
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from test_context import forwards, poison_caches
 from torch import Tensor
 
 from bagel_mot.context import Contexts
-from bagel_mot.denoising import Denoising, denoise
+from bagel_mot.denoising import Denoising
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.layout import KVCache
 from bagel_mot.pipeline import BagelPipeline

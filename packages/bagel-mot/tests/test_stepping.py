@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import denoise, generate_text
 from golden_data import GOLDEN, Judge, relative_error
 from golden_requests import paint_and_judge
 from torch import Tensor
@@ -22,12 +23,11 @@ from traced import TracingWorkspace
 
 from bagel_mot import graphs
 from bagel_mot.context import Contexts
-from bagel_mot.denoising import Denoising, denoise
+from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
 from bagel_mot.model.attention import Math
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
-from bagel_mot.text import generate_text
 
 GRID = (3, 5)
 GUIDED = ImageSettings(num_timesteps=4, cfg_interval=(0.5, 1.0))

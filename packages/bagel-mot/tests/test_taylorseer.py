@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alone import denoise
 from golden_data import GOLDEN, relative_error
 from pydantic import ValidationError
 from test_context import forwards
 from test_stepping import contexts_of, noise_of
 from torch import Tensor
 
-from bagel_mot.denoising import Denoising, denoise
+from bagel_mot.denoising import Denoising
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageJob, ImageSettings, Step, guide
 from bagel_mot.taylorseer import Extrapolation, TaylorSeer

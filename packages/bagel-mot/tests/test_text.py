@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import generate_text
 from golden_data import GOLDEN, relative_error
 from test_context import forwards
 from torch import Tensor
@@ -19,7 +20,7 @@ from bagel_mot.context import Context, Contexts, append_text
 from bagel_mot.graphs import Workspace
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Request
-from bagel_mot.text import TextJob, fed_tokens, generate_text, generate_texts
+from bagel_mot.text import TextJob, fed_tokens, generate_texts
 
 PROMPTS = [
     "How long is a year?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import pytest
 from samples import python_command
 
 import mot_bench as package
+from mot_bench.cases import Model
+from mot_bench.errors import UsageError
+from mot_bench.files import write_text
+from mot_bench.options import layers_and_model
 
 TUNE = ("tune", "--output", "out")
 
@@ -26,6 +31,11 @@ TUNE = ("tune", "--output", "out")
         (("kernels", "--dtype", "int8"), "--dtype is 'int8'; expected one of bfloat16, float16, f"),
         (("kernels", "--tp", "3"), "--tp is 3: the model's heads 28 does not divide by 3"),
         (("kernels", "--tp", "2", "--shape", "8,8"), "--tp is 2, but it shards a model; with --sh"),
+        (
+            ("kernels", "--image-tokens", "99999999999999"),
+            "--image-tokens is '99999999999999': 300,000,000,000,003 rows; expected at most 1,048,",
+        ),
+        (("kernels", "--branches", "1048577"), "--branches is '1048577' and --image-tokens is "),
         (("kernels", "--shape", "8x8"), "--shape is '8x8'; expected K,N, for example 3584,4608"),
         (("kernels", "--shape", "8,-8"), "--shape is '8,-8'; expected K,N"),
         (("kernels", "--model", "nowhere"), "--model is 'nowhere': nowhere holds no llm_config.js"),
@@ -37,13 +47,29 @@ TUNE = ("tune", "--output", "out")
         ),
         (("kernels", "--plot"), "--plot writes a picture; say where with --output DIR"),
         (("kernels", "--output", __file__), "which is a file; give a folder"),
+        (
+            ("kernels", "--output", f"{__file__}/a/b"),
+            "nothing can be written to",
+        ),
+        (
+            ("kernels", "--output", "/proc/x"),
+            "'/proc/x', but nothing can be written to /proc (",
+        ),
+        (("kernels",), "torch sees no GPU, and BAGEL-7B's layers take too long on a CPU; a run of"),
         (("kernels", "--rounds", "0"), "'--rounds'"),
         (("kernels", "--rounds", "many"), "'--rounds'"),
         (("kernels", "--shapes", "8,8"), "--shapes"),
         ((*TUNE, "--shape", "8,8", "--rows", "2,b"), "--rows is '2,b'; expected whole numbers"),
         ((*TUNE, "--shape", "8,8", "--rows", "0,0"), "--rows is '0,0'; expected at least one row"),
         (("tune", "--shape", "8,8"), "'--output'"),
+        (
+            (*TUNE, "--shape", "8,8", "--rows", "2,1048575"),
+            "--rows is '2,1048575': 1,048,577 rows; expected at most 1,048,576",
+        ),
         (("report", "x.json"), "'--output'"),
+        (("report", "x.json", "--output", f"{__file__}/x.md"), "nothing can be written to"),
+        (("report", "x.json", "--output", "/proc/x.md"), "nothing can be written to /proc"),
+        (("modes", "x.json", "--output", "/proc/x.md"), "nothing can be written to /proc"),
         (("report", "x.json", "--output", "."), "--output is '.', which is a folder; give a file"),
         (("measure",), "'measure'"),
     ],
@@ -60,6 +86,61 @@ def test_bad_arguments_get_one_line(
     assert message in answer.err
     assert answer.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_after_all(tmp_path: Path) -> None:
+    (tmp_path / "page.md").mkdir()
+    with pytest.raises(UsageError, match=r"page\.md cannot be written: Is a directory"):
+        write_text(tmp_path / "page.md", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+@pytest.mark.parametrize(
+    ("level", "said"), [(None, ""), ("ERROR", ""), ("INFO", "advice\n")], ids=str
+)
+def test_vllm_is_quiet_unless_asked(
+    level: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has given its logger a handler: what it says goes to stderr all the same."""
+    if level is None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+    program = (
+        "import logging; from mot_bench.console import quiet_vllm; quiet_vllm();"
+        "logging.getLogger('vllm.triton').warning('advice')"
+    )
+    done = subprocess.run(python_command(program), capture_output=True, text=True)
+    assert done.stderr == said
+
+
+@pytest.mark.parametrize(
+    "arguments", ["step --random 7b", "quality --set steps=3"], ids=lambda text: text.split()[0]
+)
+def test_nothing_but_ours_on_stderr(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bagel_mot.pipeline", reason="needs bagel-mot and vLLM")
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = [*python_command("")[:-2], "-m", "mot_bench", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [x for x in done.stderr.splitlines() if not x.startswith("mot-bench: ")] == []
+
+
+def test_kernels_of_the_tiny_model() -> None:
+    tiny = pytest.importorskip("bagel_mot.tiny", reason="needs bagel-mot")
+    layers, model = layers_and_model([], Path("tiny"), 1, None)
+    assert model == Model.from_folder(tiny.FOLDER)
+    assert [layer.name for layer in layers] == ["qkv", "o", "gate_up", "down"]
+
+
+def test_the_tiny_model_without_bagel_mot(mot_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bagel_mot.tiny", None)
+    answer = mot_bench("kernels", "--model", "tiny")
+    assert answer.code == 1
+    assert "--model is 'tiny', which is part of bagel-mot" in answer.err
+    assert "pip install 'mot-bench[bagel]'" in answer.err
+    assert len(answer.err.splitlines()) == 1
 
 
 def test_version(mot_bench: Any) -> None:
@@ -98,8 +179,6 @@ def test_python_m() -> None:
 
 
 def test_missing_kernels_are_named(mot_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "mot_kernels", None)
     answer = mot_bench("kernels", "--shape", "8,8")
     assert answer.code == 1

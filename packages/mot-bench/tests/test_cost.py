@@ -162,8 +162,12 @@ def test_results_that_do_not_go_together() -> None:
     other = dataclasses.replace(
         run, environment=dataclasses.replace(run.environment, device="Another GPU")
     )
-    with pytest.raises(UsageError, match="of 2 devices or models; expected one: Another GPU with"):
+    with pytest.raises(UsageError, match=r"of 2 devices, models, .*; expected one: Another GPU"):
         CostModel([run, other], LLM)
+    for key, value in (("dtype", "float16"), ("quantization", "fp8")):
+        subject: Any = dataclasses.replace(run.subject, **{key: value})
+        with pytest.raises(UsageError, match=f"random, 7b in .*{value}"):
+            CostModel([run, dataclasses.replace(run, subject=subject)], LLM)
     cases = tuple(dataclasses.replace(case, modes=case.modes[2:]) for case in run.cases)
     with pytest.raises(UsageError, match="no step of a single rank"):
         CostModel([dataclasses.replace(run, cases=cases)], LLM)
@@ -189,6 +193,17 @@ def test_page_marks_what_is_modelled(tmp_path: Path, mot_bench: Any) -> None:
     )
     answer = mot_bench("modes", str(tmp_path / "none.json"), "--output", str(target))
     assert answer.code == 2 and "JSON is" in answer.err
+
+
+def test_page_names_what_was_not_measured() -> None:
+    """And recommends none of it, for its memory or otherwise."""
+    path = Path("two.json")
+    whole = modes_page([(path, some_run())], CostModel([some_run()], LLM), [2])
+    assert "Not measured" not in whole and "tensor parallelism splits the weights" in whole
+    some = some_run("cfg:2;allgather:2;ulysses:2")
+    page = modes_page([(path, some)], CostModel([some], LLM), [2])
+    assert "**Not measured, so not considered: `ring`, `tp`**" in page
+    assert "tensor parallelism" not in page
 
 
 def test_the_page_in_docs_is_what_its_results_give() -> None:

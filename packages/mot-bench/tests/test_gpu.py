@@ -145,6 +145,7 @@ def test_step_and_e2e_see_the_gpu(mot_bench: Any, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("step-*.json")
     results = StepResults.read(path)
     assert results.subject.dtype == "bfloat16"
+    assert results.subject.cuda_graphs == "on"
     assert any(rate.tflops for rate in results.attention)
     (case,) = results.cases
     for provider in case.providers:

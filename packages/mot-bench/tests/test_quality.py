@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("bagel_mot.pipeline", reason="needs bagel-mot and vLLM")
 
 from bagel_mot import BagelPipeline, ImageSettings, Request, Result
+from bagel_mot.taylorseer import TaylorSeer
 from bagel_mot.tiny.drawing import draw_image
 from bagel_mot.tiny.language import draw_edit, draw_painting
 from bagel_mot.tiny.scenes import Scene
@@ -22,6 +23,7 @@ from PIL import Image
 from mot_bench import quality
 from mot_bench.cli import main
 from mot_bench.quality import TARGETS, contact_sheet, measure
+from mot_bench.quality_command import _image_settings
 
 SAMPLES = 8
 
@@ -115,6 +117,7 @@ def test_command(
     assert asked_for == {"path": "DIR", "device": "cpu", "dtype": "float32"}
     written = json.loads((tmp_path / "quality.json").read_text())
     assert [task["percent"] for task in written["tasks"]] == [100.0] * len(TARGETS)
+    assert (written["schema"], written["kind"]) == (1, "quality")  # by which `report` knows it
     assert written["settings"] == {"num_timesteps": "9", "cfg_text_scale": "2"}
     assert written["command"].startswith("mot-bench quality --model DIR")
     assert {file.name for file in tmp_path.iterdir()} == {"quality.json", "images.png", "edits.png"}
@@ -125,7 +128,10 @@ def test_command(
     ("arguments", "message"),
     [
         (["--set", "num_timesteps"], "--set is 'num_timesteps'; expected NAME=VALUE"),
-        (["--set", "steps=3"], "steps"),
+        (["--set", "steps=3"], "--set is 'steps'; expected one of num_timesteps, timestep_shift"),
+        (["--set", "num_timesteps=x"], "--set: num_timesteps is 'x': Input should be a valid int"),
+        (["--set", "cfg_interval=1,0"], "--set: cfg_interval is 1.0, 0.0; expected 0 <= low <= hi"),
+        (["--set", "cfg_interval=1"], "--set: cfg_interval is '1': Input should be a valid tuple"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
@@ -135,4 +141,21 @@ def test_command_refuses(
     with pytest.raises(SystemExit) as exit_:
         main(["quality", *arguments])
     assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert "http" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("0,1", "cfg_interval", (0.0, 1.0)),
+        ("[0, 1]", "cfg_interval", (0.0, 1.0)),
+        ("7", "num_timesteps", 7),
+        ("channel", "cfg_renorm_type", "channel"),
+        ("true", "taylorseer", TaylorSeer()),
+    ],
+)
+def test_settings_are_read(text: str, name: str, value: object) -> None:
+    assert getattr(ImageSettings.model_validate(_image_settings({name: text})), name) == value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mot_bench.model_results import (
     Work,
 )
 from mot_bench.report import read, report
-from mot_bench.results import Results, Timing
+from mot_bench.results import Results, Timing, rate
 
 SUBJECT = Subject("random, 7b", 14_000_000_000, 28 * 2**30, "bfloat16", "fa3", "on", "0.1", "0.26")
 BUSY = Activity(200.0, 3.0, 99.0, 100.0, 0.0, ())
@@ -57,12 +58,14 @@ def some_steps() -> StepResults:
 def some_requests() -> E2eResults:
     phases = (Phase("prefill", 0.25, 0.2, 0.3), Phase("denoise", 1.5, 1.4, 1.6))
     total = Phase("total", 1.75, 1.6, 1.9)
-    request = RequestResult("image", "50 timesteps", 1, 49, 32, 9.0, phases, total, None, BUSY)
+    memory = Memory(29 * 2**30, 31 * 2**30)
+    request = RequestResult("image", "50 timesteps", 1, 49, 32, 9.0, phases, total, memory, BUSY)
+    cpu = dataclasses.replace(request, name="edit", memory=None, loop=None)
     return E2eResults(
         kind="e2e",
         command="mot-bench e2e",
         environment=some_results().environment,
-        requests=(request,),
+        requests=(request, cpu),
         **HEAD,
     )
 
@@ -110,6 +113,19 @@ def test_report_says(text: str) -> None:
     assert text in page()
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123, "0.0123"), (0.5, "0.5"), (40.0, "40"), (793.4, "793"), (4217.4, "4217")],
+)
+def test_rates_of_slow_and_fast_devices(value: float, text: str) -> None:
+    """A CPU's half a TFLOP/s is not 0."""
+    assert rate(value) == text
+    slow = dataclasses.replace(some_results().ceilings, matmul_tflops=value)
+    assert f"matmul 8192³ {text} TFLOP/s" in page(
+        dataclasses.replace(some_results(), ceilings=slow)
+    )
+
+
 def test_report_of_a_run_that_was_cut_off() -> None:
     assert "cut off" not in page()
     assert "cut off" in page(dataclasses.replace(some_results(), complete=False))
@@ -154,6 +170,22 @@ def test_report_command_refuses(
     assert not (tmp_path / "page.md").exists()
 
 
+@pytest.mark.parametrize("kind", ["quality", "serve"])
+def test_report_command_leaves_other_results_out(kind: str, mot_bench: Any, tmp_path: Path) -> None:
+    """`results/*.json` names whatever commands have written there."""
+    source, other, target = (tmp_path / name for name in ("a.json", "other.json", "page.md"))
+    some_results().write(source)
+    other.write_text(json.dumps({"schema": 1, "kind": kind}))
+    answer = mot_bench("report", other, source, "--output", target)
+    assert answer.code == 0, answer.err
+    assert f"mot-bench: left out: {other} is of mot-bench {kind}" in answer.err
+    assert target.read_text(encoding="utf-8") == report([(source, some_results())])
+    target.unlink()
+    answer = mot_bench("report", other, "--output", target)
+    assert answer.code == 2 and not target.exists()
+    assert "JSON names no results of kernels, step or e2e" in answer.err
+
+
 @pytest.mark.parametrize("make", [some_steps, some_requests])
 def test_report_reads_every_kind(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
@@ -177,12 +209,13 @@ def test_report_of_steps_and_requests() -> None:
     ).splitlines()
     for line in (
         "## Denoising step, Some GPU",
-        "| model | random, 7b, 14.00 billion parameters, bfloat16 |",
+        "| model | random, 7b, 14.00 billion parameters, bfloat16; weights 28.00 GiB |",
         "mot-bench step --branches 2",
         "| 1024x512, 2 branches | mot | 0.60 | 0.50 | 50 | 99.0 | 3 | 2.00 |",
         "| 1024x512, 2 branches | other | 1.20 | 1.00 | 25 | - | - | - |",
         "## Requests, Some GPU",
-        "| image | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | 99 |",
+        "| image | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | 99 | 31.0 |",
+        "| edit | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | - | - |",
     ):
         assert line in lines
     assert any("attention slow 40 TFLOP/s, fast 50 TFLOP/s" in line for line in lines)

@@ -255,6 +255,32 @@ def test_prompts_repeat(bench: Any, fake: Fake) -> None:
     assert [body["prompt"] for body in fake.asked] == ["one", "two", "one", "two", "one"]
 
 
+@pytest.mark.parametrize("endpoint", ["generations", "chat"])
+def test_prompts_with_sizes_of_their_own(
+    endpoint: str, fake: Fake, mot_bench: Any, tmp_path: Path
+) -> None:
+    """They come before the options; what a prompt leaves out is the run's."""
+    file, output = tmp_path / "mixed.jsonl", tmp_path / "results.json"
+    lines = [
+        {"prompt": "a", "size": "32x16", "num_inference_steps": 5, "seed": 70},
+        {"prompt": "b"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    answer = mot_bench(
+        *("serve", "--base-url", fake.url, "--prompts", file, "--endpoint", endpoint),
+        *("--modality", "image", "--size", "8x8", "--num-inference-steps", 9, "--seed", 3),
+        *("--max-concurrency", 1, "--num-prompts", 3, "--output", output),
+    )
+    assert answer.code == 0, answer.err
+    sizes = [body.get("size") or f"{body['width']}x{body['height']}" for body in fake.asked]
+    assert sizes == ["32x16", "32x16", "8x8", "32x16"]  # the first warms up
+    assert [body["num_inference_steps"] for body in fake.asked] == [2, 5, 9, 5]
+    assert [body["seed"] for body in fake.asked] == [70, 70, 4, 70]
+    own = "size of each prompt, or else 8x8, steps of each prompt, or else 9"
+    assert own in answer.out
+    assert ServeResults.read(output).prompt_keys == ("size", "num_inference_steps", "seed")
+
+
 # --- text that comes as a stream -----------------------------------------------------------------
 
 
@@ -430,6 +456,18 @@ def test_compare(bench: Any, fake: Fake, tmp_path: Path) -> None:
     assert rows["latency, median (s)"] == f"{results.summary.latency_s.median / before:.3f}"
     assert rows["completed"] == "1.000"
     assert rows["failed"] == "-"
+
+
+def test_slo(bench: Any, tmp_path: Path) -> None:
+    """Compared, the earlier run is judged by it, too."""
+    prompts = ["one", "slow 0.6", "status 500", "one"]
+    _, results = bench(prompts, *COLD)
+    assert results.summary.within_slo is None
+    earlier = (tmp_path / "results.json").rename(tmp_path / "earlier.json")
+    answer, results = bench(prompts, "--slo", 0.5, "--compare", earlier, *COLD)
+    assert (results.slo_s, results.summary.within_slo) == (0.5, 0.5)
+    (line,) = (line for line in answer.out.splitlines() if "within 0.5 s (%)" in line)
+    assert [cell.strip() for cell in line.split("│")[2:5]] == ["50", "50", "1.000"]
 
 
 def test_compare_tells_other_images(bench: Any, tmp_path: Path) -> None:

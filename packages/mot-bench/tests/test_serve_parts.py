@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import itertools
 import json
 import statistics
@@ -20,6 +21,7 @@ from mot_bench.serve.failure import Failure
 from mot_bench.serve.load import arrivals
 from mot_bench.serve.results import KIND, SCHEMA, RequestResult, ServeResults
 from mot_bench.serve.settings import Settings, WarmupSteps, pairs, values
+from mot_bench.serve.tables import measures
 
 SETTINGS = Settings(
     endpoint="generations",
@@ -99,6 +101,21 @@ def test_read_jsonl(tmp_path: Path) -> None:
     assert (second.picture.mime, str(second.picture)) == ("image/webp", "16x8 webp")
 
 
+def test_read_what_is_a_prompts_own(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded())
+    file = tmp_path / "prompts.jsonl"
+    own = {"size": "512x256", "num_inference_steps": 9, "seed": 0}
+    lines = [
+        {"prompt": "a"} | own,
+        {"prompt": "b", "image": "a.png", "size": "64x64", "seed": None},
+        {"prompt": "c"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    found = prompts.read(file)
+    assert [each.own for each in found] == [own, {"size": "64x64"}, {}]
+    assert found[1].picture is not None
+
+
 def test_fingerprint(tmp_path: Path) -> None:
     """It tells texts, their order and pictures apart, and nothing else."""
     picture = images.inspect(encoded())
@@ -108,9 +125,14 @@ def test_fingerprint(tmp_path: Path) -> None:
         [prompts.Prompt("a"), prompts.Prompt("b", picture, "x")],
         [prompts.Prompt("a"), prompts.Prompt("b", picture, "y")],
         [prompts.Prompt("ab")],
+        [prompts.Prompt("ab", size="8x8")],
+        [prompts.Prompt("ab", num_inference_steps=8)],
+        [prompts.Prompt("ab", seed=8)],
     ]
     assert len({prompts.fingerprint(each) for each in sets}) == len(sets)
     assert prompts.fingerprint(sets[0]) == prompts.fingerprint(list(sets[0]))
+    # As of runs from before prompts could say more.
+    assert prompts.fingerprint(sets[0]) == "sha256:74329ff4ceeec516"
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -183,6 +205,26 @@ def test_summary() -> None:
     assert summary.per_token_s is not None and summary.per_token_s.mean == pytest.approx(0.05)
     assert summary.first_token_s is not None and summary.first_token_s.p99 == pytest.approx(0.1)
     assert summary.held_back_s is not None and summary.held_back_s.mean == pytest.approx(0.5)
+
+
+def test_within_slo() -> None:
+    """A failed request is within no time, however soon it failed."""
+    results = some_results(result(0, 0.0, 1.0), result(1, 0.5, 0.5, "timeout"), result(2, 1.0, 3.0))
+    assert results.summary.within_slo is None
+    for seconds, share in ((0.9, 0.0), (1.0, 1 / 3), (3.5, 2 / 3)):
+        found = dataclasses.replace(results, slo_s=seconds)
+        assert found.summary.within_slo == share
+        assert measures(found)[f"within {seconds:g} s (%)"] == 100 * share
+    assert not any("within" in name for name in measures(results))
+
+
+def test_results_from_before_slo_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    some_results(result(0, 0.0, 1.0)).write(path)
+    content = json.loads(path.read_text())
+    del content["slo_s"], content["prompt_keys"]
+    path.write_text(json.dumps(content))
+    assert ServeResults.read(path) == some_results(result(0, 0.0, 1.0))
 
 
 def test_results_are_read_back(tmp_path: Path) -> None:
@@ -282,6 +324,12 @@ CHAT = ("--endpoint", "chat")
         (("--prompts", "bad.jsonl"), "line 2: not valid JSON"),
         (("--prompts", "list.jsonl"), 'line 1: expected an object such as {"prompt": "..."}'),
         (("--prompts", "key.jsonl"), "line 1: unknown key 'text'; expected 'prompt'"),
+        (("--prompts", "size.jsonl"), "line 2: key 'size' is '64'; expected WIDTHxHEIGHT"),
+        (("--prompts", "steps.jsonl"), "line 1: key 'num_inference_steps' is 0; expected a whole"),
+        (("--prompts", "seed.jsonl"), "line 1: key 'seed' is True; expected a whole number of at"),
+        ((*CHAT, "--prompts", "own.jsonl"), "--prompts has 'a' with 'size', which is for answers"),
+        (("--slo", "0"), "--slo is 0; expected a number of seconds above 0"),
+        (("--slo", "nan"), "--slo is nan; expected a number of seconds above 0"),
         (("--prompts", "empty.jsonl"), "line 1: key 'prompt' is ' '; expected a text"),
         (("--prompts", "half.jsonl"), "line 1: 'utf-8' codec can't encode character"),
         (("--label", "caf\udce9"), "'caf\\udce9' is not UTF-8 text"),
@@ -308,6 +356,10 @@ def test_bad_options_get_one_line(
         "bad.jsonl": '{"prompt": "a"}\n{',
         "list.jsonl": "[1]",
         "key.jsonl": '{"text": "a"}',
+        "size.jsonl": '{"prompt": "a"}\n{"prompt": "a", "size": "64"}',
+        "steps.jsonl": '{"prompt": "a", "num_inference_steps": 0}',
+        "seed.jsonl": '{"prompt": "a", "seed": true}',
+        "own.jsonl": '{"prompt": "a", "size": "8x8"}',
         "empty.jsonl": '{"prompt": " "}',
         "half.jsonl": '{"prompt": "\\ud800"}',
         "gone.jsonl": '{"prompt": "a", "image": "gone.png"}',

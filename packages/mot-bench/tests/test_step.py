@@ -14,7 +14,14 @@ import torch
 from rich.console import Console
 
 from mot_bench.activity import summary
-from mot_bench.bagel import denoising, image_job, prompt_of
+from mot_bench.bagel import (
+    Choice,
+    denoising,
+    image_job,
+    parameter_count,
+    prompt_of,
+    subject,
+)
 from mot_bench.errors import MeasurementError
 from mot_bench.floor import step_work
 from mot_bench.gather_scatter import GatherScatter, NoRoutedOperations
@@ -67,6 +74,49 @@ def test_batch_and_one_provider(mot_bench: Any, tmp_path: Path) -> None:
     assert "gather-scatter" not in answer.out
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8", "w8a16", "w4a16:32"])
+def test_parameters_do_not_depend_on_the_format(format: str, pipeline: Any) -> None:
+    """Scales are none, and eight packed into one element are eight."""
+    from bagel_mot.synthetic import TINY, random_pipeline
+
+    plain = sum(each.numel() for each in pipeline.model.parameters())
+    other = random_pipeline(
+        TINY, device=torch.device("cpu"), dtype=torch.float32, quantization=format
+    )
+    assert parameter_count(pipeline) == parameter_count(other) == plain
+    # Nobody asked for a format: the weights came in it.
+    assert subject(Choice(None, "tiny", "float32"), other).quantization == "as in the checkpoint"
+    assert sum(each.numel() for each in other.model.parameters()) != plain
+
+
+def test_parameters_of_bagel_7b() -> None:
+    from bagel_mot.model.vae import AutoEncoder
+    from bagel_mot.synthetic import BAGEL_7B
+
+    with torch.device("meta"):
+        model = SimpleNamespace(vae=AutoEncoder(BAGEL_7B.vae))
+    pipeline: Any = SimpleNamespace(config=BAGEL_7B, model=model)
+    assert parameter_count(pipeline) == 14_691_079_811
+    docs = Path(__file__).parents[3] / "docs" / "results"
+    found = [json.loads(file.read_text()) for file in docs.glob("*.json")]
+    counts = {each["subject"]["parameters"] for each in found if "subject" in each}
+    assert counts == {14_691_079_811}
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_subject_says_what_ran(captures: bool, pipeline: Any) -> None:
+    """Not what was asked for: nothing was."""
+    other: Any = SimpleNamespace(
+        model=pipeline.model,
+        config=pipeline.config,
+        workspace=SimpleNamespace(capture=captures),
+    )
+    found = subject(Choice(None, "tiny", "float32"), other)
+    assert found.attention == pipeline.model.attention.name == "sdpa"
+    assert found.cuda_graphs == ("on" if captures else "off")
+    assert found.quantization == "none"
+
+
 def test_quantization(mot_bench: Any, tmp_path: Path) -> None:
     answer = mot_bench(*TINY_RUN, "--quantization", "w4a16:32", "--output", tmp_path)
     assert answer.code == 0, answer.err
@@ -76,6 +126,32 @@ def test_quantization(mot_bench: Any, tmp_path: Path) -> None:
     assert [provider.name for case in results.cases for provider in case.providers] == (
         ["mot"] * len(results.cases)
     )
+
+
+def test_quantized_checkpoint(mot_bench: Any, tmp_path: Path) -> None:
+    """Nobody asked for a format, but dense layers cannot multiply the weights that are there."""
+    from bagel_mot.quantize import quantize_checkpoint
+    from bagel_mot.tiny import FOLDER
+
+    model = tmp_path / "quantized"
+    quantize_checkpoint(FOLDER, model, "w8a16")
+    run = ("step", "--model", model, "--resolutions", "64x64", "--branches", 1, "--rounds", 2)
+    answer = mot_bench(*run, "--output", tmp_path)
+    assert answer.code == 0, answer.err
+    (case,) = only_results(tmp_path).cases
+    assert [provider.name for provider in case.providers] == ["mot"]
+    answer = mot_bench(*run, "--provider", "gather-scatter")
+    assert answer.code == 2
+    assert "--provider gather-scatter has 16-bit weights, but those of --model" in answer.err
+
+
+def test_tiny_model(mot_bench: Any, tmp_path: Path) -> None:
+    from bagel_mot.tiny import FOLDER
+
+    run = ("step", "--model", "tiny", "--resolutions", "64x64", "--branches", 1, "--rounds", 2)
+    answer = mot_bench(*run, "--output", tmp_path)
+    assert answer.code == 0, answer.err
+    assert only_results(tmp_path).subject.weights == str(FOLDER)
 
 
 def test_read_results_from_before_quantization(mot_bench: Any, tmp_path: Path) -> None:

@@ -211,6 +211,18 @@ class TestErrors:
                 torch.randn(16, FFN), plan, epilogue=AddResidual(torch.randn(1, HIDDEN))
             )
 
+    @pytest.mark.parametrize("plan", [plan, None], ids=["plan", "no_plan"])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_wrong_residual_on_every_rank(self, rank: int, plan: Any) -> None:
+        """Rank 0 alone adds it; others that did not refuse it would wait for that rank's part."""
+        layer = built(Layer("row", "bias"))
+        layer.tp_rank = rank
+        x = torch.randn(16, FFN)
+        with pytest.raises(ValueError, match=r"residual has shape \(1, 32\); expected \(16, 32\)"):
+            layer(x, plan, epilogue=AddResidual(torch.randn(1, HIDDEN)))
+        with pytest.raises(TypeError, match=r"epilogue\.residual has dtype torch\.float64"):
+            layer(x, plan, epilogue=AddResidual(torch.randn(16, HIDDEN).double()))
+
     def test_plan_for_other_rows(self) -> None:
         with pytest.raises(ValueError, match="plan routes 16 rows but x has 3"):
             built(Layer("qkv", "bias"))(torch.randn(3, HIDDEN), self.plan)

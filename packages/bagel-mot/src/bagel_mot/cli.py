@@ -12,18 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from bagel_mot import __version__
-from bagel_mot.cli_io import (
-    IS_FIRST_RANK,
-    console,
-    open_images,
-    output_files,
-    progress,
-    require_folder,
-    require_text,
-    save_png,
-    user_errors,
-)
+from bagel_mot.cli_io import Streamed, console, open_images, require_text, user_errors
 from bagel_mot.demo import demo
+from bagel_mot.launch import leave
 from bagel_mot.model_options import (
     AttentionOption,
     CfgParallelOption,
@@ -38,6 +29,8 @@ from bagel_mot.model_options import (
     SpOption,
     TpOption,
 )
+from bagel_mot.painting import Painting
+from bagel_mot.prompts import read_prompts
 from bagel_mot.quantize_command import quantize
 from bagel_mot.tiny.command import train_tiny
 
@@ -52,7 +45,19 @@ SeedOption = Annotated[
 ]
 OutputOption = Annotated[
     Path,
-    typer.Option("--output", "-o", help="PNG to write; with -n NAME-0.png, NAME-1.png..."),
+    typer.Option(
+        "--output", "-o", help="PNG to write; with -n or --prompts NAME-0.png, NAME-1.png..."
+    ),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Paint all prompts of this file: one JSON object a line with the key prompt, and if "
+        "they are not those given here: height, width, seed, negative_prompt."
+    ),
+]
+NegativeOption = Annotated[
+    str | None, typer.Option(help="What to guide away from. Default: from no text at all.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 CountOption = Annotated[
@@ -91,12 +96,20 @@ TaylorSeerOption = Annotated[
     typer.Option("--taylorseer", help="Extrapolate most steps: faster, and a little different."),
 ]
 
+# Arguments of `generate` and `edit` that a `Request` takes as they are.
+_REQUEST_OPTIONS = (
+    *("height", "width", "think", "num_images", "seed"),
+    *("max_text_tokens", "temperature", "negative_prompt"),
+)
+
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to paint.")],
     model: ModelOption,
+    prompt: Annotated[str | None, typer.Argument(help="What to paint.")] = None,
+    prompts: PromptsOption = None,
     output: OutputOption = Path("bagel.png"),
+    negative_prompt: NegativeOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
     num_timesteps: TimestepsOption = None,
@@ -124,25 +137,26 @@ def generate(
     cfg_parallel: CfgParallelOption = 1,
     nproc: NprocOption = None,
 ) -> None:
-    """Paint a text."""
+    """Paint a text, or all those of a file."""
     from bagel_mot.sampling import ImageSettings
 
+    given = locals()
     with user_errors():
-        settings = ImageSettings(**_given(locals(), ImageSettings))
-        _make_images(
-            [prompt],
-            settings,
-            output,
-            overwrite,
-            _place(locals()),
-            height=height,
-            width=width,
-            think=think,
-            max_text_tokens=max_text_tokens,
-            temperature=temperature,
-            seed=seed,
-            num_images=num_images,
-        )
+        settings = ImageSettings(**_given(given, ImageSettings))
+        place = _place(given)
+        config = place.config()
+
+        def request(text: str, **own: Any) -> Any:
+            return _image_request([text], settings, config, given | own)
+
+        if prompt is not None and prompts is None:
+            requests = [request(prompt)]
+        elif prompts is not None and prompt is None:
+            requests = read_prompts(prompts, request)
+        else:
+            raise ValueError("give what to paint: either a PROMPT, or --prompts FILE")
+        painting = Painting.ready(requests, output, overwrite, place, numbered=prompts is not None)
+    painting.paint()
 
 
 @app.command()
@@ -153,6 +167,7 @@ def edit(
     ],
     model: ModelOption,
     output: OutputOption = Path("bagel.png"),
+    negative_prompt: NegativeOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
     num_timesteps: TimestepsOption = None,
@@ -183,22 +198,14 @@ def edit(
     """Change a picture; the output has the last picture's (resized) size."""
     from bagel_mot.sampling import ImageSettings
 
+    given = locals()
     with user_errors():
-        settings = ImageSettings.for_editing(**_given(locals(), ImageSettings))
-        _make_images(
-            [*open_images(images), prompt],
-            settings,
-            output,
-            overwrite,
-            _place(locals()),
-            height=height,
-            width=width,
-            think=think,
-            max_text_tokens=max_text_tokens,
-            temperature=temperature,
-            seed=seed,
-            num_images=num_images,
-        )
+        settings = ImageSettings.for_editing(**_given(given, ImageSettings))
+        place = _place(given)
+        parts = [*open_images(images), prompt]
+        request = _image_request(parts, settings, place.config(), given)
+        painting = Painting.ready([request], output, overwrite, place)
+    painting.paint()
 
 
 @app.command()
@@ -239,16 +246,18 @@ def ask(
         )
         place = _place(locals())
         place.start_ranks()
-        answer = place.load().ask(
-            pictures,
-            question,
-            think=think,
-            max_text_tokens=max_text_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-    if IS_FIRST_RANK:
-        typer.echo(answer)
+        pipeline = place.load()
+    told = Streamed(err=False)
+    answer = pipeline.ask(
+        pictures,
+        question,
+        think=think,
+        max_text_tokens=max_text_tokens,
+        temperature=temperature,
+        seed=seed,
+        on_text=told,
+    )
+    told.finish(answer)
 
 
 @app.command()
@@ -295,8 +304,16 @@ def _root(
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script; a rank that fails ends without waiting for others."""
+    try:
+        app()
+    except SystemExit as done:  # its error has been told
+        if done.code:
+            leave(done.code if isinstance(done.code, int) else 1)
+        raise
+    except BaseException as error:
+        leave(1, error)
+        raise
 
 
 def _given(arguments: dict[str, Any], settings_class: type[Any]) -> dict[str, Any]:
@@ -311,42 +328,12 @@ def _place(arguments: dict[str, Any]) -> Place:
     return Place(**{field.name: arguments[field.name] for field in fields(Place)})
 
 
-def _make_images(
-    parts: list[Any],
-    settings: Any,
-    output: Path,
-    overwrite: bool,
-    place: Place,
-    **options: Any,
-) -> None:
-    """Check what can be checked without the model, load it, paint, save."""
-    from bagel_mot.config import BagelConfig
+def _image_request(parts: list[Any], settings: Any, config: Any, arguments: dict[str, Any]) -> Any:
+    """What a command's arguments ask for, checked as far as the weights need not be there."""
     from bagel_mot.request import Request, image_size
 
     require_text("prompt", parts[-1])
-    require_folder(place.model)
-    Request(parts, "image", settings=settings, **options)
-    image_size(BagelConfig.from_folder(place.model), options["height"], options["width"], None)
-    files = output_files(output, options["num_images"], overwrite)
-    place.start_ranks()
-    pipeline = place.load()
-    steps = settings.num_timesteps - 1
-    with progress("painting", steps * options["num_images"]) as advance:
-        result = pipeline.chat(
-            parts, output="image", settings=settings, on_step=lambda _: advance(1), **options
-        )
-    if not IS_FIRST_RANK:
-        return
-    if result.text is not None:
-        console.print(result.text, markup=False, highlight=False)
-    for file, image, seed in zip(files, result.images, result.seeds, strict=True):
-        metadata = {
-            "prompt": parts[-1],
-            "seed": str(seed),
-            "settings": settings.model_dump_json(),
-            "software": f"bagel-mot {__version__}",
-        }
-        if result.text is not None:
-            metadata["thought"] = result.text
-        save_png(image, file, metadata)
-        typer.echo(file.resolve())
+    options = {name: arguments[name] for name in _REQUEST_OPTIONS}
+    request = Request(parts, "image", settings=settings, **options)
+    image_size(config, request.height, request.width, None)
+    return request

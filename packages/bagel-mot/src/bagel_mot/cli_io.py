@@ -28,6 +28,9 @@ console = Console(stderr=True)
 # Of several ranks only the first shows progress and writes results.
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
+# Characters of <|im_start|>, at which answers are cut, but for the last one.
+_LONGEST_MARK = 11
+
 
 def open_images(paths: list[Path]) -> list[Image.Image]:
     images: list[Image.Image] = []
@@ -59,11 +62,14 @@ def find_model(model: Path | None) -> Path | None:
         return None if model is None else model_folder(model)
 
 
-def output_files(output: Path, count: int, overwrite: bool) -> list[Path]:
+def output_files(
+    output: Path, count: int, overwrite: bool, *, numbered: bool = False
+) -> list[Path]:
+    """The files of so many pictures; several have numbers, and one if `numbered`."""
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output {output}: expected a name that ends in .png")
     files = [output]
-    if count > 1:
+    if numbered or count > 1:
         files = [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     for file in files:
         if file.exists() and not overwrite:
@@ -93,6 +99,38 @@ def save_png(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
         raise
 
 
+class Streamed:
+    """Writes a text while it grows; nothing on other ranks than the first.
+
+    What may still change is held back: the first bytes of a character, and what could become the
+    mark at which the text is cut.
+
+    Args:
+        err: to stderr, not to stdout.
+    """
+
+    def __init__(self, *, err: bool) -> None:
+        self._err = err
+        self._written = ""
+
+    def __call__(self, text: str) -> None:
+        """Write what is new in the text so far."""
+        sure = text.rstrip("\ufffd")
+        mark = sure.find("<", max(len(sure) - _LONGEST_MARK, 0))
+        self._write(sure if mark < 0 else sure[:mark])
+
+    def finish(self, text: str) -> None:
+        """Write what is left of the whole text, and end the line."""
+        self._write(text)
+        if IS_FIRST_RANK:
+            typer.echo(err=self._err)
+
+    def _write(self, text: str) -> None:
+        if IS_FIRST_RANK and len(text) > len(self._written):
+            typer.echo(text.removeprefix(self._written), nl=False, err=self._err)
+            self._written = text
+
+
 @contextmanager
 def progress(title: str, total: int, *, numbers: bool = True) -> Iterator[Callable[[int], None]]:
     columns = [TextColumn(title), BarColumn(), TimeRemainingColumn()]
@@ -105,7 +143,11 @@ def progress(title: str, total: int, *, numbers: bool = True) -> Iterator[Callab
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn errors the user can mend into one line and exit code 2."""
+    """Turn errors the user can mend into one line and exit code 2.
+
+    For checks, loading and saving. What runs the model stays outside: its errors are ours, and
+    need their traceback.
+    """
     try:
         yield
     except ValidationError as error:

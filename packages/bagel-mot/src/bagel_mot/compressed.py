@@ -33,6 +33,7 @@ from mot_kernels import (
     WeightScales,
     quantize_weight,
 )
+from mot_layers.vllm_formats import signed_bytes
 
 from bagel_mot.checkpoint import (
     PLAIN_DTYPES,
@@ -46,6 +47,7 @@ from bagel_mot.quantization import PROJECTIONS, LayerFormats, Projection, Quanti
 
 CONFIG_KEY = "quantization_config"
 
+_METHOD = "compressed-tensors"
 _SCALE = ".weight_scale"
 _MATRIX = re.compile(r"transformer\.layers\.(\d+)\.(\w+\.\w+?)(?:\.gen_exp)?\.weight")
 _INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -123,7 +125,7 @@ def _parts(module: str, target: Target, format: Format) -> dict[str, Target]:
         case Int8W8A8():
             return {"weight": replace(target, dtypes=("I8",)), "weight_scale": per_row}
         case Int8W8A16():
-            packed, scales = replace(target, shape=(n, k // 4), decode=_unpack_int8), per_row
+            packed, scales = replace(target, shape=(n, k // 4), decode=signed_bytes), per_row
         case Int4W4A16(group_size):
             packed = replace(target, shape=(n, k // 8), decode=lambda t: t.view(torch.uint8))
             scales = replace(
@@ -162,10 +164,6 @@ def encode(matrix: torch.Tensor, format: Format, device: torch.device) -> dict[s
     return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}
 
 
-def _unpack_int8(packed: torch.Tensor) -> torch.Tensor:
-    return (packed.view(torch.uint8) ^ 128).view(torch.int8)
-
-
 def stored_formats(
     folder: Path, stored: Mapping[str, StoredTensor], config: BagelConfig
 ) -> LayerFormats | None:
@@ -173,8 +171,9 @@ def stored_formats(
 
     Raises:
         CheckpointError: some but not all matrices of a projection are, or `config.json` does not
-            say how, or in a way that is not supported.
+            say how, or in a way that is not supported; or it names a layout other than ours.
     """
+    _check_method(folder)
     found: dict[tuple[int, Projection], dict[str, bool]] = {}
     for name, target in model_targets(config).items():
         place = place_of(target)
@@ -219,7 +218,7 @@ def quantization_config(formats: LayerFormats, targets: Mapping[str, Target]) ->
         if (place := place_of(target)) is not None and place not in formats.quantized
     ]
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": _METHOD,
         "format": layout,
         "quantization_status": "compressed",
         "config_groups": {
@@ -231,6 +230,20 @@ def quantization_config(formats: LayerFormats, targets: Mapping[str, Target]) ->
         },
         "ignore": [*_NEVER, *kept],
     }
+
+
+def _check_method(folder: Path) -> None:
+    """Other layouts have other tensors: better one error than a list of all that are missing."""
+    file = folder / COMBINED_FILE
+    try:
+        method = json.loads(file.read_text(encoding="utf-8"))[CONFIG_KEY]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # it says nothing of the kind
+    if method != _METHOD:
+        raise CheckpointError(
+            f"{file}: quantised by {method!r}, which is not read here; use the original "
+            "checkpoint, with quantization=... or after `bagel-mot quantize` for fewer bits"
+        )
 
 
 def _read_format(folder: Path) -> Format:

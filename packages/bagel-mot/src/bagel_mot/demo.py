@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from bagel_mot.cli_io import console, find_model, output_files, progress, save_png, user_errors
+
+if TYPE_CHECKING:
+    from bagel_mot.pipeline import BagelPipeline
 
 PROMPTS = (
     "a red circle on a white background",
@@ -34,7 +37,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path(
         "demo.png"
     ),
-    side: Annotated[int, typer.Option(help="Of the pictures, in pixels; a multiple of 16.")] = 96,
+    side: Annotated[int, typer.Option(help="Of the pictures, in pixels; a multiple of 16.")] = 64,
     num_timesteps: Annotated[int, typer.Option(min=2, help="Points of the schedule.")] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = (
@@ -46,8 +49,16 @@ def demo(
 ) -> None:
     """Paint a few prompts, edit one of them, ask about another; show it all in one picture."""
     with user_errors():
+        from bagel_mot.loading import usual_dtype
+        from bagel_mot.pipeline import BagelPipeline
+        from bagel_mot.request import image_size
+
         (file,) = output_files(output, 1, overwrite)
-        entries = _make(model, side, num_timesteps, seed, device)
+        dtype = usual_dtype(device)
+        pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
+        image_size(pipeline.config, side, side, None)
+    entries = _make(pipeline, side, num_timesteps, seed)
+    with user_errors():
         save_png(_sheet(entries), file, {"seed": str(seed), "model": str(model)})
     for caption, _ in entries:
         console.print(caption, markup=False, highlight=False)
@@ -55,17 +66,11 @@ def demo(
 
 
 def _make(
-    model: Path, side: int, num_timesteps: int, seed: int, device: str | None
+    pipeline: BagelPipeline, side: int, num_timesteps: int, seed: int
 ) -> list[tuple[str, Image.Image]]:
     """Captions and pictures."""
-    import torch
-
-    from bagel_mot.pipeline import BagelPipeline
     from bagel_mot.sampling import ImageSettings
 
-    on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
-    dtype = "bfloat16" if on_gpu else "float32"
-    pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
     steps = num_timesteps - 1
     entries: list[tuple[str, Image.Image]] = []
     with progress("painting", steps * (len(PROMPTS) + 1)) as advance:

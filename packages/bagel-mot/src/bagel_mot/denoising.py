@@ -9,17 +9,17 @@ How a step is computed is `stepping.py`'s business.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from bagel_mot.context import Context, Contexts
+from bagel_mot.context import Context
 from bagel_mot.graphs import Workspace
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.layout import to_device
 from bagel_mot.parallel import ALONE, Parallel
-from bagel_mot.sampling import ImageJob, ImageSettings, Step
+from bagel_mot.sampling import ImageJob, Step
 from bagel_mot.stepping import CopyShape, JobResult, JobShape, StepRunner, StepShape
 from bagel_mot.tokenizer import BagelTokenizer
 
@@ -204,34 +204,6 @@ class _Pace:
         if self._events:
             self._events[self._noted % 2].record(torch.cuda.current_stream(self._device))
             self._noted += 1
-
-
-@torch.no_grad()
-def denoise(
-    model: Bagel,
-    contexts: Contexts,
-    noise: torch.Tensor,
-    grid: tuple[int, int],
-    settings: ImageSettings,
-    on_step: Callable[[Step], None] | None = None,
-    workspace: Workspace | None = None,
-) -> torch.Tensor:
-    """Turn the noise of one image into its latent tokens; see `ImageJob` for the arguments.
-
-    Args:
-        on_step: called after each step; an exception of its ends the denoising.
-        workspace: see `Denoising`.
-
-    Returns:
-        (N, 64) float32 on the model's device.
-    """
-    job = ImageJob(contexts, noise, grid, settings)
-    denoising = Denoising(model, contexts.tokenizer, [job], workspace=workspace)
-    while not job.done:
-        (step,) = denoising.step()
-        if on_step is not None:
-            on_step(step.kept())
-    return job.latents
 
 
 def _shape_of(

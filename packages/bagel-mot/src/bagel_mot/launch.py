@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 # How long ranks that are told to end may take before they are killed, in seconds.
 GRACE = 10.0
@@ -18,6 +22,28 @@ GRACE = 10.0
 
 # What `run_ranks` returns for ranks that took too long; `timeout` of the coreutils has it, too.
 TOO_LONG = 124
+
+
+def leave(code: int, error: BaseException | None = None) -> None:
+    """End a rank that has failed, at once; returns if this process has no other ranks.
+
+    In good order it would take its process groups down, where NCCL waits for exchanges that the
+    other ranks may never join: they, in turn, wait for this one, until who started all of them
+    sees it end.
+
+    Args:
+        code: of the process's exit, not 0.
+        error: whose traceback is printed first; None if all has been said.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    try:
+        if error is not None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = None) -> int:
@@ -37,8 +63,9 @@ def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = Non
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    with tempfile.TemporaryDirectory(prefix="bagel-mot-") as folder:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    with _sigterm_raises(), tempfile.TemporaryDirectory(prefix="bagel-mot-") as folder:
         logs = [Path(folder, f"rank{rank}") for rank in range(ranks)]
         running: dict[int, subprocess.Popen[bytes]] = {}
         try:
@@ -68,6 +95,24 @@ def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = Non
         return code
 
 
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises SystemExit within the block; Python allows that in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the ending short
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _wait_for_first_failure(
     running: dict[int, subprocess.Popen[bytes]], seconds: float | None
 ) -> int | None:
@@ -91,9 +136,12 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
         if process.poll() is None:
             process.terminate()
     deadline = time.monotonic() + GRACE
-    for process in processes:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    try:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+    finally:  # also if SIGTERM or the keyboard cuts the waiting short
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bagel_mot.cli_io import find_model, progress, require_folder
+
+if TYPE_CHECKING:
+    from bagel_mot.config import BagelConfig
 
 ModelOption = Annotated[
     Path,
@@ -78,18 +81,28 @@ class Place:
     cfg_parallel: int
     nproc: int | None
 
+    def config(self) -> BagelConfig:
+        """The model's sizes.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or a file of it is missing.
+            ValueError: a file does not hold what it should.
+        """
+        from bagel_mot.config import BagelConfig
+
+        require_folder(self.model)
+        return BagelConfig.from_folder(self.model)
+
     def start_ranks(self) -> None:
         """With --nproc: run this command on so many ranks instead, and exit as they do."""
-        from bagel_mot.config import BagelConfig
         from bagel_mot.launch import run_ranks
         from bagel_mot.parallel import ParallelConfig, world_size_from_environment
 
-        require_folder(self.model)
+        llm = self.config().llm
         if self.nproc is not None and self.nproc < 1:
             raise ValueError(f"--nproc {self.nproc}: expected at least 1")
         sizes = ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel)
         ranks = self.nproc or world_size_from_environment()
-        llm = BagelConfig.from_folder(self.model).llm
         sizes.check(llm, ranks)
         if (quantization := self._quantization()) is not None:
             quantization.formats(llm).check(llm, self.tp)
@@ -106,23 +119,18 @@ class Place:
 
     def load(self) -> Any:
         """The pipeline."""
-        import torch
-
         from bagel_mot import checkpoint
+        from bagel_mot.loading import usual_dtype
         from bagel_mot.parallel import ParallelConfig
         from bagel_mot.pipeline import BagelPipeline
 
-        dtype = self.dtype
-        if dtype is None:
-            on_gpu = self.device.startswith("cuda") if self.device else torch.cuda.is_available()
-            dtype = "bfloat16" if on_gpu else "float32"
         headers = checkpoint.read_headers(self.model)
         total = sum(tensor.elements for tensor in headers.values())
         with progress("loading", total, numbers=False) as advance:
             return BagelPipeline.from_pretrained(
                 self.model,
                 device=self.device,
-                dtype=dtype,
+                dtype=self.dtype or usual_dtype(self.device),
                 attention=self.attention,
                 quantization=self._quantization(),
                 cuda_graphs=self.cuda_graphs,

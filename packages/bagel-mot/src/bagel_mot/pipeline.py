@@ -12,27 +12,18 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
-from bagel_mot import checkpoint
-from bagel_mot.compressed import choose_formats
-from bagel_mot.config import BagelConfig
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
 from bagel_mot.images import to_image, unpatchify
-from bagel_mot.model.attention_choice import choose_attention
+from bagel_mot.loading import build_model as build_model
+from bagel_mot.loading import load
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.parallel import (
-    ALONE,
-    Parallel,
-    ParallelConfig,
-    start,
-    world_size_from_environment,
-)
-from bagel_mot.quantization import LayerFormats, Quantization
+from bagel_mot.parallel import ALONE, Parallel, ParallelConfig
+from bagel_mot.quantization import Quantization
 from bagel_mot.reading import Prepared, Reading, read_prompt
 from bagel_mot.request import Noise, Part, Request, Result
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
 from bagel_mot.text import fed_tokens, generate_texts
-from bagel_mot.tiny import model_folder
 from bagel_mot.tokenizer import BagelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -116,33 +107,15 @@ class BagelPipeline:
             ValueError: a config value, device, dtype, attention backend, parallel size or format
                 makes no sense, or the checkpoint is quantised already.
         """
-        folder = model_folder(path)
-        dtype = _parse_dtype(dtype)
-        parallel = parallel or ParallelConfig()
-        config = BagelConfig.from_folder(folder)
-        tokenizer = BagelTokenizer.from_folder(folder)
-        stored = checkpoint.read_headers(folder)
-        config = checkpoint.config_with_grids(config, stored)
-        if len(tokenizer) > config.llm.vocab_size:
-            raise ValueError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
-                f"{config.llm.vocab_size} rows; the files belong to different models"
-            )
-        parallel.check(config.llm, world_size_from_environment())
-        formats, targets = choose_formats(folder, stored, config, quantization)
-        if formats is not None:
-            formats.check(config.llm, parallel.tensor)
-        place = _parse_device(device)
-        if attention is not None:
-            # A backend that cannot be used is an error before anything is loaded.
-            choose_attention(attention, device=place, dtype=dtype, head_dim=config.llm.head_dim)
-        joined = start(parallel, place.type)
-        if place.type == "cuda" and place.index is None:
-            place = torch.device("cuda", torch.cuda.current_device())
-        model = build_model(config, device=place, dtype=dtype, attention=attention, formats=formats)
-        targets |= checkpoint.vae_targets(model.vae)
-        checkpoint.check_names(stored, targets)
-        checkpoint.load_checkpoint(model, stored, targets, on_tensor)
+        model, tokenizer, joined = load(
+            path,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            parallel=parallel,
+            quantization=quantization,
+            on_tensor=on_tensor,
+        )
         return cls(model, tokenizer, joined, cuda_graphs=cuda_graphs)
 
     def generate(
@@ -243,15 +216,25 @@ class BagelPipeline:
         return self.finish(prepared, cancel=cancel)
 
     def run(
-        self, requests: Sequence[Request], *, cancel: threading.Event | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        cancel: threading.Event | None = None,
     ) -> list[Result]:
         """Answer several requests; texts are written together, then images denoised together.
 
         Each result is what the request would give alone, but for rounding: the requests may
         differ in everything.
+
+        Args:
+            requests: in any mixture of sizes, settings and outputs.
+            on_step: called after each denoising step of each image.
+            cancel: see `chat`.
         """
         prepared = self._prepared([self._read(each, cancel=cancel) for each in requests], cancel)
-        self.denoise([job for each in prepared for job in each.jobs], cancel=cancel)
+        jobs = [job for each in prepared for job in each.jobs]
+        self.denoise(jobs, on_step=on_step, cancel=cancel)
         return [self.finish(each, cancel=cancel) for each in prepared]
 
     def prepare(
@@ -352,24 +335,6 @@ class BagelPipeline:
         return to_image(self.model.vae.decode(latent)[0])
 
 
-def build_model(
-    config: BagelConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str | None = None,
-    formats: LayerFormats | None = None,
-) -> Bagel:
-    """A `Bagel` with uninitialised weights; call `bagel_mot.parallel.start` first."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return Bagel(config, attention, formats)
-    finally:
-        torch.set_default_dtype(default)
-
-
 def _pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
     """One picture or several as a list; a path would otherwise pass for a list of texts."""
     if isinstance(images, Image.Image):
@@ -386,26 +351,3 @@ def _pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
 
 def _rows(job: ImageJob) -> int:
     return len(job.branches) * (job.grid[0] * job.grid[1] + 2)
-
-
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    found = names.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in names.values():
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(names)}")
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def _parse_device(name: str | torch.device | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device} but torch sees no GPU; use device='cpu'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device} but torch sees {torch.cuda.device_count()} GPUs")
-    return device

@@ -53,6 +53,8 @@ class Request:
 
     def __post_init__(self) -> None:
         _check_parts(self.parts)
+        if self.negative_prompt is not None:
+            _check_text("negative_prompt", self.negative_prompt)
         if self.output not in ("text", "image"):
             raise ValueError(f"output is {self.output!r}; expected 'text' or 'image'")
         if self.num_images < 1 or self.max_text_tokens < 1:
@@ -145,7 +147,19 @@ def _check_parts(parts: Sequence[Part]) -> None:
         if isinstance(part, str):
             if not part.strip():
                 raise ValueError(f"the text at parts[{i}] is empty; say what you want")
+            _check_text(f"the text at parts[{i}]", part)
         elif not isinstance(part, Image.Image):
             raise TypeError(
                 f"parts[{i}] is a {type(part).__name__}; expected a string or a PIL image"
             )
+
+
+def _check_text(name: str, text: str) -> None:
+    """A shell passes bytes that are no UTF-8 as halves of surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds {text[error.start]!r} at position {error.start}, half of a surrogate "
+            "pair; expected text that can be written as UTF-8"
+        ) from error

@@ -16,9 +16,10 @@ from torch import nn
 
 from bagel_mot.checkpoint import Target, fill, model_targets, vae_targets
 from bagel_mot.config import BagelConfig, ImageLimits, LlmConfig, VaeConfig, VitConfig
+from bagel_mot.loading import build_model, join
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.parallel import ParallelConfig, start, world_size_from_environment
-from bagel_mot.pipeline import BagelPipeline, build_model
+from bagel_mot.parallel import ParallelConfig, world_size_from_environment
+from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.quantization import Quantization
 from bagel_mot.tokenizer import BagelTokenizer
 
@@ -97,7 +98,8 @@ def random_pipeline(
         options: what else `BagelPipeline` takes.
 
     Raises:
-        ValueError: the attention backend, a parallel size or the format makes no sense.
+        ValueError: the attention backend, a parallel size, the device (see
+            `bagel_mot.loading.join`) or the format makes no sense.
     """
     parallel = parallel or ParallelConfig()
     parallel.check(config.llm, world_size_from_environment())
@@ -105,9 +107,7 @@ def random_pipeline(
     if quantization is not None:
         formats = Quantization.of(quantization).formats(config.llm)
         formats.check(config.llm, parallel.tensor)
-    joined = start(parallel, device.type)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    joined, device = join(parallel, device)
     model = build_model(config, device=device, dtype=dtype, attention=attention, formats=formats)
     fill_randomly(model, torch.Generator(device).manual_seed(seed))
     return BagelPipeline(model, byte_tokenizer(), joined, **options)

@@ -78,31 +78,6 @@ class TextJob:
             self.on_token(token)
 
 
-@torch.no_grad()
-def generate_text(
-    model: Bagel,
-    tokenizer: BagelTokenizer,
-    context: Context,
-    *,
-    max_tokens: int,
-    temperature: float | None = None,
-    generator: torch.Generator | None = None,
-    parallel: Parallel = ALONE,
-    workspace: Workspace | None = None,
-    on_token: Callable[[int], None] | None = None,
-    on_logits: Callable[[torch.Tensor], None] | None = None,
-) -> list[int]:
-    """Continue a context with text; see `TextJob` and `generate_texts`.
-
-    Returns:
-        The tokens that were fed: the start token, then all chosen ones but the last.
-        `tokenizer.answer` makes a string of them.
-    """
-    job = TextJob(context, max_tokens, temperature, generator, on_token, on_logits)
-    generate_texts(model, tokenizer, [job], parallel=parallel, workspace=workspace)
-    return fed_tokens(tokenizer, job)
-
-
 def fed_tokens(tokenizer: BagelTokenizer, job: TextJob) -> list[int]:
     """The tokens that were fed for a text: the start token, then all chosen ones but the last."""
     return [tokenizer.bos, *job.chosen[:-1]]

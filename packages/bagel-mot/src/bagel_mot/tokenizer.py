@@ -94,21 +94,20 @@ class BagelTokenizer:
         whole = folder / "tokenizer.json"
         if whole.is_file():
             try:
-                return cls(Tokenizer.from_file(str(whole)))
+                tokenizer = Tokenizer.from_file(str(whole))
             except Exception as error:  # the library raises nothing more specific
                 raise ValueError(
                     f"{whole} is not a tokenizer of the 'tokenizers' library: {error}; copy it "
                     "again, or remove it to use vocab.json and merges.txt"
                 ) from error
+            return cls(tokenizer)
         return cls(_build_qwen2(folder))
 
     def __len__(self) -> int:
-        """Rows an embedding table needs for every token: the largest id plus one."""
-        return self._size
+        """Rows an embedding table needs for every token: the largest id plus one.
 
-    @property
-    def vocab_size(self) -> int:
-        """The same as `len()`; a model's `vocab_size` may be larger, never smaller."""
+        A model's `vocab_size` may be larger, never smaller.
+        """
         return self._size
 
     def encode(self, text: str) -> list[int]:

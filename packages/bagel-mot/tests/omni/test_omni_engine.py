@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 from golden_data import GOLDEN
-from omni_harness import Engine, World, assert_recorded_image, golden_request, request, require_omni
+from omni_harness import (
+    Engine,
+    World,
+    assert_recorded_image,
+    golden_request,
+    levels_apart,
+    request,
+    require_omni,
+)
 
 require_omni()
 
@@ -63,6 +71,22 @@ def test_trajectory(engine: Engine) -> None:
     (answer,) = engine.answer([golden_request(case, return_trajectory_latents=True)])
     assert answer.trajectory_latents.shape == (8, 16, 64)
     assert answer.trajectory_timesteps.shape == (7,)
+
+
+def test_taylorseer(engine: Engine) -> None:
+    """In both modes: a batch in which some images extrapolate, and others do not."""
+    from bagel_mot import BagelPipeline, ImageSettings
+
+    fields = {"height": 64, "width": 64, "num_inference_steps": 12, "seed": 1}
+    plain, fast = engine.answer(
+        [request("a red fox", taylorseer=fast, **fields) for fast in (False, True)]
+    )
+    own = BagelPipeline.from_pretrained(GOLDEN.checkpoint, device="cpu", dtype="float32")
+    for answer, taylorseer in ((plain, False), (fast, True)):
+        settings = ImageSettings(num_timesteps=12, cfg_img_scale=1.5, taylorseer=taylorseer)
+        want = own.generate("a red fox", height=64, width=64, settings=settings, seed=1).images[0]
+        assert levels_apart(answer.images[0], want) <= 1
+    assert levels_apart(plain.images[0], fast.images[0]) > 1
 
 
 def test_text(engine: Engine) -> None:

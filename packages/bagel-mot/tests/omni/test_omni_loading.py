@@ -137,7 +137,7 @@ def test_profiler(world: World) -> None:
 )
 def test_unsupported_options(world: World, options: dict[str, Any], message: str) -> None:
     """What would be ignored or fail later is refused at once, by name."""
-    from bagel_mot.plugins.omni_pipeline import check_supported
+    from bagel_mot.plugins.omni_options import check_supported
 
     with pytest.raises(ValueError, match=message):
         check_supported(world.config(**options))
@@ -154,12 +154,59 @@ def test_unsupported_options(world: World, options: dict[str, Any], message: str
 def test_unsupported_parallelism(world: World, sizes: dict[str, Any], message: str) -> None:
     from vllm_omni.diffusion.data import DiffusionParallelConfig
 
-    from bagel_mot.plugins.omni_pipeline import check_supported
+    from bagel_mot.plugins.omni_options import check_supported
 
     config = world.config()
     config.parallel_config = DiffusionParallelConfig(**sizes)
     with pytest.raises(ValueError, match=message):
         check_supported(config)
+
+
+def test_cfg_parallel_image_stage(world: World) -> None:
+    """Refused where another stage hands caches over, which each rank would get only some of."""
+    from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+    from bagel_mot.plugins.omni_options import check_supported
+
+    config = world.config(omni_kv_config={"need_recv_cache": True})
+    check_supported(config)
+    config.parallel_config = DiffusionParallelConfig(cfg_parallel_size=2)
+    with pytest.raises(ValueError, match=r"cfg_parallel_size is 2, but another stage hands"):
+        check_supported(config)
+    config.omni_kv_config = None
+    check_supported(config)
+
+
+@pytest.mark.parametrize(
+    ("eager", "tensor", "device", "graphs", "warned"),
+    [
+        (False, 1, "cuda", True, False),
+        (True, 1, "cuda", False, True),
+        (True, 1, "cpu", False, False),
+        (True, 2, "cuda", False, False),
+        (False, 2, "cuda", False, False),
+    ],
+    ids=["graphs", "eager", "eager without a GPU", "eager replicas", "replicas with exchanges"],
+)
+def test_captures_graphs(
+    world: World,
+    caplog: pytest.LogCaptureFixture,
+    eager: bool,
+    tensor: int,
+    device: str,
+    graphs: bool,
+    warned: bool,
+) -> None:
+    """An option that costs speed for nothing is mentioned: vLLM-Omni's deploy files have it on."""
+    from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+    from bagel_mot.parallel import ALONE
+    from bagel_mot.plugins.omni_options import captures_graphs
+
+    config = world.config(enforce_eager=eager)
+    config.parallel_config = DiffusionParallelConfig(tensor_parallel_size=tensor)
+    assert captures_graphs(config, ALONE, torch.device(device)) == graphs
+    assert ("enforce_eager is on" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("sizes", [{"ulysses_degree": 2}, {"cfg_parallel_size": 2}], ids=str)

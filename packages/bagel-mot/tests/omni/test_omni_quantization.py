@@ -99,7 +99,7 @@ def test_asked(world: World, quantization: Any, want: Quantization | None) -> No
 )
 def test_refused(world: World, quantization: Any, message: str) -> None:
     """By vLLM-Omni or at construction, with the argument, what it got and what is possible."""
-    from bagel_mot.plugins.omni_pipeline import check_supported
+    from bagel_mot.plugins.omni_options import check_supported
 
     with pytest.raises(ValueError, match=message):
         check_supported(world.config(quantization_config=quantization))

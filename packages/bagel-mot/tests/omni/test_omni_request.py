@@ -55,6 +55,8 @@ def test_defaults(config: Any) -> None:
 
 def test_extras(config: Any) -> None:
     """All keys of `extra_args`, also as JSON clients may spell them; others are passed over."""
+    from bagel_mot.taylorseer import TaylorSeer
+
     asked = read(
         config,
         num_inference_steps=9,
@@ -69,15 +71,29 @@ def test_extras(config: Any) -> None:
         max_think_tokens=7,
         do_sample=True,
         text_temperature=0.5,
+        taylorseer="true",
         something_else=object(),
         cfg_nothing=None,
     )
     assert asked.settings.num_timesteps == 9
     assert asked.settings.cfg_text_scale == 5.0
     assert asked.settings.cfg_interval == (0.0, 0.5)
+    assert asked.settings.taylorseer == TaylorSeer()
     own = asked.request
     assert (own.think, own.max_text_tokens, own.temperature) == (True, 7, 0.5)
     assert own.negative_prompt == asked.negative_prompt == "snow"
+
+
+def test_unknown_extras(config: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A misspelt key is mentioned once; what vLLM-Omni itself puts there is not."""
+    from bagel_mot.plugins import omni_request
+
+    omni_request._warn_of_unknown.cache_clear()
+    for _ in range(2):
+        read(config, cfg_text_sacle=5.0, kv_transfer_params={}, cfg_img_scale=2.0)
+    (record,) = caplog.records
+    assert "extra_args has 'cfg_text_sacle', which is ignored" in record.getMessage()
+    assert "cfg_text_scale" in record.getMessage()
 
 
 def test_explicit_none_is_left_out(config: Any) -> None:
@@ -92,7 +108,7 @@ def test_small_scales_turn_guidance_off(config: Any) -> None:
 @pytest.mark.parametrize(
     ("modalities", "output"),
     [(["image"], "image"), (["img2img"], "image"), (["text"], "text"), ("text", "text"),
-     (None, "image"), ([], "image"), (["text", "image"], "text")],
+     (None, "image"), ([], "image"), (["image", "img2img"], "image")],
     ids=str,
 )  # fmt: skip
 def test_modalities(config: Any, modalities: Any, output: str) -> None:
@@ -199,6 +215,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt": 3}, "negative_prompt is 3"),
     ({"think": "perhaps"}, "think is 'perhaps'"),
     ({"max_think_tokens": 0}, "max_think_tokens is 0"),
+    ({"taylorseer": "fast"}, "taylorseer is 'fast'"),
     ({"do_sample": True, "text_temperature": 0.0}, "temperature is 0.0"),
     ({"extra_args": [1]}, "extra_args is a list"),
     ({"latents": [1.0]}, "latents is list"),
@@ -219,6 +236,10 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ({"prompt": "a", "negative_prompt": ["b"]}, "a prompt is a list"),
     ({"prompt": "a", "modalities": ["video"]}, "modalities has 'video'"),
     ({"prompt": "a", "modalities": 3}, "int"),
+    (
+        {"prompt": "a", "modalities": ["text", "image"]},
+        r"modalities is \['text', 'image'\], but a request gives a text or images",
+    ),
     ({"prompt": "a", "multi_modal_data": [PICTURE]}, "multi_modal_data is a list"),
     ({"prompt": "a", "multi_modal_data": {"image": 3}}, "picture 0 is a int"),
     ({"prompt": "a", "multi_modal_data": {"image": np.zeros((4, 4, 3))}}, "picture 0 is a ndarray"),

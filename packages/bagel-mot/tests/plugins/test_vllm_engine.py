@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import generate_text
 from engine_job import TEXT_CASES, Answer, Ask, run_engine
 from golden_data import GOLDEN
 from PIL import Image
@@ -18,7 +19,6 @@ from PIL import Image
 from bagel_mot.context import Contexts
 from bagel_mot.images import resize, to_rgb, to_tensor
 from bagel_mot.pipeline import BagelPipeline
-from bagel_mot.text import generate_text
 
 pytestmark = pytest.mark.engine
 

@@ -27,6 +27,7 @@ from bagel_mot.plugins.vllm_weights import UndWeights
 
 # A picture at tokens 0..9 and one at 14..23.
 PICTURES = [(0, 10), (14, 10)]
+ATTENTION = "language_model.model.layers.0.self_attn"
 
 
 @pytest.mark.parametrize(
@@ -236,20 +237,55 @@ def test_loading_text_only(weights: dict[str, Tensor]) -> None:
     assert und.load(model, weights.items(), quantized=False) == model.names
 
 
-def test_loading_quantized(weights: dict[str, Tensor]) -> None:
-    """Tensors of other names in a module go along with it; one forgotten is still noticed."""
+@pytest.fixture
+def quantized(weights: dict[str, Tensor]) -> tuple[UndWeights, Recorder, dict[str, Tensor]]:
+    """The first layer's attention projections with other tensors in place of a weight."""
     und, model = full_model()
-    fused = "language_model.model.layers.0.self_attn.qkv_proj"
-    model.names = (model.names - {f"{fused}.weight"}) | {f"{fused}.qweight", f"{fused}.scales"}
-    parts = [f"language_model.model.layers.0.self_attn.{part}_proj" for part in "qkv"]
-    for part in parts:
+    fused = f"{ATTENTION}.qkv_proj"
+    kinds = ("qweight", "scales", "g_idx")
+    model.names = (model.names - {f"{fused}.weight"}) | {f"{fused}.{kind}" for kind in kinds}
+    for part in (f"{ATTENTION}.{part}_proj" for part in "qkv"):
         del weights[f"{part}.weight"]
         weights |= {f"{part}.qweight": torch.zeros(8, 64), f"{part}.scales": torch.ones(1, 64)}
+    return und, model, weights
+
+
+def test_loading_quantized(quantized: tuple[UndWeights, Recorder, dict[str, Tensor]]) -> None:
+    """Tensors of other names in a module go along with it, and some may be left out."""
+    und, model, weights = quantized
     # GPTQ writes a bias where the model has none.
-    weights["language_model.model.layers.0.self_attn.o_proj.bias"] = torch.zeros(64)
-    assert und.load(model, weights.items(), quantized=True) == model.names
+    weights[f"{ATTENTION}.o_proj.bias"] = torch.zeros(64)
+    fused = f"{ATTENTION}.qkv_proj"
+    assert und.load(model, weights.items(), quantized=True) == model.names - {f"{fused}.g_idx"}
     assert {shard for shard, _ in model.loaded[f"{fused}.qweight"]} == {"q", "k", "v"}
-    for kind in ("qweight", "scales", "bias"):
-        del weights[f"{parts[1]}.{kind}"]
-    with pytest.raises(CheckpointError, match=r"missing: .*0\.self_attn\.k_proj\.weight"):
+
+
+@pytest.mark.parametrize(
+    ("parts", "kinds"),
+    [("k", ("qweight", "scales", "bias")), ("k", ("qweight", "scales")), ("qkv", ("qweight",)),
+     ("v", ("scales",))],
+    ids=["all of a module", "all but its bias", "every packed weight", "one part's scales"],
+)  # fmt: skip
+def test_loading_quantized_is_strict(
+    quantized: tuple[UndWeights, Recorder, dict[str, Tensor]], parts: str, kinds: tuple[str, ...]
+) -> None:
+    """Each part of a matrix must bring all that stands for it."""
+    und, model, weights = quantized
+    gone = [f"{ATTENTION}.{part}_proj.{kind}" for part in parts for kind in kinds]
+    for name in gone:
+        del weights[name]
+    with pytest.raises(CheckpointError) as error:
         und.load(model, weights.items(), quantized=True)
+    listed = [line.split()[:2] for line in str(error.value).splitlines()[1:]]
+    assert listed == [["missing:", name] for name in sorted(gone)]
+
+
+def test_loading_quantized_without_scales(weights: dict[str, Tensor]) -> None:
+    """FP8 and INT8 keep the name `weight`; what belongs to it must come as well."""
+    und, model = full_model()
+    down = "language_model.model.layers.1.mlp.down_proj"
+    model.names |= {f"{down}.weight_scale"}
+    with pytest.raises(CheckpointError, match=rf"1 problems.*\n *missing: {down}\.weight_scale"):
+        und.load(model, weights.items(), quantized=True)
+    weights[f"{down}.weight_scale"] = torch.ones(64)
+    assert und.load(model, weights.items(), quantized=True) == model.names

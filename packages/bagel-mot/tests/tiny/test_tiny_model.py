@@ -60,6 +60,9 @@ def test_train_tiny_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "time is up at step 0 of the VAE" in result.output
     assert (tmp_path / "checkpoint" / "tokenizer.json").is_file()
+    for device in ("gpu", "mps"):
+        wrong = CliRunner().invoke(app, ["train-tiny", str(tmp_path / "no"), "--device", device])
+        assert wrong.exit_code == 2 and "device is" in wrong.output
     other = CliRunner().invoke(app, [*command, "--seed", "5"])
     assert other.exit_code == 2
     assert "choose another folder" in other.output

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import denoise
 from conftest import SMALL
+from golden_data import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bagel_mot import BagelPipeline, ImageSettings
 from bagel_mot.context import Contexts
-from bagel_mot.denoising import denoise
 from bagel_mot.images import patchify
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.tiny import trainer
@@ -78,10 +79,19 @@ def test_start_from_a_checkpoint(tmp_path: Path) -> None:
         plan = replace(PLAN, model=schedule)
         assert train(second, plan, device=CPU, start_from=weights, say=said.append)
     assert not any(line.startswith("VAE") for line in said)
+    with pytest.raises(ValueError, match="with starts_from True, not False"):
+        train(second, plan, device=CPU, say=said.append)
     for name in ("ae.safetensors", "ema.safetensors"):
         want = load_file(weights / name)
         for key, tensor in load_file(second / "checkpoint" / name).items():
             assert torch.equal(tensor, want[key]), key
+
+
+def test_start_from_another_recipe_leaves_nothing(tmp_path: Path) -> None:
+    for start, error in ((GOLDEN.checkpoint, ValueError), (tmp_path / "none", FileNotFoundError)):
+        with pytest.raises(error):
+            train(tmp_path / "run", PLAN, device=CPU, start_from=start, say=lambda _: None)
+        assert not (tmp_path / "run").exists()
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
@@ -90,8 +100,6 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         train(tmp_path, replace(PLAN, seed=1), device=CPU, deadline=0)
     with pytest.raises(ValueError, match="with samples 12, not 13; rows "):
         train(tmp_path, replace(PLAN, samples=13, rows=(1, 2, 3)), device=CPU, deadline=0)
-    with pytest.raises(ValueError, match="with starts_from False, not True"):
-        train(tmp_path, PLAN, device=CPU, deadline=0, start_from=tmp_path / "checkpoint")
 
 
 def test_pools_do_not_depend_on_the_workers(folder: Path) -> None:

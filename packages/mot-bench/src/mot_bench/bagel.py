@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bagel_mot.checkpoint import config_with_grids, read_headers
+from bagel_mot.checkpoint import config_with_grids, model_targets, read_headers, vae_targets
 from bagel_mot.config import BagelConfig
 from bagel_mot.context import Context, Contexts
 from bagel_mot.denoising import Denoising
@@ -102,20 +103,30 @@ def load(
 
 def subject(choice: Choice, pipeline: BagelPipeline) -> Subject:
     """The facts about a model, just loaded, that belong to its results."""
-    parameters = list(pipeline.model.parameters())
     device = pipeline.model.device
+    found = "as in the checkpoint" if pipeline.model.routes_und_rows else "none"
     return Subject(
         weights=f"random, {choice.size}" if choice.folder is None else str(choice.folder),
-        parameters=sum(each.numel() for each in parameters),
+        parameters=parameter_count(pipeline),
         bytes=parameter_bytes(pipeline.model),
         dtype=choice.dtype,
-        attention=choice.attention or "default",
-        cuda_graphs={None: "default", True: "on", False: "off"}[choice.cuda_graphs],
+        attention=pipeline.model.attention.name,
+        cuda_graphs="on" if pipeline.workspace.capture else "off",
         bagel_mot=version_of("bagel-mot", "bagel_mot"),
         vllm=version_of("vllm", "vllm"),
-        quantization=choice.quantization or "none",
+        quantization=choice.quantization or found,
         loading=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
+
+
+def parameter_count(pipeline: BagelPipeline) -> int:
+    """Numbers that the model has learned, however they are stored or shared among ranks.
+
+    Counted by the shapes of a plain checkpoint: what is in memory may be packed, may hold scales
+    besides, and may be one rank's part.
+    """
+    targets = model_targets(pipeline.config) | vae_targets(pipeline.model.vae)
+    return sum(math.prod(target.shape) for target in targets.values())
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:

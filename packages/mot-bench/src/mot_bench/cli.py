@@ -42,7 +42,9 @@ ShapeOption = Annotated[
 ]
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", metavar="DIR", help="Layers of this checkpoint. Default: BAGEL-7B."),
+    typer.Option(
+        "--model", metavar="DIR", help="A checkpoint's layers, or tiny. Default: BAGEL-7B."
+    ),
 ]
 TpOption = Annotated[
     int, typer.Option("--tp", min=1, help="Tensor parallelism: measure one rank's shard.")
@@ -97,11 +99,13 @@ def kernels(
     for name in ops:
         options.one_of("--op", name, OPERATIONS)
     layers, own = options.layers_and_model(shape or [], model, tp, epilogue)
-    routes = routings(
-        options.integers("--branches", branches, least=1, example="1,2,3"),
-        options.integers("--image-tokens", image_tokens, least=1, example="4096,1024"),
-        options.shares("--und-share", und_share),
+    counts = options.integers("--branches", branches, least=1, example="1,2,3")
+    tokens = options.integers("--image-tokens", image_tokens, least=1, example="4096,1024")
+    options.check_rows(
+        f"--branches is {branches!r} and --image-tokens is {image_tokens!r}",
+        max(counts) * (max(tokens) + 2),
     )
+    routes = routings(counts, tokens, options.shares("--und-share", und_share))
     cases = select(ops, layers, own, routes, options.dtype(dtype), format)
     if plot and output is None:
         raise UsageError("--plot writes a picture; say where with --output DIR")
@@ -113,11 +117,17 @@ def kernels(
     from mot_bench import tables
     from mot_bench.formats import check_format
     from mot_bench.kernels import result_path, run_kernels
+    from mot_bench.protocol import best_device
     from mot_bench.results import means
 
     check_format(format, layers)
     measured = [*ops, "linear_format"] if format is not None else ops
     registry = _registry(provider or [], measured)
+    if "linear" in ops and not shape and model is None and best_device().type != "cuda":
+        raise UsageError(
+            "torch sees no GPU, and BAGEL-7B's layers take too long on a CPU; a run of a second is "
+            "mot-bench kernels --shape 64,64 --image-tokens 8 --branches 1 --rounds 2"
+        )
     device = best_device_or_say()
     console = screen()
     started = False
@@ -236,21 +246,24 @@ def report(
     ],
     output: Annotated[Path, typer.Option(metavar="FILE.md", help="The page to write.")],
 ) -> None:
-    """Write a Markdown page from result files."""
+    """Write a Markdown page from result files; those of quality and serve are left out."""
     from mot_bench.files import write_text
-    from mot_bench.report import read
+    from mot_bench.report import NotOnThePage, read
     from mot_bench.report import report as page
 
-    if output.is_dir():
-        raise UsageError(f"--output is {str(output)!r}, which is a folder; give a file")
+    options.output_file(output)
     runs = []
     for path in files:
         try:
             runs.append((path, read(path)))
         except OSError as error:
             raise UsageError(f"JSON is {str(path)!r}: {error.strerror}") from error
+        except NotOnThePage as error:  # `results/*.json` names it, too
+            typer.echo(f"mot-bench: left out: {error}", err=True)
         except ValueError as error:
             raise UsageError(f"JSON is {str(path)!r}: {error}") from error
+    if not runs:
+        raise UsageError("JSON names no results of kernels, step or e2e")
     write_text(output, page(runs))
     typer.echo(output)
 

@@ -158,11 +158,21 @@ def _least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> 
     return [system[i][size] / system[i][i] / lengths[i] for i in range(size)]
 
 
+def _kind(run: ParallelResults) -> str:
+    """What runs must have in common to be parts of one model, in words."""
+    subject = run.subject
+    return (
+        f"{run.environment.device} with {subject.weights} in {subject.dtype}, quantization "
+        f"{subject.quantization}"
+    )
+
+
 class CostModel:
     """Times of a step by mode and shape, measured where they were and modelled elsewhere.
 
     Args:
-        runs: of one model on one kind of GPU; at least one has a single rank.
+        runs: of one model, in one dtype and format, on one kind of GPU; at least one has a single
+            rank.
         llm: the model's sizes.
 
     Attributes:
@@ -170,15 +180,15 @@ class CostModel:
         overhead: of each kind that was measured: microseconds per byte and per message.
 
     Raises:
-        UsageError: the runs are of several models or devices, or without a single rank.
+        UsageError: the runs differ in one of these, or have no single rank.
     """
 
     def __init__(self, runs: Iterable[ParallelResults], llm: LlmConfig) -> None:
         runs = list(runs)
-        if len(kinds := {(run.environment.device, run.subject.weights) for run in runs}) != 1:
+        if len(kinds := {_kind(run) for run in runs}) != 1:
             raise UsageError(
-                f"the results are of {len(kinds)} devices or models; expected one: "
-                f"{', '.join(map(' with '.join, sorted(kinds)))}"
+                f"the results are of {len(kinds)} devices, models, dtypes or quantizations; "
+                f"expected one: {'; '.join(sorted(kinds))}"
             )
         self.llm = llm
         self._measured: dict[tuple[ParallelConfig, Shape], float] = {}
@@ -225,9 +235,9 @@ class CostModel:
             total += sent.bytes * per_byte + sent.messages * per_message
         return total
 
-    def shapes(self) -> list[Shape]:
-        """Those that were measured, in order."""
-        return list(dict.fromkeys(shape for _, shape in self._measured))
+    def unknown(self) -> list[str]:
+        """Kinds that were never measured by themselves, so that no mode with them is modelled."""
+        return [kind for kind in KINDS if kind not in self.overhead]
 
     def modes(self) -> list[ParallelConfig]:
         """Those that were measured, in order."""

@@ -7,9 +7,15 @@ import os
 import tempfile
 from pathlib import Path
 
+from mot_bench.errors import UsageError
+
 
 def write_json(path: Path, content: object) -> None:
-    """Write beside the target, then rename: the file is whole or as it was before."""
+    """Write beside the target, then rename: the file is whole or as it was before.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -20,6 +26,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Like `write_json`, for anything."""
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:

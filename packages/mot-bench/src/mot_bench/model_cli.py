@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mot_bench import options
-from mot_bench.console import command_line, device_or_say, screen
+from mot_bench.console import command_line, device_or_say, quiet_vllm, screen
 from mot_bench.errors import MeasurementError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ _NO_MODEL = "bagel-mot cannot be imported ({}); pip install 'mot-bench[bagel]' a
 
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", metavar="DIR", help="Checkpoint folder. Default: random weights."),
+    typer.Option("--model", metavar="DIR", help="Checkpoint, or tiny. Default: random weights."),
 ]
 RandomOption = Annotated[
     str | None,
@@ -124,8 +123,8 @@ def step(
         raise UsageError(f"--branches is {branches!r}; guidance has at most 3 branches")
     if quantization is not None and "gather-scatter" in (provider or ()):
         raise UsageError("--provider gather-scatter has 16-bit weights; leave --quantization out")
-    providers = list(dict.fromkeys(provider or (PROVIDERS if quantization is None else ["mot"])))
-    for name in providers:
+    asked = list(dict.fromkeys(provider or ()))
+    for name in asked:
         options.one_of("--provider", name, PROVIDERS)
     folder = None if output is None else options.output_folder(output)
     choice, place = _choose(
@@ -143,7 +142,7 @@ def step(
     )
     is_rank = parallel_cli.is_rank(part)
     if is_rank or any(way.world_size > 1 for way in ways):
-        if provider is not None and providers != ["mot"]:
+        if asked not in ([], ["mot"]):
             raise UsageError("--provider gather-scatter measures one rank; leave it out")
         if is_rank:
             plan = Plan(sizes, counts, batch, prompt_tokens, rounds)
@@ -159,6 +158,12 @@ def step(
 
     pipeline = bagel.load(choice, place)
     subject = bagel.subject(choice, pipeline)
+    is_plain = subject.quantization == "none"
+    if not is_plain and "gather-scatter" in asked:
+        raise UsageError(
+            f"--provider gather-scatter has 16-bit weights, but those of --model {model} are "
+            "quantized; leave it out"
+        )
     for height, width in sizes:
         bagel.check_size(pipeline.config, "--resolutions", height, width)
     console = screen()
@@ -180,7 +185,7 @@ def step(
         branches=counts,
         batch=batch,
         prompt_tokens=prompt_tokens,
-        providers=providers,
+        providers=asked or (PROVIDERS if is_plain else ["mot"]),
         rounds=rounds,
         command=command_line(context.obj),
         on_case=show,
@@ -265,13 +270,12 @@ def modes(
 ) -> None:
     """Write which mode to choose, by what was measured and by a model that it calibrates."""
     counts = options.integers("--gpus", gpus, least=1, example="1,2,4,8")
-    if output.is_dir():
-        raise UsageError(f"--output is {str(output)!r}, which is a folder; give a file")
+    options.output_file(output)
 
     from mot_bench.files import write_text
     from mot_bench.parallel_results import ParallelResults
 
-    _quiet_vllm()
+    quiet_vllm()
     try:
         from bagel_mot.synthetic import SIZES as MODELS
 
@@ -329,6 +333,8 @@ def _choose(
     """
     if model is not None and random is not None:
         raise UsageError("--model and --random both name weights; give one of them")
+    quiet_vllm()
+    model = None if model is None else options.model_folder(model)
     if model is not None and not model.is_dir():
         raise UsageError(f"--model is {str(model)!r}: no such folder; give a BAGEL checkpoint")
     size = options.one_of("--random", random or SIZES[0], SIZES)
@@ -336,7 +342,6 @@ def _choose(
         options.dtype(dtype)
     if device is not None:
         options.one_of("--device", device, ("cuda", "cpu"))
-    _quiet_vllm()
     try:
         from bagel_mot.parallel import world_size_from_environment
 
@@ -357,8 +362,3 @@ def _choose(
         quantization=quantization,
     )
     return choice, place
-
-
-def _quiet_vllm() -> None:
-    # vLLM's advice about its engine, which does not run here, would bury the results.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

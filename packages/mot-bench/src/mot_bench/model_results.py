@@ -22,13 +22,14 @@ class Subject:
 
     Attributes:
         weights: the checkpoint folder, or "random" and the size.
-        parameters: their number.
-        bytes: of all parameters.
-        dtype: of them.
-        attention: backend, or "default".
-        cuda_graphs: "on", "off" or "default".
+        parameters: their number as learned, whatever the format and the ranks.
+        bytes: of all that this rank holds of them, scales included.
+        dtype: what the model computes in.
+        attention: the backend that ran; "default" in files from before it was recorded.
+        cuda_graphs: "on" if steps are captured, else "off"; "default" as above.
         bagel_mot, vllm: versions.
-        quantization: format of the decoder layers' weights, or "none".
+        quantization: format of the decoder layers' weights; "as in the checkpoint" if they came in
+            one; or "none".
         loading: peak of the GPU's memory in tensors until the model was there, in bytes.
     """
 

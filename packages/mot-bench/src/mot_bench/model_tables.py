@@ -18,7 +18,7 @@ from mot_bench.model_results import (
     Subject,
 )
 from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, span
-from mot_bench.results import Environment
+from mot_bench.results import Environment, rate
 
 _GIB = 1 << 30
 
@@ -26,11 +26,11 @@ _GIB = 1 << 30
 def step_heading(results: StepResults) -> str:
     """Where the run took place, on which model, and what its ceilings are."""
     top = results.ceilings
-    attention = ", ".join(map(_rate, results.attention))
+    attention = ", ".join(map(_attention, results.attention))
     return (
         f"{_where(results.environment, results.subject)}\n"
-        f"ceilings in this run: {top.dtype} matmul {top.matmul_tflops:.3g} TFLOP/s, copy "
-        f"{top.copy_gbps:.4g} GB/s; attention {attention}\n"
+        f"ceilings in this run: {top.dtype} matmul {rate(top.matmul_tflops)} TFLOP/s, copy "
+        f"{rate(top.copy_gbps)} GB/s; attention {attention}\n"
         "× baseline is time: below 1 is faster than the baseline. % of floor: the time that dense "
         "unquantized matmuls, the fastest attention and moving each activation once would take."
     )
@@ -185,8 +185,8 @@ def _where(environment: Environment, subject: Subject) -> str:
     )
 
 
-def _rate(rate: AttentionRate) -> str:
-    return f"{rate.name} {'-' if rate.tflops is None else f'{rate.tflops:.3g} TFLOP/s'}"
+def _attention(found: AttentionRate) -> str:
+    return f"{found.name} {'-' if found.tflops is None else f'{rate(found.tflops)} TFLOP/s'}"
 
 
 def _busy(activity: Activity | None) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from mot_bench.cases import BAGEL_7B, EPILOGUES, ITEM_SIZE, Layer, Model
-from mot_bench.errors import UsageError
+from mot_bench.errors import MeasurementError, UsageError
+
+MOST_ROWS = 1 << 20
+"""Rows of a case: 256 images of 1024x1024, which fill a GPU."""
 
 
 def integers(option: str, text: str, *, least: int, example: str) -> list[int]:
@@ -67,6 +72,10 @@ def layers_and_model(
 
     Layers are those of --shape, else of the model in --model, else of BAGEL-7B. --epilogue
     replaces a model layer's own epilogue.
+
+    Raises:
+        UsageError: the options make no sense.
+        MeasurementError: see `model_folder`.
     """
     if epilogue is not None:
         one_of("--epilogue", epilogue, EPILOGUES)
@@ -75,7 +84,7 @@ def layers_and_model(
     if shapes and tp != 1:
         raise UsageError(f"--tp is {tp}, but it shards a model; with --shape give the shard's K,N")
     try:
-        model = BAGEL_7B if folder is None else Model.from_folder(folder)
+        model = BAGEL_7B if folder is None else Model.from_folder(model_folder(folder))
     except ValueError as error:
         raise UsageError(f"--model is {str(folder)!r}: {error}") from error
     try:
@@ -96,6 +105,28 @@ def layers_and_model(
     return layers, own
 
 
+def model_folder(folder: Path) -> Path:
+    """The checkpoint folder that --model means: a path, or "tiny" for the one bagel-mot ships.
+
+    Raises:
+        UsageError: "tiny", but bagel-mot came without its weights.
+        MeasurementError: "tiny", but bagel-mot is not installed.
+    """
+    if str(folder) != "tiny":
+        return folder
+    try:
+        from bagel_mot.tiny import model_folder as shipped
+    except ImportError as error:
+        raise MeasurementError(
+            f"--model is 'tiny', which is part of bagel-mot, but that cannot be imported ({error});"
+            " pip install 'mot-bench[bagel]'"
+        ) from error
+    try:
+        return shipped(folder)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model is 'tiny': {error}") from error
+
+
 def _shape(text: str) -> Layer:
     try:
         k, n = (int(part) for part in text.split(","))
@@ -112,14 +143,42 @@ def row_counts(texts: Sequence[str]) -> list[list[int]]:
     for text, counts in zip(texts, found, strict=True):
         if not sum(counts):
             raise UsageError(f"--rows is {text!r}; expected at least one row")
+        check_rows(f"--rows is {text!r}", sum(counts))
     return found
 
 
+def check_rows(what: str, rows: int) -> None:
+    """Refuse more rows than any machine has memory for; `what` names the options."""
+    if rows > MOST_ROWS:
+        raise UsageError(f"{what}: {rows:,} rows; expected at most {MOST_ROWS:,}")
+
+
 def output_folder(folder: Path, option: str = "--output") -> Path:
-    """A folder to write to; it is made when something is written."""
+    """A folder that can be written to; it is made when something is written."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{option} is {str(folder)!r}, which is a file; give a folder")
+    _check_place(folder, option, folder.absolute())
     return folder
+
+
+def output_file(path: Path, option: str = "--output") -> Path:
+    """A file that can be written; its folder is made when it is."""
+    if path.is_dir():
+        raise UsageError(f"{option} is {str(path)!r}, which is a folder; give a file")
+    _check_place(path, option, path.absolute().parent)
+    return path
+
+
+def _check_place(path: Path, option: str, folder: Path) -> None:
+    """Refuse what cannot be written before the measurement, which would be lost."""
+    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    try:
+        # Permissions do not tell all: nobody makes files in /proc, root included.
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UsageError(
+            f"{option} is {str(path)!r}, but nothing can be written to {there} ({error.strerror})"
+        ) from error
 
 
 def resolutions(option: str, text: str) -> list[tuple[int, int]]:

@@ -8,13 +8,12 @@ measures.
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import typer
+from bagel_mot.launch import leave
 from bagel_mot.parallel import ParallelConfig, world_size_from_environment
 
 from mot_bench import bagel, model_tables
@@ -144,13 +143,12 @@ def measure_as_rank(
     try:
         _measure_as_rank(choice, device, modes, plan, arguments, part, folder)
     except Exception as error:
-        if world_size_from_environment() == 1:
-            raise
-        if not isinstance(error, MeasurementError | UsageError):
-            traceback.print_exc()
-        _say(str(error))
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UsageError) else 1)
+        if world_size_from_environment() > 1:
+            is_told = isinstance(error, MeasurementError | UsageError)
+            if is_told:
+                _say(str(error))
+            leave(2 if isinstance(error, UsageError) else 1, None if is_told else error)
+        raise
 
 
 def _measure_as_rank(

@@ -25,7 +25,7 @@ def modes_page(
     where, subject = runs[0][1].environment, runs[0][1].subject
     facts = environment_facts(where) | {
         "model": f"{subject.weights}, {subject.parameters / 1e9:.2f} billion parameters, "
-        f"{subject.dtype}; attention {subject.attention}",
+        f"{subject.dtype}; attention {subject.attention}, quantization {subject.quantization}",
         "result files": ", ".join(f"`{path.name}`" for path, _ in runs),
     }
     parts = [
@@ -37,8 +37,7 @@ def modes_page(
         table(["", ""], [[key, value] for key, value in facts.items()]),
         "## What to choose",
         "Milliseconds of one denoising step, and times the speed of one GPU. Within 2 % of each "
-        "other, prefer what needs less memory (tensor parallelism splits the weights) or what "
-        "depends less on the request (CFG parallelism is idle where nothing guides).",
+        f"other, prefer {_preference(model)}.",
         table(
             ["step", "GPUs", "choose", "ms", "speed-up", "else", "ms"],
             [
@@ -48,11 +47,33 @@ def modes_page(
                 if (row := _choice(model, shape, title, count))
             ],
         ),
+        *_not_considered(model),
         *_calibration(model, titles),
     ]
     if any(not run.complete for _, run in runs):
-        parts.append("**Some run was cut off, or a mode failed: not all was measured.**")
+        parts.append(
+            "**Some run was cut off, or a mode failed: less was measured than was asked for.**"
+        )
     return "\n\n".join(parts) + "\n"
+
+
+def _preference(model: CostModel) -> str:
+    """What decides between modes that are about as fast: nothing that was not measured."""
+    steady = "what depends less on the request (CFG parallelism is idle where nothing guides)"
+    if "tp" in model.unknown():
+        return steady
+    return f"what needs less memory (tensor parallelism splits the weights) or {steady}"
+
+
+def _not_considered(model: CostModel) -> list[str]:
+    """The kinds of parallelism that the choice leaves out."""
+    if not (unknown := model.unknown()):
+        return []
+    kinds = ", ".join(f"`{kind}`" for kind in unknown)
+    return [
+        f"**Not measured, so not considered: {kinds}** (a mode with one of them counts only if "
+        "that very mode was measured)."
+    ]
 
 
 def _choice(model: CostModel, shape: Shape, title: str, gpus: int) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mot_bench import options
+from mot_bench.console import quiet_vllm
 from mot_bench.errors import MeasurementError, UsageError
 from mot_bench.files import write_json
 
@@ -31,8 +35,10 @@ def run_quality(
     screen: Console,
 ) -> None:
     """Measure, print a table, and with a folder write `quality.json` and two PNGs there."""
+    quiet_vllm()
     try:
-        from bagel_mot import BagelPipeline, ImageSettings
+        from bagel_mot import BagelPipeline
+        from bagel_mot.loading import usual_dtype
 
         from mot_bench.environment import environment
         from mot_bench.quality import TARGETS, contact_sheet, measure
@@ -40,13 +46,9 @@ def run_quality(
         raise MeasurementError(
             f"bagel-mot cannot be imported ({error}); pip install 'mot-bench[bagel]'"
         ) from error
-    import torch
-
-    if dtype is None:
-        on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
-        dtype = "bfloat16" if on_gpu else "float32"
+    changes = _image_settings(settings)  # a wrong one is an error before loading
     try:
-        ImageSettings.model_validate(settings)  # an unknown one is an error before loading
+        dtype = dtype or usual_dtype(device)
         pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
     except (ValueError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
@@ -59,7 +61,7 @@ def run_quality(
             pipeline,
             samples=samples,
             seed=seed,
-            settings=settings,
+            settings=changes,
             on_sample=lambda count: bar.advance(task, count),
         )
     seconds = time.monotonic() - began
@@ -71,6 +73,8 @@ def run_quality(
     write_json(
         folder / "quality.json",
         {
+            "schema": 1,
+            "kind": "quality",
             "command": command,
             "environment": asdict(where),
             "dtype": dtype,
@@ -87,6 +91,37 @@ def run_quality(
         file = folder / f"{name}.png"
         contact_sheet(entries[:64]).save(file)
         screen.print(str(file), highlight=False)
+
+
+def _image_settings(texts: Mapping[str, str]) -> dict[str, Any]:
+    """What `ImageSettings` is to be changed to: values as JSON, 0,1 or a word.
+
+    Raises:
+        UsageError: a name or a value is wrong.
+    """
+    from bagel_mot import ImageSettings
+    from pydantic import ValidationError
+
+    for name in texts:
+        options.one_of("--set", name, tuple(ImageSettings.model_fields))
+    values = {name: _value(text) for name, text in texts.items()}
+    try:
+        ImageSettings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        # A check of its own says it all; what pydantic checks knows no option.
+        own = problem.get("ctx", {}).get("error")
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        said = f"{name} is {texts.get(name)!r}: {problem['msg']}" if own is None else own
+        raise UsageError(f"--set: {said}") from error
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.split(",") if "," in text else text
 
 
 def quality_table(measured: Quality) -> Table:

@@ -17,6 +17,7 @@ from mot_bench.results import (
     Results,
     means,
     percent_of_ceiling,
+    rate,
     times_baseline,
 )
 
@@ -30,11 +31,19 @@ _TITLES = {
 
 AnyResults = Results | StepResults | ParallelResults | E2eResults
 
+# Commands whose results have no place on the page.
+_OTHER_KINDS = ("quality", "serve")
+
+
+class NotOnThePage(ValueError):
+    """A result file of a command that the page says nothing about."""
+
 
 def read(path: Path) -> AnyResults:
     """A result file of `mot-bench kernels`, `step` or `e2e`.
 
     Raises:
+        NotOnThePage: it is of another command.
         ValueError: it is none of these; the message names the file and the key.
         OSError: it cannot be read.
     """
@@ -42,6 +51,10 @@ def read(path: Path) -> AnyResults:
         kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
     except (ValueError, KeyError, TypeError):
         kind = KIND  # whose reader says what is wrong
+    if kind in _OTHER_KINDS:
+        raise NotOnThePage(
+            f"{path} is of mot-bench {kind}; the page is about kernels, step and e2e"
+        )
     for known in (StepResults, ParallelResults, E2eResults):
         if kind == known.KIND:
             return known.read(path)
@@ -78,8 +91,8 @@ def _run(path: PurePath, results: Results) -> list[str]:
     where, top = results.environment, results.ceilings
     facts = environment_facts(where) | {
         "protocol": results.protocol,
-        "ceilings": f"{top.dtype} matmul {top.matmul_size}³ {top.matmul_tflops:.0f} TFLOP/s; copy "
-        f"{top.copy_gbps:.0f} GB/s, read and written",
+        "ceilings": f"{top.dtype} matmul {top.matmul_size}³ {rate(top.matmul_tflops)} TFLOP/s; "
+        f"copy {rate(top.copy_gbps)} GB/s, read and written",
         "result file": f"`{path.name}`",
     }
     parts = [

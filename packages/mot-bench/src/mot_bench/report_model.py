@@ -16,16 +16,17 @@ from mot_bench.model_results import (
     Subject,
 )
 from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, span
+from mot_bench.results import rate
 
 
 def step_sections(path: PurePath, results: StepResults) -> list[str]:
     """One run of `mot-bench step`."""
-    rates = {rate.name: rate.tflops for rate in results.attention if rate.tflops}
+    rates = {each.name: each.tflops for each in results.attention if each.tflops}
     top = results.ceilings
-    attention = ", ".join(f"{name} {tflops:.0f} TFLOP/s" for name, tflops in rates.items())
+    attention = ", ".join(f"{name} {rate(tflops)} TFLOP/s" for name, tflops in rates.items())
     facts = {
-        "ceilings": f"{top.dtype} matmul {top.matmul_tflops:.0f} TFLOP/s, copy "
-        f"{top.copy_gbps:.0f} GB/s; attention {attention or '-'}",
+        "ceilings": f"{top.dtype} matmul {rate(top.matmul_tflops)} TFLOP/s, copy "
+        f"{rate(top.copy_gbps)} GB/s; attention {attention or '-'}",
     }
     rows = [
         _step_row(case, provider, results) for case in results.cases for provider in case.providers
@@ -36,7 +37,7 @@ def step_sections(path: PurePath, results: StepResults) -> list[str]:
         "The floor is the time of dense unquantized matmuls, the fastest attention and moving each "
         "activation once at the ceilings of the run. Memory is what torch reserved beyond the "
         "weights.",
-        table([*header, "GiB"], rows),
+        table([*header, "GiB beyond weights"], rows),
     ]
 
 
@@ -80,12 +81,25 @@ def e2e_sections(path: PurePath, results: E2eResults) -> list[str]:
     for request in results.requests:
         phases = ", ".join(f"{phase.name} {phase.median_s:.3f}" for phase in request.phases)
         busy = "-" if request.loop is None else percent(100 * request.loop.busy)
-        total = f"{request.total.median_s:.3f}"
-        rows.append([request.name, request.what, str(request.batch), total, phases, busy])
+        memory = request.memory
+        rows.append(
+            [
+                request.name,
+                request.what,
+                str(request.batch),
+                f"{request.total.median_s:.3f}",
+                phases,
+                busy,
+                "-" if memory is None else f"{memory.reserved / 2**30:.1f}",
+            ]
+        )
     header = ["request", "settings", "at a time", "s", "phases, s", "GPU busy in the loop, %"]
     return [
         *_opening(f"Requests, {results.environment.device}", path, results),
-        table(header, rows),
+        "GiB in all: the most that torch reserved, with the weights and what earlier requests of "
+        "the run left (buffers, graphs). A card with that and what its driver takes is large "
+        "enough.",
+        table([*header, "GiB in all"], rows),
     ]
 
 
@@ -94,7 +108,8 @@ def _opening(
 ) -> list[str]:
     model = results.subject
     facts = environment_facts(results.environment) | {
-        "model": f"{model.weights}, {model.parameters / 1e9:.2f} billion parameters, {model.dtype}",
+        "model": f"{model.weights}, {model.parameters / 1e9:.2f} billion parameters, "
+        f"{model.dtype}; weights {model.bytes / 2**30:.2f} GiB",
         **_quantization(model),
         "attention, graphs": f"{model.attention}, CUDA graphs {model.cuda_graphs}",
         "versions": f"bagel-mot {model.bagel_mot}, vLLM {model.vllm}",
@@ -117,7 +132,7 @@ def _quantization(model: Subject) -> dict[str, str]:
     if model.quantization == "none":
         return {}
     loading = "" if model.loading is None else f", peak {model.loading / 2**30:.2f} GiB loading"
-    return {"quantization": f"{model.quantization}, weights {model.bytes / 2**30:.2f} GiB{loading}"}
+    return {"quantization": f"{model.quantization}{loading}"}
 
 
 def _step_row(case: StepCase, provider: StepProvider, results: StepResults) -> list[str]:

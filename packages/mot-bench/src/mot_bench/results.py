@@ -200,6 +200,11 @@ def gbps(case: CaseResult, timing: Timing) -> float:
     return case.bytes_moved / timing.median_us / 1e3
 
 
+def rate(value: float) -> str:
+    """A rate with three digits or more, whatever its size: of a CPU or of many GPUs."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def percent_of_ceiling(case: CaseResult, timing: Timing, ceilings: Ceilings) -> float:
     """How much of the time would remain at the ceilings of computing and moving, in percent."""
     return 100 * ceilings.floor_us(case.flops, case.bytes_moved) / timing.median_us

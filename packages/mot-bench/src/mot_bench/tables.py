@@ -13,6 +13,7 @@ from mot_bench.results import (
     Results,
     gbps,
     percent_of_ceiling,
+    rate,
     tflops,
     times_baseline,
 )
@@ -27,9 +28,9 @@ def case_table(case: CaseResult, ceilings: Ceilings) -> Table:
         title_justify="left",
         title_style="bold",
     )
-    rate = "TFLOP/s" if case.flops else "GB/s"
+    unit = "TFLOP/s" if case.flops else "GB/s"
     table.add_column("provider", no_wrap=True)
-    for header in ("µs", "20-80 %", rate, "% of ceiling", "× baseline"):
+    for header in ("µs", "20-80 %", unit, "% of ceiling", "× baseline"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for provider in case.providers:
@@ -48,7 +49,7 @@ def _cells(case: CaseResult, provider: ProviderResult, ceilings: Ceilings) -> li
         label,
         f"{timing.median_us:.1f}",
         f"{timing.p20_us:.1f}-{timing.p80_us:.1f}",
-        f"{tflops(case, timing):.1f}" if case.flops else f"{gbps(case, timing):.0f}",
+        rate(tflops(case, timing) if case.flops else gbps(case, timing)),
         f"{percent_of_ceiling(case, timing, ceilings):.0f}",
         "-" if ratio is None else f"{ratio:.2f}",
         "; ".join(part for part in (provider.label, provider.why, timing.note) if part),
@@ -78,7 +79,7 @@ def heading(results: Results) -> str:
     where, top = results.environment, results.ceilings
     return (
         f"{where.device}, torch {where.torch}, triton {where.triton}, commit {where.commit}\n"
-        f"ceilings in this run: {top.dtype} matmul {top.matmul_tflops:.0f} TFLOP/s, copy "
-        f"{top.copy_gbps:.0f} GB/s\n"
+        f"ceilings in this run: {top.dtype} matmul {rate(top.matmul_tflops)} TFLOP/s, copy "
+        f"{rate(top.copy_gbps)} GB/s\n"
         "× baseline is time: below 1 is faster than the baseline."
     )

@@ -31,7 +31,7 @@ from mot_kernels import (
     mot_linear,
     stack_bias,
 )
-from mot_kernels.checks import check_plan
+from mot_kernels.checks import check_out, check_plan
 from mot_kernels.formats import quantizes_activations
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
@@ -251,6 +251,9 @@ class _MoTLinear(StackedExperts, LinearBase):
             return super().forward(x)
         adds = self._adds_bias_and_residual
         if isinstance(epilogue, AddResidual) and not adds:
+            # As where it is added: the rank that fails alone leaves the others waiting in the sum.
+            shape = (*x.shape[:-1], self.output_size_per_partition)
+            check_out("epilogue.residual", epilogue.residual, shape, x)
             epilogue = None
         y = self._multiply(
             x if isinstance(x, QuantizedRows) else self._shard_of(x),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from mot_kernels import AddResidual, Epilogue, SiluMul
+from mot_kernels.checks import check_out
 
 from mot_layers.stacking import logger
 
@@ -18,11 +19,7 @@ def finish(y: torch.Tensor, epilogue: Epilogue | None) -> torch.Tensor:
             gate, up = y.chunk(2, dim=-1)
             return (F.silu(gate.float()) * up).to(y.dtype)
         case AddResidual(residual):
-            if residual.shape != y.shape:
-                raise ValueError(
-                    f"epilogue.residual has shape {tuple(residual.shape)}; expected "
-                    f"{tuple(y.shape)}"
-                )
+            check_out("epilogue.residual", residual, tuple(y.shape), y)
             return y + residual
         case _:
             raise TypeError(

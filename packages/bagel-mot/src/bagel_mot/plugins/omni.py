@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from typing import Any
+
+from bagel_mot.plugins import is_on
 
 logger = logging.getLogger("bagel_mot")
 
@@ -26,7 +27,8 @@ STORED_METHOD = "compressed-tensors"
 def register() -> None:
     """Register `MoTBagelPipeline` with vLLM-Omni; does nothing where that is not installed.
 
-    May be called any number of times. Never raises: what a plugin raises ends vLLM-Omni's process.
+    May be called any number of times. A vLLM-Omni that lacks what we register with gets a warning
+    and its own BAGEL: what a plugin raises would end its process, whatever model that serves.
     """
     if importlib.util.find_spec("vllm_omni") is None:
         return
@@ -43,7 +45,7 @@ def register() -> None:
             error,
         )
         return
-    for name in (OWN_NAME, REPLACED_NAME) if _replaces() else (OWN_NAME,):
+    for name in (OWN_NAME, REPLACED_NAME) if is_on(REPLACE_VARIABLE) else (OWN_NAME,):
         # The process functions are named even where they have the names of those they replace:
         # vLLM-Omni keeps no function of an unnamed one, only its name.
         register_diffusion_model(
@@ -70,12 +72,3 @@ def _stored_config(**options: Any) -> Any:
     from bagel_mot.plugins.omni_quantization import stored_config
 
     return stored_config(**options)
-
-
-def _replaces() -> bool:
-    value = os.environ.get(REPLACE_VARIABLE, "").strip().lower()
-    if value in ("1", "true", "yes", "on"):
-        return True
-    if value not in ("", "0", "false", "no", "off"):
-        logger.warning("%s is %r; expected 1 or 0, taken as 0", REPLACE_VARIABLE, value)
-    return False

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from mot_layers.runtime import init_parallel
 from torch import nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
@@ -21,15 +19,18 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.errors import OmniClientError
 
-from bagel_mot.config import LlmConfig
 from bagel_mot.denoising import Denoising
-from bagel_mot.parallel import ALONE, Parallel, ParallelConfig, start
 from bagel_mot.pipeline import BagelPipeline, Prepared, build_model
 from bagel_mot.plugins.omni_checkpoint import Checkpoint, load_stream
 from bagel_mot.plugins.omni_context import contexts_from, handed_over_size
 from bagel_mot.plugins.omni_noise import noise_sources
+from bagel_mot.plugins.omni_options import (
+    captures_graphs,
+    check_supported,
+    joined,
+    receives_caches,
+)
 from bagel_mot.plugins.omni_painting import Painting, image_answer, text_answer
-from bagel_mot.plugins.omni_quantization import asked_quantization
 from bagel_mot.plugins.omni_request import (
     Asked,
     client_errors,
@@ -56,7 +57,7 @@ def get_bagel_pre_process_func(
 ) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
     """What vLLM-Omni's engine does with a request before it is queued: refuse what is wrong."""
     found: list[Checkpoint] = []
-    handed_over = bool((od_config.omni_kv_config or {}).get("need_recv_cache"))
+    handed_over = receives_caches(od_config)
 
     def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
         if not found:  # not before a request comes: the engine is built before the download
@@ -135,9 +136,7 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
             self.bagel,
             self.tokenizer,
             self._parallel,
-            # vLLM-Omni takes groups down without asking who holds graphs of their exchanges, and
-            # NCCL would wait for those.
-            cuda_graphs=not od_config.enforce_eager and not _exchanges(self._parallel, od_config),
+            cuda_graphs=captures_graphs(od_config, self._parallel, self.device),
         )
         self._together: Denoising | None = None
         self.setup_diffusion_pipeline_profiler(
@@ -271,11 +270,6 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
 
     def _from_caches(self, asked: Asked, sampling: Any, sources: Sequence[Noise]) -> Prepared:
         """A request whose prompt another stage has read."""
-        if self._parallel.config.cfg > 1:
-            raise ValueError(
-                "KV caches were handed over with cfg_parallel_size > 1: vLLM-Omni then gives each "
-                "rank some of them, but ours need all; use sequence parallelism instead"
-            )
         contexts = contexts_from(self.bagel, self.tokenizer, sampling, asked.negative_prompt)
         config = self.bagel.config
         height, width = asked.size or handed_over_size(sampling) or (None, None)
@@ -316,72 +310,3 @@ def _settle_dummy_run(request_id: str, sampling: Any) -> None:
     """Before 0.30 vLLM-Omni starts up with a request for one step: in BAGEL's counting, none."""
     if OmniDiffusionRequest.is_dummy_run_request_id(request_id):
         sampling.num_inference_steps = max(sampling.num_inference_steps or 2, 2)
-
-
-def check_supported(od_config: OmniDiffusionConfig) -> None:
-    """Refuse a configuration that would otherwise be ignored or fail later.
-
-    Raises:
-        ValueError: listing every option that is not available and what to set it to.
-    """
-    problems = []
-    parallel = od_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        problems.append(
-            f"parallel_config.pipeline_parallel_size is {parallel.pipeline_parallel_size}, but "
-            "layers are not spread over ranks; use tensor or sequence parallelism"
-        )
-    if parallel.use_hsdp:
-        problems.append("parallel_config.use_hsdp is on, but weights are not sharded; turn it off")
-    try:
-        asked_quantization(od_config.quantization_config)
-    except ValueError as error:
-        problems.append(str(error))
-    if (kept_in := od_config.diffusion_kv_cache_dtype) not in (None, "auto"):
-        problems.append(
-            f"diffusion_kv_cache_dtype is {kept_in!r}, but the cache is in the model's dtype; "
-            "expected 'auto'"
-        )
-    if od_config.cache_backend not in (None, "none"):
-        problems.append(f"cache_backend is {od_config.cache_backend!r}; expected 'none'")
-    for name in (
-        "enable_cpu_offload",
-        "enable_layerwise_offload",
-        "enable_distributed_layerwise_offload",
-        "diffusion_offload_config",
-        "lora_path",
-    ):
-        if getattr(od_config, name, None):
-            problems.append(f"{name} is set, but it is not available; leave it out")
-    if problems:
-        raise ValueError(
-            f"MoTBagelPipeline cannot run with this configuration: {'; '.join(problems)}"
-        )
-
-
-def joined(od_config: OmniDiffusionConfig, llm: LlmConfig, device: torch.device) -> Parallel:
-    """This worker among vLLM-Omni's others, in our words; their ranks are laid out as ours are.
-
-    Raises:
-        ValueError: the model or the number of workers does not allow these sizes.
-    """
-    sizes = od_config.parallel_config
-    config = ParallelConfig(
-        tensor=sizes.tensor_parallel_size,
-        ulysses=sizes.ulysses_degree,
-        ring=sizes.ring_degree,
-        allgather=sizes.allgather_degree,
-        cfg=sizes.cfg_parallel_size,
-    )
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world > config.world_size and config.world_size == config.tensor:
-        # Replicas (data parallel): each answers requests of its own, and knows of no other.
-        init_parallel(config.tensor)
-        return ALONE
-    config.check(llm, world)
-    return start(config, device.type)
-
-
-def _exchanges(parallel: Parallel, od_config: OmniDiffusionConfig) -> bool:
-    """Whether a step exchanges data with other workers; replicas may be tensor parallel, too."""
-    return max(parallel.config.world_size, od_config.parallel_config.tensor_parallel_size) > 1

@@ -7,6 +7,7 @@ image, painted or edited, has an image scale of 1.5, the interval 0.4..1 and the
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import reprlib
@@ -30,12 +31,17 @@ logger = logging.getLogger("bagel_mot")
 
 # Where the pre-process leaves the size that was asked for, see `set_size_apart`.
 _SIZE_APART = "bagel_mot_size"
+# What vLLM-Omni itself adds to `extra_args`, for its transfer between stages.
+_NOT_OURS = frozenset({"kv_transfer_params"})
 # Stand for a picture in prompts made for the two-stage deployment.
 _PLACEHOLDERS = ("<|fim_middle|>", "<|image_pad|>")
 
 
 class _Extras(BaseModel):
-    """What `extra_args` may hold for BAGEL, with vLLM-Omni's defaults; other keys are ignored."""
+    """What `extra_args` may hold for BAGEL, with vLLM-Omni's defaults.
+
+    Other keys are ignored with a warning: vLLM-Omni mixes in some that it has for all models.
+    """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -50,6 +56,7 @@ class _Extras(BaseModel):
     max_think_tokens: int | None = Field(None, ge=1)
     do_sample: bool = False
     text_temperature: float = 0.3
+    taylorseer: bool = False
     bagel_mot_size: tuple[int | None, int | None] = (None, None)
 
 
@@ -100,7 +107,10 @@ def read_request(
     """
     with client_errors():
         fields = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-        extras = _Extras.model_validate(_given(sampling.extra_args))
+        given = _given(sampling.extra_args)
+        for key in sorted(given.keys() - _Extras.model_fields.keys() - _NOT_OURS):
+            _warn_of_unknown(reprlib.repr(key))
+        extras = _Extras.model_validate(given)
         values = _Sampling.model_validate(_sampling_values(sampling, fields, extras))
         if sampling.lora_request is not None:
             raise ValueError("lora_request: this pipeline has no LoRA adapters; leave it out")
@@ -118,6 +128,7 @@ def read_request(
             cfg_interval=extras.cfg_interval,
             cfg_renorm_type=extras.cfg_renorm_type,
             cfg_renorm_min=extras.cfg_renorm_min,
+            taylorseer=extras.taylorseer,
         )
         negative = fields.get("negative_prompt")
         negative = _text(extras.negative_prompt if negative is None else negative)
@@ -242,6 +253,12 @@ def _given(extra_args: Any) -> dict[str, Any]:
     return {str(key): value for key, value in extra_args.items() if value is not None}
 
 
+@functools.lru_cache(maxsize=256)  # once each, but clients may think of any number of keys
+def _warn_of_unknown(key: str) -> None:
+    known = sorted(_Extras.model_fields.keys() - {_SIZE_APART})
+    logger.warning("extra_args has %s, which is ignored; BAGEL knows %s", key, ", ".join(known))
+
+
 def _sampling_values(sampling: Any, fields: Mapping[str, Any], extras: _Extras) -> dict[str, Any]:
     values = {name: getattr(sampling, name) for name in _Sampling.model_fields}
     hints = fields.get("mm_processor_kwargs") or {}
@@ -358,7 +375,14 @@ def _output(modalities: Any) -> Literal["text", "image"]:
     unknown = [name for name in named if name not in ("image", "img2img", "text")]
     if unknown:
         raise ValueError(f"modalities has {unknown[0]!r}; expected 'image', 'img2img' or 'text'")
-    return "text" if "text" in named else "image"
+    if "text" not in named:
+        return "image"
+    if len(set(named)) > 1:
+        raise ValueError(
+            f"modalities is {named}, but a request gives a text or images; ask for one, and for "
+            "the other in a request of its own that brings the first answer along"
+        )
+    return "text"
 
 
 def _most_tokens(extras: _Extras, output: str) -> int:

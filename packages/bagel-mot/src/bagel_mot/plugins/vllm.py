@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from bagel_mot.plugins import is_on
 
 logger = logging.getLogger("bagel_mot")
 
@@ -30,7 +31,8 @@ PICTURE = "<|image_pad|>"
 def register() -> None:
     """Register `MoTBagelForConditionalGeneration` with vLLM; does nothing where that is missing.
 
-    May be called any number of times. Never raises: what a plugin raises ends vLLM's process.
+    May be called any number of times. A vLLM that lacks what we register with gets a warning and
+    its own BAGEL: what a plugin raises would end its process, whatever model that serves.
     """
     if importlib.util.find_spec("vllm") is None:
         return
@@ -44,7 +46,7 @@ def register() -> None:
             "%s is not registered (%s); bagel-mot works with vLLM 0.26 to 0.33", OWN_NAME, error
         )
         return
-    for name in (OWN_NAME, REPLACED_NAME) if _replaces() else (OWN_NAME,):
+    for name in (OWN_NAME, REPLACED_NAME) if is_on(REPLACE_VARIABLE) else (OWN_NAME,):
         ModelRegistry.register_model(name, _MODEL)
         MODELS_CONFIG_MAP[name] = UnderstandingConfig
 
@@ -66,12 +68,3 @@ def build_prompt(parts: Sequence[Any]) -> dict[str, Any]:
     if pictures:
         prompt["multi_modal_data"] = {"image": pictures}
     return prompt
-
-
-def _replaces() -> bool:
-    value = os.environ.get(REPLACE_VARIABLE, "").strip().lower()
-    if value in ("1", "true", "yes", "on"):
-        return True
-    if value not in ("", "0", "false", "no", "off"):
-        logger.warning("%s is %r; expected 1 or 0, taken as 0", REPLACE_VARIABLE, value)
-    return False

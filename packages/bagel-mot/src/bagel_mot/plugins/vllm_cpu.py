@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from vllm import __version_tuple__
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
+
+# What the kernel takes the flags of causal requests as.
+_CAUSAL = torch.int32 if __version_tuple__[:2] >= (0, 32) else torch.bool
 
 
 class Piece(NamedTuple):
@@ -84,23 +88,13 @@ class PictureCPUBackend(CPUAttentionBackend):
 
 
 class _PictureCPUBuilder(CPUAttentionMetadataBuilder):
-    # What the kernel takes as causal flags: int32 from vLLM 0.32 on, bool before.
-    _flags = torch.int32
-
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any
     ) -> Any:
-        pieces = _pieces(common_attn_metadata)
-        if all(piece.causal for piece in pieces):
-            return super().build(common_prefix_len, common_attn_metadata, *args, **kw)
-        common = _with_requests(common_attn_metadata, pieces, self._flags)
-        try:
-            return super().build(common_prefix_len, common, *args, **kw)
-        except RuntimeError:
-            if self._flags is torch.bool:
-                raise
-        self._flags = torch.bool
-        common = _with_requests(common_attn_metadata, pieces, self._flags)
+        common = common_attn_metadata
+        pieces = _pieces(common)
+        if not all(piece.causal for piece in pieces):
+            common = _with_requests(common, pieces)
         return super().build(common_prefix_len, common, *args, **kw)
 
 
@@ -115,7 +109,7 @@ def _pieces(common: Any) -> list[Piece]:
     return cut_at_pictures(starts.diff().tolist(), ends.tolist(), pictures)
 
 
-def _with_requests(common: Any, pieces: list[Piece], flags: torch.dtype) -> Any:
+def _with_requests(common: Any, pieces: list[Piece]) -> Any:
     """vLLM's description of the step with the pieces for requests."""
     requests = torch.tensor([piece.request for piece in pieces])
     starts = torch.tensor([0] + [piece.rows for piece in pieces]).cumsum(0)
@@ -125,6 +119,6 @@ def _with_requests(common: Any, pieces: list[Piece], flags: torch.dtype) -> Any:
         seq_lens=torch.tensor([piece.seq_len for piece in pieces], dtype=common.seq_lens.dtype),
         block_table_tensor=common.block_table_tensor[requests],
         max_query_len=max(piece.rows for piece in pieces),
-        causal=torch.tensor([piece.causal for piece in pieces], dtype=flags),
+        causal=torch.tensor([piece.causal for piece in pieces], dtype=_CAUSAL),
         mm_req_doc_ranges=None,
     )

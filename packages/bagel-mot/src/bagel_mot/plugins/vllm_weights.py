@@ -20,6 +20,9 @@ from bagel_mot.model.vae import AutoEncoder
 # vLLM's names of fused projections, by the shard that a part of them is.
 _FUSED = {"q": "qkv_proj", "k": "qkv_proj", "v": "qkv_proj", 0: "gate_up_proj", 1: "gate_up_proj"}
 _VISION = ("vit", "connector", "vit_pos")
+# What a quantised checkpoint may leave out: GPTQ's order of rows where it is the natural one, and
+# the shape, which is known.
+_OPTIONAL = ("g_idx", "weight_shape")
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,12 @@ class UndWeights:
         parameters = dict(model.named_parameters())
         parts = {_part(name) for name in parameters}
         problems: list[str] = []
-        loaded: set[str] = set()
+        filled: set[tuple[str, str | int | None]] = set()
         seen: set[str] = set()
         for name, tensor in weights:
             if self.is_unused(name):
                 continue
-            seen |= {name, _module(name)}
+            seen.add(name)
             parameter, shard = self._find(name, parameters)
             if name in self._places and _part(parameter) not in parts:
                 continue
@@ -94,17 +97,39 @@ class UndWeights:
                 )
                 continue
             fill(parameters[parameter], tensor, shard)
-            loaded.add(parameter)
+            filled.add((parameter, shard))
+        replaced = self._replaced(parameters) if quantized else {}
         for name, place in self._places.items():
-            replaced = quantized and place.parameter not in parameters and _module(name) in seen
-            if name not in seen and _part(place.parameter) in parts and not replaced:
+            if name not in seen and name not in replaced and _part(place.parameter) in parts:
                 problems.append(f"missing: {name} {list(place.shape)}")
+        for name, wanted in replaced.items():
+            for parameter in sorted(wanted):
+                if (parameter, self._places[name].shard) not in filled:
+                    kind = parameter.rpartition(".")[2]
+                    problems.append(f"missing: {_module(name)}.{kind}")
         if problems:
             raise CheckpointError(
                 f"the checkpoint does not fit the model ({len(problems)} problems):\n  "
                 + "\n  ".join(sorted(problems))
             )
-        return loaded
+        return {parameter for parameter, _ in filled}
+
+    def _replaced(self, parameters: Iterable[str]) -> dict[str, set[str]]:
+        """The parameters that a quantised model has for each matrix, by its checkpoint name.
+
+        Each of them must come from each part of a fused projection. Biases stay what they are, and
+        so do matrices that are not quantised.
+        """
+        kinds: dict[str, set[str]] = {}
+        for parameter in parameters:
+            if not parameter.endswith((".bias", *(f".{kind}" for kind in _OPTIONAL))):
+                kinds.setdefault(_module(parameter), set()).add(parameter)
+        replaced = {}
+        for name, place in self._places.items():
+            wanted = kinds.get(_module(place.parameter), set())
+            if name.endswith(".weight") and wanted - {place.parameter}:
+                replaced[name] = wanted
+        return replaced
 
     def _find(self, name: str, parameters: dict[str, nn.Parameter]) -> tuple[str, str | int | None]:
         """Parameter (perhaps one that does not exist) and shard of a tensor."""

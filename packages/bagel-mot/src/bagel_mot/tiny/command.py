@@ -29,7 +29,7 @@ def train_tiny(
         int | None, typer.Option(min=1, help="Samples drawn per task and size of picture.")
     ] = None,
     rows: Annotated[
-        float, typer.Option(min=0, help="Scales the batches; 1 is meant for a large GPU.")
+        float, typer.Option(min=0, max=100, help="Scales the batches; 1 is meant for a large GPU.")
     ] = 1.0,
     start_from: Annotated[
         Path | None,
@@ -53,11 +53,10 @@ def train_tiny(
     """Train the tiny model that paints coloured shapes; see docs/tiny.md."""
     began = time.monotonic()  # before torch and vLLM are imported, which may take a minute
     with user_errors():
-        import torch
-
+        from bagel_mot.loading import parse_device
         from bagel_mot.tiny.training import Plan, train
 
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = parse_device(device)
         plan = Plan(seed=seed)
         plan = replace(
             plan,

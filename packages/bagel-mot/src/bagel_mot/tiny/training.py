@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 import torch
 from mot_kernels import reference
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from bagel_mot import checkpoint
 from bagel_mot.model.bagel import Bagel
+from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.parallel import ParallelConfig, start
 from bagel_mot.pipeline import build_model
 from bagel_mot.tiny.objectives import Objectives
@@ -89,8 +91,11 @@ def train(
         up before the VAE was done.
 
     Raises:
-        ValueError: the folder holds a run with another recipe, seed, samples or batches.
+        FileNotFoundError, ValueError: `start_from` holds no checkpoint of this recipe, or the
+            folder a run with another recipe, seed, samples or batches. Nothing is written then.
     """
+    if start_from is not None:
+        _check_start(plan.recipe, start_from)
     place = folder / CHECKPOINT
     _begin(folder, plan, start_from)
     tokenizer = BagelTokenizer.from_folder(place)
@@ -153,11 +158,20 @@ def _train_vae(
 
 
 def _load(model: Bagel, folder: Path) -> None:
-    """Fill all weights from a checkpoint of the same recipe."""
-    stored = checkpoint.read_headers(folder)
+    """Fill all weights from a checkpoint of the same recipe, see `_check_start`."""
     targets = checkpoint.model_targets(model.config) | checkpoint.vae_targets(model.vae)
-    checkpoint.check_names(stored, targets)
-    checkpoint.load_checkpoint(model, stored, targets)
+    checkpoint.load_checkpoint(model, checkpoint.read_headers(folder), targets)
+
+
+def _check_start(recipe: Recipe, folder: Path) -> None:
+    """Refuse a checkpoint of another recipe, before anything is written."""
+    with TemporaryDirectory() as place:
+        recipe.write_configs(Path(place))
+        config = recipe.config(Path(place))
+    with torch.device("meta"):
+        vae = AutoEncoder(config.vae)
+    targets = checkpoint.model_targets(config) | checkpoint.vae_targets(vae)
+    checkpoint.check_names(checkpoint.read_headers(folder), targets)
 
 
 def _begin(folder: Path, plan: Plan, start_from: Path | None) -> None:

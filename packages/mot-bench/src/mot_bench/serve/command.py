@@ -38,8 +38,8 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A prompt per line; in a .jsonl file an object with prompt and, if there is one, "
-            "image (a path). Default: a built-in set.",
+            help="A prompt per line; in a .jsonl file an object with prompt and, if needed, image "
+            "(a path), size, num_inference_steps, seed. Default: a built-in set.",
         ),
     ] = None,
     num_prompts: Annotated[
@@ -105,6 +105,12 @@ def serve(
         Path | None,
         typer.Option(metavar="EARLIER.json", help="Compare with what --output wrote earlier."),
     ] = None,
+    slo: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Report the share of requests that were answered within this."
+        ),
+    ] = None,
     label: Annotated[
         str, typer.Option(help="What to remember of the server, such as its GPU.")
     ] = "",
@@ -136,11 +142,12 @@ def serve(
     )
     warmup_steps = parse.WarmupSteps.parse(warmup_num_inference_steps or [])
     url = parse.base_url(base_url)
-    rate, shape = parse.rate(request_rate), parse.size(size)
+    rate, shape, slo = parse.rate(request_rate), parse.size(size), parse.slo(slo)
     fields, extras = _extras(key, field or [], extra_arg or [])
     chosen = _prompts(prompts, key, answers)
     folder = None if save_dir is None else options.output_folder(save_dir, "--save-dir")
-    _check_output(output)
+    if output is not None:
+        options.output_file(output)
     earlier = None if compare is None else _earlier(compare)
 
     from mot_bench.serve.prompts import fingerprint
@@ -175,16 +182,14 @@ def serve(
         save_dir=folder,
         timeout=timeout,
         ready_timeout=ready_timeout,
+        slo=slo,
         label=label,
         command=shlex.join(["mot-bench", *arguments]),
     )
     results = asyncio.run(measure(plan))
     _show(results, earlier)
     if output is not None:
-        try:
-            results.write(output)
-        except OSError as error:
-            raise MeasurementError(f"--output {str(output)!r} is not written: {error}") from error
+        results.write(output)
         typer.echo(output)
     if failed := results.summary.failed:
         raise MeasurementError(f"{failed} of {len(results.requests)} requests failed")
@@ -234,19 +239,8 @@ def _prompts(path: Path | None, endpoint: str, answers: str) -> tuple[Prompt, ..
     except ValueError as error:
         raise UsageError(f"--prompts is {str(path)!r}: {error}") from error
     for prompt in found:
-        check(prompt, endpoint)
+        check(prompt, endpoint, answers)
     return found
-
-
-def _check_output(path: Path | None) -> None:
-    """Refuse what cannot be written before the server works for nothing."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"--output is {str(path)!r}, which is a folder; give a file")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UsageError(f"--output is {str(path)!r}, but nothing can be written to {there}")
 
 
 def _earlier(path: Path) -> ServeResults:

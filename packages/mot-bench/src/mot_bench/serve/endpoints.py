@@ -64,9 +64,14 @@ def taken(endpoint: str, *, extra_args: bool) -> dict[str, str]:
     return fields
 
 
-def check(prompt: Prompt, endpoint: str) -> None:
-    """Refuse a prompt that the endpoint cannot take."""
+def check(prompt: Prompt, endpoint: str, answers: str) -> None:
+    """Refuse a prompt that the endpoint cannot take, or that is for another kind of answer."""
     path = ENDPOINTS[endpoint]
+    if answers == "text" and (useless := [key for key in prompt.own if key != "seed"]):
+        raise UsageError(
+            f"--prompts has {prompt.text[:40]!r} with {useless[0]!r}, which is for answers with "
+            "images, but these are with text; add --modality image"
+        )
     if endpoint == "edits" and prompt.picture is None:
         raise UsageError(
             f"--prompts has {prompt.text[:40]!r} without a picture, which {path} needs; give a "
@@ -79,10 +84,18 @@ def check(prompt: Prompt, endpoint: str) -> None:
         )
 
 
-def build(settings: Settings, prompt: Prompt, index: int, steps: int | None) -> Request:
-    """Request number `index`, with `steps` denoising steps (None: not said)."""
+def build(
+    settings: Settings, prompt: Prompt, index: int, warmup_steps: int | None = None
+) -> Request:
+    """Request number `index`.
+
+    Args:
+        warmup_steps: denoising steps if it is to warm up; None for those of the prompt or the run.
+    """
     more, extra = values(settings.field), values(settings.extra_arg)
-    common: dict[str, Any] = {"model": settings.model, "seed": settings.seed + index}
+    seed = settings.seed + index if prompt.seed is None else prompt.seed
+    common: dict[str, Any] = {"model": settings.model, "seed": seed}
+    steps = warmup_steps or prompt.num_inference_steps or settings.num_inference_steps
     if steps is not None:
         common["num_inference_steps"] = steps
     path = ENDPOINTS[settings.endpoint]
@@ -95,8 +108,8 @@ def build(settings: Settings, prompt: Prompt, index: int, steps: int | None) -> 
         "n": settings.images_per_request,
         "response_format": "b64_json",
     }
-    if settings.size is not None:
-        common["size"] = settings.size
+    if (size := prompt.size or settings.size) is not None:
+        common["size"] = size
     if settings.endpoint == "generations":
         return Request(path, json=common | more)
     assert prompt.picture is not None  # see `check`
@@ -126,8 +139,8 @@ def _chat(settings: Settings, prompt: Prompt) -> dict[str, Any]:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body
     body["num_outputs_per_prompt"] = settings.images_per_request
-    if settings.size is not None:
-        width, height = settings.size.split("x")
+    if (size := prompt.size or settings.size) is not None:
+        width, height = size.split("x")
         body |= {"width": int(width), "height": int(height)}
     return body
 

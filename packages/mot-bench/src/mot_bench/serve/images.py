@@ -97,6 +97,6 @@ def save(picture: Picture, folder: Path, request: int, image: int) -> None:
     """Write it as `req_<request>_<image>.<suffix>`, whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        UsageError: it cannot be written.
     """
     write_bytes(folder / f"req_{request:04d}_{image}.{picture.suffix}", picture.data)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from mot_bench.errors import UsageError
 from mot_bench.serve import endpoints, images
 from mot_bench.serve.client import Reply, send
 from mot_bench.serve.failure import Failure
@@ -78,12 +79,12 @@ class Load:
         """Send the measured requests; `on_done` is told of each when it is over."""
         settings = self._settings
         times = arrivals(settings.num_prompts, settings.request_rate, settings.seed)
-        return await self._run(times, settings.num_inference_steps, self._save_dir, on_done)
+        return await self._run(times, None, self._save_dir, on_done)
 
     async def _run(
         self,
         times: Sequence[float],
-        steps: int | None,
+        warmup_steps: int | None,
         save_dir: Path | None,
         on_done: Callable[[RequestResult], None],
     ) -> list[RequestResult]:
@@ -95,7 +96,7 @@ class Load:
             await asyncio.sleep(origin + scheduled - time.perf_counter())
             async with slots:
                 prompt = self._prompts[index % len(self._prompts)]
-                request = endpoints.build(self._settings, prompt, index, steps)
+                request = endpoints.build(self._settings, prompt, index, warmup_steps)
                 start = time.perf_counter()
                 reply = await self._send(request)
                 end = time.perf_counter()
@@ -162,7 +163,7 @@ class Load:
 def _save(picture: images.Picture, folder: Path, request: int, number: int) -> bool:
     try:
         images.save(picture, folder, request, number)
-    except OSError as error:
+    except UsageError as error:
         logger.warning("image %d of request %d is not saved: %s", number, request, error)
         return False
     return True

@@ -8,10 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 from mot_bench.serve.images import Picture, inspect
+from mot_bench.serve.settings import is_size
 
 _PAINT = (
     "A red fox in the snow at dawn, photograph",
@@ -41,17 +43,33 @@ _UNDERSTAND = (
 )
 
 
+# What a prompt may say in place of the option with its name.
+OWN_KEYS = ("size", "num_inference_steps", "seed")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A text, and a picture that goes before it.
 
     Attributes:
         picture_name: what tells the picture from others: a hash of its file.
+        size: of its images, "WIDTHxHEIGHT" in pixels; None is the run's, and so below.
+        num_inference_steps: denoising steps.
+        seed: of each request with this prompt.
     """
 
     text: str
     picture: Picture | None = None
     picture_name: str = ""
+    size: str | None = None
+    num_inference_steps: int | None = None
+    seed: int | None = None
+
+    @property
+    def own(self) -> dict[str, str | int]:
+        """What it says in place of options, by the option's name."""
+        values = {key: getattr(self, key) for key in OWN_KEYS}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def built_in(endpoint: str, modality: str) -> tuple[Prompt, ...]:
@@ -66,8 +84,9 @@ def built_in(endpoint: str, modality: str) -> tuple[Prompt, ...]:
 def read(path: Path) -> tuple[Prompt, ...]:
     """Prompts of a file, empty lines left out.
 
-    A file whose name ends in .jsonl has an object per line: "prompt", and "image" if there is one,
-    a path relative to the file's folder. Any other file has a prompt per line.
+    A file whose name ends in .jsonl has an object per line: "prompt"; "image" if there is one, a
+    path relative to the file's folder; and what is this prompt's own of `OWN_KEYS`. Any other file
+    has a prompt per line.
 
     Raises:
         OSError: the file cannot be read.
@@ -94,7 +113,13 @@ def read(path: Path) -> tuple[Prompt, ...]:
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash that is equal for equal prompts only."""
-    content = json.dumps([[prompt.text, prompt.picture_name] for prompt in prompts])
+    content = json.dumps(
+        [
+            # As it was before prompts could say more, so that earlier runs can be compared with.
+            [prompt.text, prompt.picture_name, *([prompt.own] if prompt.own else [])]
+            for prompt in prompts
+        ]
+    )
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
@@ -105,14 +130,18 @@ def _entry(line: str, folder: Path) -> Prompt:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(entry, dict):
         raise ValueError(f'expected an object such as {{"prompt": "..."}}, found {line[:40]!r}')
-    if unknown := sorted(set(entry) - {"prompt", "image"}):
-        raise ValueError(f"unknown key {unknown[0]!r}; expected 'prompt' and, if needed, 'image'")
+    if unknown := sorted(set(entry) - {"prompt", "image", *OWN_KEYS}):
+        raise ValueError(
+            f"unknown key {unknown[0]!r}; expected 'prompt' and, if needed, 'image', "
+            + ", ".join(map(repr, OWN_KEYS))
+        )
     text, image = entry.get("prompt"), entry.get("image")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"key 'prompt' is {text!r}; expected a text")
     text.encode()  # JSON can spell half a character, which cannot be sent: a ValueError
+    own = _own(entry)
     if image is None:
-        return Prompt(text)
+        return Prompt(text, **own)
     if not isinstance(image, str):
         raise ValueError(f"key 'image' is {image!r}; expected a path")
     try:
@@ -120,9 +149,24 @@ def _entry(line: str, folder: Path) -> Prompt:
     except OSError as error:
         raise ValueError(f"image {image!r}: {error.strerror}") from error
     try:
-        return Prompt(text, inspect(data), hashlib.sha256(data).hexdigest())
+        return Prompt(text, inspect(data), hashlib.sha256(data).hexdigest(), **own)
     except ValueError as error:
         raise ValueError(f"image {image!r}: {error}") from error
+
+
+def _own(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a line says in place of options, checked; null is as if it were not there."""
+    own = {key: value for key in OWN_KEYS if (value := entry.get(key)) is not None}
+    size = own.get("size")
+    if size is not None and not (isinstance(size, str) and is_size(size)):
+        raise ValueError(f"key 'size' is {size!r}; expected WIDTHxHEIGHT, for example '1024x1024'")
+    for key, least in (("num_inference_steps", 1), ("seed", 0)):
+        value = own.get(key, least)
+        if type(value) is not int or value < least:  # true is no number
+            raise ValueError(
+                f"key {key!r} is {value!r}; expected a whole number of at least {least}"
+            )
+    return own
 
 
 def _house() -> Picture:

@@ -86,6 +86,8 @@ class Summary:
         per_token_s: of streams whose tokens the server counts, from the first piece to the last,
             by the tokens after the first (TPOT).
         held_back_s: how long --max-concurrency kept requests from being sent on schedule.
+        within_slo: share of all requests, failed ones included, that went well and took no longer
+            than --slo; None without it.
     """
 
     duration_s: float
@@ -103,6 +105,7 @@ class Summary:
     inter_token_s: Spread | None
     per_token_s: Spread | None
     held_back_s: Spread | None
+    within_slo: float | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class ServeResults:
         python, mot_bench: versions of the client.
         settings: what must be equal for a comparison.
         requests: in their order.
+        prompt_keys: of `mot_bench.serve.prompts.OWN_KEYS`, what some prompts say themselves.
+        slo_s: seconds that an answer was to take at most, None if nobody asked.
     """
 
     schema: int
@@ -131,6 +136,8 @@ class ServeResults:
     mot_bench: str
     settings: Settings
     requests: tuple[RequestResult, ...]
+    prompt_keys: tuple[str, ...] = ()
+    slo_s: float | None = None
 
     @property
     def summary(self) -> Summary:
@@ -164,6 +171,9 @@ class ServeResults:
                 ]
             ),
             held_back_s=Spread.of([each.start_s - each.scheduled_s for each in self.requests]),
+            within_slo=None
+            if self.slo_s is None
+            else sum(each.latency_s <= self.slo_s for each in good) / len(self.requests),
         )
 
     def write(self, path: Path) -> None:

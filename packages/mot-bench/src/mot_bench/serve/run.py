@@ -15,7 +15,7 @@ from mot_bench.console import screen
 from mot_bench.errors import MeasurementError, UsageError
 from mot_bench.serve import client as http
 from mot_bench.serve.load import Load
-from mot_bench.serve.prompts import Prompt
+from mot_bench.serve.prompts import OWN_KEYS, Prompt
 from mot_bench.serve.results import KIND, SCHEMA, RequestResult, ServeResults
 from mot_bench.serve.settings import ENDPOINTS, Settings, WarmupSteps
 
@@ -30,6 +30,7 @@ class Plan:
         earlier: results that this run must be comparable with.
         timeout: seconds of one request.
         ready_timeout: seconds to wait for the server.
+        slo: seconds that an answer is to take at most; None if nobody asks.
     """
 
     base_url: str
@@ -41,6 +42,7 @@ class Plan:
     save_dir: Path | None
     timeout: float
     ready_timeout: float
+    slo: float | None
     label: str
     command: str
 
@@ -90,6 +92,8 @@ async def measure(plan: Plan) -> ServeResults:
         mot_bench=__version__,
         settings=settings,
         requests=tuple(requests),
+        prompt_keys=tuple(key for key in OWN_KEYS if any(key in each.own for each in plan.prompts)),
+        slo_s=plan.slo,
     )
 
 

@@ -28,6 +28,8 @@ MAX_TOKENS = 128
 class Settings:
     """Everything that two runs must have in common to be compared, under the options' names.
 
+    Of size, num_inference_steps and seed, a prompt's own come first.
+
     Attributes:
         endpoint: key of `ENDPOINTS`.
         model: as the server calls it.
@@ -131,9 +133,21 @@ def rate(value: float) -> float | None:
     return None if math.isinf(value) else value
 
 
+def slo(value: float | None) -> float | None:
+    """Seconds that an answer may take; None if nobody asks."""
+    if value is not None and not 0 < value < math.inf:  # NaN neither
+        raise UsageError(f"--slo is {value:g}; expected a number of seconds above 0")
+    return value
+
+
+def is_size(text: str) -> bool:
+    """Whether a text is WIDTHxHEIGHT."""
+    return re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", text) is not None
+
+
 def size(text: str | None) -> str | None:
     """Width and height in pixels."""
-    if text is not None and not re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", text):
+    if text is not None and not is_size(text):
         raise UsageError(f"--size is {text!r}; expected WIDTHxHEIGHT, for example 1024x1024")
     return text
 

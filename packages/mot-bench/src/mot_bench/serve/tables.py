@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 from rich.table import Table
@@ -34,10 +35,15 @@ def heading(results: ServeResults) -> str:
     if settings.modality == "image":
         facts["images"] = (
             f"{settings.images_per_request} per request, "
-            f"size {settings.size or 'left to the server'}, "
-            f"steps {settings.num_inference_steps or 'left to the server'}"
+            f"size {_chosen(results, 'size')}, steps {_chosen(results, 'num_inference_steps')}"
         )
     return "\n".join(f"{name}: {fact}" for name, fact in facts.items() if fact)
+
+
+def _chosen(results: ServeResults, key: str) -> str:
+    """Who says what an option is, and what."""
+    said = str(getattr(results.settings, key) or "left to the server")
+    return f"of each prompt, or else {said}" if key in results.prompt_keys else said
 
 
 def summary_table(results: ServeResults) -> Table:
@@ -55,7 +61,9 @@ def compare_table(earlier: ServeResults, now: ServeResults) -> Table:
     columns = (_title("earlier", earlier), _title("now", now), "now / earlier")
     for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
-    before, after = measures(earlier), measures(now)
+    # Whatever the earlier run asked for, what counts now is counted there, too.
+    before = measures(dataclasses.replace(earlier, slo_s=now.slo_s))
+    after = measures(now)
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name), after.get(name)
         ratio = new / old if old and new is not None else None
@@ -77,6 +85,8 @@ def measures(results: ServeResults) -> dict[str, float | int | None]:
     elif summary.output_tokens is not None:
         rows["output tokens per second"] = summary.output_tokens_per_s
     rows |= _spread("latency", summary.latency_s)
+    if summary.within_slo is not None:
+        rows[f"within {results.slo_s:g} s (%)"] = 100 * summary.within_slo
     if results.settings.stream:
         rows |= _spread("time to first token", summary.first_token_s)
         rows |= _spread("inter-token latency", summary.inter_token_s)

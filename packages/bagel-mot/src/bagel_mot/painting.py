@@ -1,0 +1,116 @@
+"""What `generate` and `edit` share: requests, of which all is checked, are painted and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+from bagel_mot import __version__
+from bagel_mot.cli_io import (
+    IS_FIRST_RANK,
+    Streamed,
+    console,
+    output_files,
+    progress,
+    save_png,
+    user_errors,
+)
+from bagel_mot.model_options import Place
+
+if TYPE_CHECKING:
+    from bagel_mot.pipeline import BagelPipeline
+    from bagel_mot.request import Request, Result
+
+# Requests read, thought about and painted together: a few fill the largest GPU.
+_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class Painting:
+    """Requests for images, the model that is to paint them and the files they will be in."""
+
+    pipeline: BagelPipeline
+    requests: Sequence[Request]
+    files: Sequence[Path]
+
+    @classmethod
+    def ready(
+        cls,
+        requests: Sequence[Request],
+        output: Path,
+        overwrite: bool,
+        place: Place,
+        *,
+        numbered: bool = False,
+    ) -> Self:
+        """Check the files and load the model; with --nproc, this process ends here.
+
+        Raises:
+            ValueError, OSError: what the user can mend.
+        """
+        count = sum(request.num_images for request in requests)
+        files = output_files(output, count, overwrite, numbered=numbered)
+        place.start_ranks()
+        return cls(place.load(), requests, files)
+
+    def paint(self) -> None:
+        """Paint and save, so many requests at a time: what is saved stays, whatever comes."""
+        files = iter(self.files)
+        steps = sum(map(_steps, self.requests))
+        if len(self.requests) == 1:
+            results = [self._paint_one(self.requests[0], steps)]
+            self._save(self.requests, results, files)
+            return
+        with progress("painting", steps) as advance:
+            for start in range(0, len(self.requests), _TOGETHER):
+                together = self.requests[start : start + _TOGETHER]
+                results = self.pipeline.run(together, on_step=lambda _: advance(1))
+                for result in results:
+                    if result.text is not None and IS_FIRST_RANK:
+                        console.print(result.text, markup=False, highlight=False, soft_wrap=True)
+                self._save(together, results, files)
+
+    def _paint_one(self, request: Request, steps: int) -> Result:
+        """The thought is shown while it is written."""
+        thought = Streamed(err=True)
+        prepared = self.pipeline.prepare(request, on_text=thought)
+        if prepared.text is not None:
+            thought.finish(prepared.text)
+        with progress("painting", steps) as advance:
+            self.pipeline.denoise(prepared.jobs, on_step=lambda _: advance(1))
+        return self.pipeline.finish(prepared)
+
+    def _save(
+        self, requests: Sequence[Request], results: Sequence[Result], files: Iterator[Path]
+    ) -> None:
+        if not IS_FIRST_RANK:
+            return
+        with user_errors():
+            for request, result in zip(requests, results, strict=True):
+                for image, seed in zip(result.images, result.seeds, strict=True):
+                    file = next(files)
+                    save_png(image, file, _metadata(request, seed, result.text))
+                    typer.echo(file.resolve())
+
+
+def _steps(request: Request) -> int:
+    return (request.settings.num_timesteps - 1) * request.num_images
+
+
+def _metadata(request: Request, seed: int, thought: str | None) -> dict[str, Any]:
+    """What a picture is to tell, so that it can be painted again."""
+    found = {
+        "prompt": request.parts[-1],
+        "seed": str(seed),
+        "settings": request.settings.model_dump_json(),
+        "software": f"bagel-mot {__version__}",
+    }
+    if request.negative_prompt is not None:
+        found["negative_prompt"] = request.negative_prompt
+    if thought is not None:
+        found["thought"] = thought
+    return found
