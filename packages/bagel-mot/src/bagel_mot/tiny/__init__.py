@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent / "checkpoint"
 def model_folder(model: str | os.PathLike[str]) -> Path:
     """The checkpoint folder that a user means: a path, or "tiny" for the one shipped with us.
 
-    A folder of one's own that is called tiny is "./tiny".
+    A folder of one's own that is called tiny needs its whole path.
 
     Raises:
         FileNotFoundError: "tiny", but this installation has no weights for it.
