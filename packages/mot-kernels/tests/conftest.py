@@ -71,6 +71,12 @@ def best_path() -> Iterator[None]:
 
 
 @pytest.fixture
+def free_path(best_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a call chooses, also in a file that insists on `best_path`: gradients need it."""
+    monkeypatch.setattr(dispatch, "_forced", None)
+
+
+@pytest.fixture
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs the operations allocate hold NaN until they are written."""
 

@@ -124,7 +124,7 @@ def faked(backend: str = "cuda") -> Iterator[FakeDriver]:
         on_gpu = dispatch.Choice(dispatch.Path.TRITON, "the GPU is faked")
         patch.setattr(dispatch, "_choose_freely", lambda *question: on_gpu)
         patch.setattr(dispatch, "has_fp8_units", lambda device: True)
-        patch.setattr(launch_hopper, "_multiprocessors", lambda device: 132)
+        patch.setattr(launch_hopper, "count_multiprocessors", lambda device: 132)
         yield fake
 
 

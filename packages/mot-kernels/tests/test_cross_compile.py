@@ -48,6 +48,7 @@ TARGETS = (
     Target("cuda", 90, 32, 227, "wgmma", True),
     Target("cuda", 100, 32, 227, "tcgen05.mma", True),
     Target("hip", "gfx942", 64, 64, "v_mfma", False),
+    Target("hip", "gfx1100", 32, 64, "v_wmma", False),
 )
 
 
@@ -94,7 +95,9 @@ def findings(compiled: Any, target: Target) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "matrix_instruction": target.matrix_instruction in assembly,
         "fp8_instruction": any(mark in assembly for mark in ("e4m3.e4m3", "kind::f8f6f4")),
-        "int8_instruction": any(mark in assembly for mark in (".s8.s8", "kind::i8", "_i8 ")),
+        "int8_instruction": any(
+            mark in assembly for mark in (".s8.s8", "kind::i8", "_i8 ", "_iu8 ")
+        ),
     }
 
 

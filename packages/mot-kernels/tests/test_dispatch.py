@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,9 +16,12 @@ from mot_kernels import (
     Int8W8A8,
     Int8W8A16,
     Path,
+    RoutePlan,
     choose_path,
     dispatch,
     mot_linear,
+    mot_qk_norm_rope,
+    mot_rms_norm,
     reference,
     use_path,
 )
@@ -107,7 +110,7 @@ def test_choose_path_gradients() -> None:
 @pytest.fixture(params=[(8, 0), (8, 9), (9, 0), (12, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """An NVIDIA GPU to ask about."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: request.param)
     monkeypatch.setattr(torch.version, "hip", None)
     return request.param
 
@@ -194,6 +197,46 @@ def test_use_path_reaches_the_operations(dtype: torch.dtype, device: torch.devic
     with use_path(Path.REFERENCE):
         y = mot_linear(x, weight, plan)
     assert torch.equal(y, reference.mot_linear(x, weight, plan))
+
+
+PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
+DIFFERENTIABLE: dict[str, Callable[[torch.Tensor], object]] = {
+    "linear": lambda x: mot_linear(x, torch.ones(2, 8, 32), PLAN),
+    "linear-without_plan": lambda x: mot_linear(x, torch.ones(2, 8, 32)),
+    "rms_norm": lambda x: mot_rms_norm(x, torch.ones(2, 32), PLAN),
+    "qk_norm_rope": lambda x: mot_qk_norm_rope(
+        x,
+        *torch.ones(2, 2, 4),
+        torch.ones(9, 4),
+        torch.arange(3),
+        PLAN,
+        num_heads=4,
+        num_kv_heads=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_use_path_triton_refuses_gradients(name: str) -> None:
+    """Kernels have no backward: never the reference in their place, where they are forced."""
+    call, x = DIFFERENTIABLE[name], torch.ones(3, 32, requires_grad=True)
+    message = r"use_path\(Path\.TRITON\) is in force, but an input requires grad"
+    with use_path(Path.TRITON), pytest.raises(ValueError, match=message):
+        call(x)
+    call(x)
+    with use_path(Path.REFERENCE):
+        call(x)
+
+
+def test_gradients_in_a_compiled_graph() -> None:
+    """Asking for the path breaks no graph."""
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return mot_linear(mot_rms_norm(x, torch.ones(2, 32), PLAN), torch.ones(2, 8, 32))
+
+    x = torch.ones(3, 32, requires_grad=True)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), loss(x))
 
 
 def test_bfloat16_under_the_interpreter_takes_the_reference() -> None:

@@ -191,6 +191,25 @@ def test_operators_launch_again(name: str, fake: FakeDriver) -> None:
     assert not PLAN.replays
 
 
+@pytest.mark.parametrize("bad", ["strided", "float", "device"])
+@pytest.mark.parametrize("name", ["positions", "kv_rows"])
+def test_qk_norm_rope_checks_what_was_not_seen(name: str, bad: str, fake: FakeDriver) -> None:
+    """After a good call that is kept, one that differs in an index alone is checked as well."""
+    qkv_and_weights = half(40, 128), half(2, 16), half(2, 16), torch.empty(9, 16)
+    good = torch.arange(40)
+    wrong = {"strided": torch.arange(80)[::2], "float": good.float(), "device": good.to("meta")}
+    k_out, v_out = half(50, 2, 16), half(50, 2, 16)
+
+    def call(positions: torch.Tensor, kv_rows: torch.Tensor) -> None:
+        options: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "kv_rows": kv_rows}
+        mot_qk_norm_rope(*qkv_and_weights, positions, PLAN, k_out=k_out, v_out=v_out, **options)
+
+    call(good, good)
+    assert len(PLAN.replays) == 1
+    with pytest.raises(ValueError, match=name):
+        call(**({"positions": good, "kv_rows": good} | {name: wrong[bad]}))
+
+
 @pytest.mark.parametrize("operation", ["linear", "rms_norm"])
 def test_operators_know_plans_by_address(operation: str, fake: FakeDriver) -> None:
     """Another plan's operators launch with its own tables, at whatever addresses those are."""
@@ -363,7 +382,7 @@ def test_launch_again_on_the_tensors_device(
         fake.device = previous
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(launch, "_on", lambda on: device(0))
+    monkeypatch.setattr(launch, "on_device", lambda on: device(0))
     fake.device = current
     call = linear(HOPPER)
     call()

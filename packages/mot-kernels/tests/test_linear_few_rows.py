@@ -250,7 +250,7 @@ def test_few_rows_parts_are_exact(
 ) -> None:
     """Integers: the same bits however K is cut; more than a tile's rows, with a config."""
     monkeypatch.setattr(launch_few_rows, "_MULTIPROCESSORS", multiprocessors)
-    monkeypatch.setattr(launch_few_rows, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(launch_few_rows, "count_multiprocessors", lambda device: multiprocessors)
     torch.manual_seed(0)
     plan = Route("many", 2, ((0, 20), (1, 70), (0, 1))).plan(device)
     x = torch.randint(-2, 3, (plan.num_rows, 384), device=device).half()
@@ -282,6 +282,26 @@ def test_few_rows_strides(device: torch.device) -> None:
     assert buffer[:, 1::2].isnan().all()
 
 
+@kernels
+@pytest.mark.parametrize("apart", ["x", "weight"])
+def test_few_rows_k_stride_past_int32(apart: str, device: torch.device) -> None:
+    """The last part starts past 2^31 elements. Of the 6 GB asked for, few pages are touched."""
+    torch.manual_seed(0)
+    plan, k = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2, device=device), 4096
+    x = torch.randint(-2, 3, (3, k), device=device).half()
+    x *= torch.arange(k, device=device) % 64 == 0  # few terms: the sums stay exact
+    weight = torch.randint(-2, 3, (2, 32, k), device=device).half()
+    wanted = looped_linear(x, weight, plan.expert_ids)
+    stride = 2**31 // (k * 3 // 4)
+    far = torch.empty(k * stride, dtype=torch.float16, device=device)
+    if apart == "x":
+        x = far.as_strided(x.shape, (1, stride)).copy_(x)
+    else:
+        weight = far.as_strided(weight.shape, (32, 1, stride)).copy_(weight)
+    config = TileConfig(16, 32, 64, 1, 4, 4, "few_rows")
+    assert torch.equal(mot_linear(x, weight, plan, config=config), wanted)
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("format", [None, Int4W4A16(32)], ids=lambda f: str(f or "plain"))
 def test_few_rows_compiled(format: Format | None, device: torch.device) -> None:
@@ -311,7 +331,7 @@ def test_few_rows_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, device: to
             return lambda **arguments: calls.append((grid, arguments))
 
     monkeypatch.setattr(launch_few_rows, "_mot_linear_few_rows_kernel", Recorder())
-    monkeypatch.setattr(launch_few_rows, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch_few_rows, "count_multiprocessors", lambda device: 132)
     meta, plan = torch.device("meta"), FEW_ROUTES[2].plan()
     config = TileConfig(16, 64, 128, 1, 4, 4, "few_rows")
     for n, k in ((64, 18_944), (3584, 3584), (12_000, 3584), (152_064, 3584)):

@@ -5,6 +5,7 @@ The kernel needs a Hopper GPU; dealing and refusing are the host's and are teste
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,7 @@ def question(**changes: torch.Tensor) -> dict[str, OnGpu | None]:
 REFUSED = {
     "float32": ({"x": torch.zeros(8, 128)}, "multiplies bfloat16 and float16, not torch.float32"),
     "k": ({"x": torch.zeros(8, 96, dtype=torch.float16)}, "K=96 is not a multiple of 64"),
+    "no_k": ({"x": torch.zeros(8, 0, dtype=torch.float16)}, "K is 0"),
     "experts_apart": (
         {"weight": torch.zeros(4, 32, 128, dtype=torch.float16)[::2]},
         "experts' weights do not follow each other",
@@ -143,6 +145,25 @@ def test_why_not_accepts() -> None:
 def test_why_not_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 9))
     assert why_not_hopper(**question()) == "the GPU has compute capability 8.9, not 9.0"  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_why_not_says_what_the_import_raised(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "mot_kernels._triton.hopper", None)  # cannot be imported
+    caches = dispatch._hopper_error, dispatch.warn_once
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for _ in range(2):
+            why = str(why_not_hopper(**question()))  # type: ignore[arg-type]
+            assert "no Gluon for Hopper as 3.6 has it (ModuleNotFoundError: import of " in why
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    (message,) = caplog.messages
+    assert message == f"mot_linear cannot have schedule 'hopper', which is faster here: {why}"
 
 
 @pytest.mark.usefixtures("kernels")

@@ -26,6 +26,7 @@ from mot_kernels.testing import (
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations", "best_path")
+differentiable = pytest.mark.usefixtures("free_path")
 
 # Too small to change a mean square, but not 0: an unused lane must not divide by it.
 NO_EPS = 2.0**-80
@@ -190,6 +191,7 @@ def test_mot_rms_norm_bad_row_stays_alone(dtype: torch.dtype, device: torch.devi
     assert torch.equal(y, clean)
 
 
+@differentiable
 @with_residual
 @pytest.mark.parametrize("name", ["first_and_last_row", "four_experts_one_empty"])
 def test_mot_rms_norm_gradcheck(name: str, residual: bool) -> None:
@@ -210,6 +212,7 @@ def test_mot_rms_norm_gradcheck(name: str, residual: bool) -> None:
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@differentiable
 @pytest.mark.parametrize("leaf", ["x", "weight", "residual"])
 def test_mot_rms_norm_gradient_of_one_argument(leaf: str, device: torch.device) -> None:
     """Whichever argument asks, the differentiable path is taken: all three give one result."""
@@ -385,6 +388,7 @@ def test_mot_qk_norm_rope_bad_row_stays_alone(dtype: torch.dtype, device: torch.
         assert torch.equal(ours, theirs)
 
 
+@differentiable
 @pytest.mark.parametrize("leaf", ["qkv", "q_weight", "k_weight"])
 def test_mot_qk_norm_rope_gradient_of_one_argument(leaf: str, device: torch.device) -> None:
     gradients = []
@@ -397,6 +401,7 @@ def test_mot_qk_norm_rope_gradient_of_one_argument(leaf: str, device: torch.devi
     assert torch.equal(*gradients)
 
 
+@differentiable
 def test_mot_qk_norm_rope_gradcheck() -> None:
     cpu, route = torch.device("cpu"), ROUTES["first_and_last_row"]
     heads = Heads(route, 4, torch.float64, cpu, (2, 1), exact=False)

@@ -165,6 +165,36 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
             id="positions_f",
         ),
         pytest.param(
+            {"positions": torch.ones(3, dtype=torch.bool)},
+            ValueError,
+            "positions is torch.bool",
+            id="positions_bool",
+        ),
+        pytest.param(
+            {"positions": torch.arange(6)[::2]},
+            ValueError,
+            r"positions has strides \(2,\); its last dimension must be contiguous",
+            id="positions_strided",
+        ),
+        pytest.param(
+            {"positions": torch.zeros(1, dtype=torch.int64).expand(3)},
+            ValueError,
+            r"positions has strides \(0,\)",
+            id="positions_expanded",
+        ),
+        pytest.param(
+            {"positions": torch.arange(3, device="meta")},
+            ValueError,
+            "positions is on meta but qkv is on cpu; move one",
+            id="positions_device",
+        ),
+        pytest.param(
+            {"rope": torch.zeros(9, 4, device="meta")},
+            ValueError,
+            "rope is on meta but qkv is on cpu; move one",
+            id="rope_device",
+        ),
+        pytest.param(
             {"qkv": torch.zeros(3, 32).half()},
             TypeError,
             "q_weight has dtype torch.float32 but x has torch.float16",
@@ -207,14 +237,42 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
         pytest.param(
             {"kv_rows": torch.arange(3)},
             ValueError,
-            r"kv_rows has shape \(3,\); expected \(3,\), along with k_out and v_out to write to",
+            "kv_rows is given without k_out and v_out, whose rows it names",
             id="kv_rows_without_out",
         ),
         pytest.param(
             {"kv_rows": torch.arange(2), "k_out": heads(9, 2), "v_out": heads(9, 2)},
             ValueError,
-            r"kv_rows has shape \(2,\); expected \(3,\)",
+            r"kv_rows is torch.int64 of shape \(2,\); expected an integer tensor of shape \(3,\)",
             id="kv_rows_shape",
+        ),
+        pytest.param(
+            {"kv_rows": torch.arange(3).float(), "k_out": heads(9, 2), "v_out": heads(9, 2)},
+            ValueError,
+            r"kv_rows is torch.float32 of shape \(3,\); expected an integer",
+            id="kv_rows_float",
+        ),
+        pytest.param(
+            {"kv_rows": torch.arange(6)[::2], "k_out": heads(9, 2), "v_out": heads(9, 2)},
+            ValueError,
+            r"kv_rows has strides \(2,\); its last dimension must be contiguous",
+            id="kv_rows_strided",
+        ),
+        pytest.param(
+            {
+                "kv_rows": torch.arange(3, device="meta"),
+                "k_out": heads(9, 2),
+                "v_out": heads(9, 2),
+            },
+            ValueError,
+            "kv_rows is on meta but qkv is on cpu; move one",
+            id="kv_rows_device",
+        ),
+        pytest.param(
+            {"kv_rows": torch.arange(3), "k_out": heads(9, 2), "v_out": heads(8, 2)},
+            ValueError,
+            "k_out has 9 rows and v_out 8; kv_rows names rows of both, so give as many",
+            id="v_out_slots",
         ),
         pytest.param(
             {"q_out": heads(3, 2)},

@@ -199,6 +199,19 @@ def test_from_indices_strided() -> None:
     assert plan.expert_ids.tolist() == [0, 1] * 4
 
 
+def test_to_knows_a_device_by_any_name() -> None:
+    """As "cuda" is the current GPU, so is "cpu:0" the CPU."""
+    plan = RoutePlan.from_runs([(0, 2), (1, 3)], num_experts=2)
+    assert torch.device("cpu:0") != plan.device
+    assert plan.to("cpu:0") is plan
+
+
+@pytest.mark.gpu
+def test_to_the_current_gpu() -> None:
+    plan = RoutePlan.from_runs([(0, 2), (1, 3)], num_experts=2, device="cuda")
+    assert plan.to("cuda") is plan
+
+
 def test_to() -> None:
     plan = ROUTES["scattered"].plan()
     assert plan.to("cpu") is plan

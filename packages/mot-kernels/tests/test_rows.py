@@ -157,6 +157,16 @@ def test_quantize_rows_fp8_rounds_every_number(device: torch.device) -> None:
     assert torch.equal(ours, theirs)
 
 
+def test_quantize_rows_k_stride_past_int32(device: torch.device) -> None:
+    """The last k is past 2^31 elements. Of the 4 GB that are asked for, few pages are touched."""
+    torch.manual_seed(0)
+    k, stride = 8192 + 64, 2**31 // 8192
+    x = torch.randn(3, k, device=device).half()
+    far = torch.empty(k * stride, dtype=torch.float16, device=device)
+    apart = far.as_strided(x.shape, (1, stride)).copy_(x)
+    assert_same_bits(quantize_rows(apart, Int8W8A8()), quantize_rows(x, Int8W8A8()))
+
+
 @rounding_formats
 @scalings
 @pytest.mark.parametrize("k", [0, 1, 17, 300])

@@ -145,6 +145,7 @@ def _fresh_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     monkeypatch.delenv("MOT_TUNED_CONFIG_DIR", raising=False)
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
     monkeypatch.setattr(lookup, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(lookup, "_first_misses", {})
     for cache in caches:
         cache.cache_clear()
     yield
@@ -220,6 +221,13 @@ def test_find_config_empty_or_absent_folder(
         monkeypatch.setenv(variable, value)
         find_config.cache_clear()
         assert find_config(PROBLEM, GPU) == default_config(PROBLEM, 227 * KB)
+
+
+def test_packaged_files_can_be_loaded() -> None:
+    paths = list((Path(lookup.__file__).parent / "configs" / "mot_linear").glob("*.json"))
+    assert [path.stem for path in paths] == ["NVIDIA_H200"]
+    for path in paths:
+        assert lookup.load_entries(path)
 
 
 def test_find_config_without_gpu_fits_the_smallest() -> None:
@@ -323,13 +331,34 @@ def test_find_config_warns_once_with_the_command(caplog: pytest.LogCaptureFixtur
     assert (record.name, record.levelno) == ("mot_kernels", logging.WARNING)
     for part in (
         "no tuned tiles for mot_linear with K=3584, N=4608, bfloat16, epilogue none on NVIDIA H200",
-        "mot-bench tune --shape 3584,4608 --dtype bfloat16 --epilogue none --output DIR ",
+        "mot-bench tune --shape 3584,4608 --dtype bfloat16 --epilogue none --rows 2,4096 "
+        "--output DIR ",
         "export MOT_TUNED_CONFIG_DIR=DIR",
     ):
         assert part in record.getMessage()
     find_config(Problem(37888, 3584, torch.float16, "silu_mul", (2, 4096)), GPU)
     assert len(caplog.records) == 2
     assert "--shape 3584,37888 --dtype float16 --epilogue silu_mul" in caplog.text
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize("counts", [(2, 14), (2, 100), (0, 7, 1)], ids=str)
+def test_find_config_finds_what_its_command_tunes(
+    counts: tuple[int, ...],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command names the rows: those that `mot-bench tune` takes by itself are out of reach."""
+    problem = Problem(4608, 3584, BF16, "none", counts)
+    assert find_config(problem, GPU) == default_config(problem, 227 * KB)
+    (message,) = caplog.messages
+    words = message.split()
+    rows = tuple(int(count) for count in words[words.index("--rows") + 1].split(","))
+    write(tmp_path / "mine", entry(rows, config=tiles(16)))
+    monkeypatch.setenv("MOT_TUNED_CONFIG_DIR", str(tmp_path / "mine"))
+    find_config.cache_clear()
+    assert find_config(problem, GPU).block_n == 16
 
 
 def test_find_config_without_gpu_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
@@ -396,6 +425,27 @@ def without(name: str) -> Callable[[Path], Path]:
         pytest.param(with_entry(rows="24"), r"entries\[1\]: key 'rows' is '24'", id="rows_text"),
         pytest.param(with_entry(rows=[2, "x"]), r"entries\[1\]: key 'rows' is \[2", id="rows_item"),
         pytest.param(with_entry(rows=[2, -1]), r"key 'rows' is \[2, -1\]", id="rows_negative"),
+        pytest.param(with_entry(rows=[]), r"key 'rows' is \[\]; expected a list", id="rows_empty"),
+        pytest.param(
+            with_entry(fromat="int8_w8a16"),
+            r"entries\[1\]: unknown key 'fromat'; known are .*'format'",
+            id="unknown_entry_key",
+        ),
+        pytest.param(
+            with_entry(config=asdict(TileConfig(128, 128, 128, schedule="hopper"))),
+            r"entries\[1\]: config has block_k=128; schedule 'hopper' has 64 with torch.bfloat16",
+            id="hopper_block_k",
+        ),
+        pytest.param(
+            with_entry(config=asdict(TileConfig(256, 512, 256, 8, 32, 8))),
+            r"config takes 3145728 bytes of shared memory; a block has 232448",
+            id="shared_memory",
+        ),
+        pytest.param(
+            with_entry(config=asdict(TileConfig(256, 256, 32, 8, 8, 2))),
+            r"config takes 256 registers of a thread for accumulators; it can be 192",
+            id="registers",
+        ),
         pytest.param(with_entry(config=7), r"entries\[1\]: key 'config' is 7", id="config_int"),
         pytest.param(
             with_entry(config=FIELDS | {"block_z": 4}),

@@ -41,6 +41,7 @@ def _h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv("MOT_TUNED_CONFIG_DIR", raising=False)
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
     monkeypatch.setattr(lookup, "PACKAGED", tmp_path)
+    monkeypatch.setattr(lookup, "_first_misses", {})
     caches = (find_config, lookup.load_entries, dispatch.warn_once)
     for cache in caches:
         cache.cache_clear()
@@ -125,6 +126,10 @@ def test_default_on_hopper(name: str, rows: int, hopper: bool) -> None:
             {"config": asdict(TileConfig(128, 128, 128, schedule="hopper"))},
             "block_k=128; schedule 'hopper' has 64 with format int8_w8a16",
         ),
+        (
+            {"config": asdict(TileConfig(128, 256, 256, 8, 8, 8))},
+            "config takes 1179648 bytes of shared memory; a block has 232448",
+        ),
     ],
 )
 def test_find_config_broken_file(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -141,4 +146,4 @@ def test_find_config_says_once_that_nothing_is_tuned(caplog: pytest.LogCaptureFi
     message = record.getMessage()
     assert "K=3584, N=4608, bfloat16, epilogue none, format int8_w8a16" in message
     assert "mot-bench tune --shape 3584,4608 " in message
-    assert "--format int8_w8a16 --output DIR" in message
+    assert "--format int8_w8a16 --rows 2,4096 --output DIR" in message

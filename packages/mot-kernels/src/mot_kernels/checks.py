@@ -76,7 +76,7 @@ def check_quantize(
 
 def check_row_contiguous(name: str, t: torch.Tensor) -> None:
     """The kernels address the last dimension as consecutive elements."""
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
         raise ValueError(
             f"{name} has strides {t.stride()}; its last dimension must be contiguous "
             "(stride 1), call .contiguous()"

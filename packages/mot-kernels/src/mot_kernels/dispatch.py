@@ -113,9 +113,7 @@ def choose_format_path(format: Format, device: torch.device, dtype: torch.dtype)
 
 def has_fp8_units(device: torch.device) -> bool:
     """Whether matrix units multiply e4m3fn. AMD's gfx942 has another e4m3 (fnuz): False there."""
-    if not is_nvidia(device):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return is_nvidia(device) and _capability(device) >= (8, 9)
 
 
 def is_nvidia(device: torch.device) -> bool:
@@ -141,13 +139,17 @@ def why_not_hopper(
     capability = _capability(x.device)
     if capability != (9, 0):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
-    if not _has_gluon():
-        return "this Triton has no Gluon for Hopper (3.6 does)"
+    if (error := _hopper_error()) is not None:
+        why = f"this Triton has no Gluon for Hopper as 3.6 has it ({error})"
+        warn_once(f"mot_linear cannot have schedule 'hopper', which is faster here: {why}")
+        return why
     if x.dtype not in (*_HOPPER_DTYPES, torch.float8_e4m3fn, torch.int8):
         return f"it multiplies bfloat16 and float16, not {x.dtype}"
     if out.dtype not in _HOPPER_DTYPES:
         return f"it writes bfloat16 and float16, not {out.dtype}"
     step = HOPPER_ROW_BYTES // x.element_size()
+    if x.shape[1] == 0:
+        return "K is 0"
     if x.shape[1] % step:
         return f"K={x.shape[1]} is not a multiple of {step}"
     if residual is not None and out.shape[1] % 16:
@@ -200,12 +202,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _has_gluon() -> bool:
+def _hopper_error() -> str | None:
+    """What importing the Hopper kernel raises; None if nothing."""
     try:
         import mot_kernels._triton.hopper  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+    except (ImportError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 @functools.cache

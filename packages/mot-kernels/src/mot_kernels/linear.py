@@ -162,7 +162,10 @@ def _plain_linear(
 ) -> torch.Tensor:
     """With a `key`, the plan keeps how to do it again."""
     residual = epilogue.residual if isinstance(epilogue, AddResidual) else None
-    if plan is None or needs_grad(x, weight, bias, residual):
+    differentiable = needs_grad(x, weight, bias, residual)
+    if differentiable:
+        dispatch.choose_path(x.device, x.dtype, needs_grad=True)  # raises where kernels are forced
+    if plan is None or differentiable:
         y = reference.mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)
         return y if out is None else out.copy_(y)
     if out is None:

@@ -121,6 +121,7 @@ def mot_rms_norm(
             raise ValueError(
                 "an input requires grad, but quantize has no backward; use torch.no_grad()"
             )
+        dispatch.choose_path(x.device, x.dtype, needs_grad=True)  # raises where kernels are forced
         result = reference.mot_rms_norm(x, weight, plan, eps=eps, residual=residual)
         y, summed = result if isinstance(result, tuple) else (result, None)
         y = y if out is None else out.copy_(y)
@@ -192,16 +193,16 @@ def mot_qk_norm_rope(
             q heads, then k heads, then v heads.
         q_weight, k_weight: (E, D) in qkv's dtype, contiguous.
         rope: (P, D) float32, contiguous: cos (D / 2) then sin (D / 2) of each position.
-        positions: (M,) integer, the rows' positions in 0..P - 1. Not checked here: that would
-            wait for the device.
+        positions: (M,) integer, contiguous: the rows' positions in 0..P - 1. Their range is not
+            checked here: that would wait for the device.
         plan: routing of the M rows to E experts; None means every row is expert 0.
         num_heads, num_kv_heads: H and Hkv.
         eps: added to the mean square.
         q_out: (M, H, D) for q; allocated if None.
         k_out, v_out: (S, Hkv, D) for k and v, a KV cache for instance, last dimension contiguous;
             give both or neither. Allocated with S = M if None.
-        kv_rows: (M,) integer, the row of k_out / v_out each row goes to; None means row r goes to
-            row r. Must be distinct and in range; not checked here.
+        kv_rows: (M,) integer, contiguous: the row of k_out / v_out each row goes to; None means
+            row r goes to row r. Must be distinct and in range; not checked here.
 
     Returns:
         q (M, H, D), k and v (S, Hkv, D). Computed in fp32, rounded once; v is exact.
@@ -228,6 +229,8 @@ def mot_qk_norm_rope(
                 "an input requires grad, but no gradient flows through q_out, k_out and v_out; "
                 "leave them out, or use torch.no_grad()"
             )
+        # Raises where kernels are forced.
+        dispatch.choose_path(qkv.device, qkv.dtype, needs_grad=True)
         return reference.mot_qk_norm_rope(
             qkv,
             q_weight,
@@ -278,12 +281,9 @@ def _check_qk(
             f"rope is {rope.dtype} of shape {tuple(rope.shape)}; expected float32 "
             f"(positions, {head_dim}): cos, then sin"
         )
-    rows = qkv.shape[0]
-    if positions.shape != (rows,) or positions.is_floating_point():
-        raise ValueError(
-            f"positions is {positions.dtype} of shape {tuple(positions.shape)}; expected an "
-            f"integer tensor of shape ({rows},)"
-        )
+    if rope.device != qkv.device:
+        raise ValueError(f"rope is on {rope.device} but qkv is on {qkv.device}; move one")
+    _check_index("positions", positions, qkv)
     check_same_dtype(qkv, q_weight=q_weight, k_weight=k_weight)
     for name, t in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight), ("rope", rope)):
         check_row_contiguous(name, t)
@@ -304,11 +304,15 @@ def _check_qk_out(
     num_heads, num_kv_heads, head_dim = heads
     if (k_out is None) != (v_out is None):
         raise ValueError("k_out and v_out belong together; give both or neither")
-    if kv_rows is not None and (k_out is None or kv_rows.shape != (rows,)):
-        raise ValueError(
-            f"kv_rows has shape {tuple(kv_rows.shape)}; expected ({rows},), along with k_out and "
-            "v_out to write to"
-        )
+    if kv_rows is not None:
+        if k_out is None or v_out is None:
+            raise ValueError("kv_rows is given without k_out and v_out, whose rows it names")
+        if k_out.shape[0] != v_out.shape[0]:
+            raise ValueError(
+                f"k_out has {k_out.shape[0]} rows and v_out {v_out.shape[0]}; kv_rows names rows "
+                "of both, so give as many"
+            )
+        _check_index("kv_rows", kv_rows, qkv)
     if q_out is not None:
         check_out("q_out", q_out, (rows, num_heads, head_dim), qkv)
         check_row_contiguous("q_out", q_out)
@@ -317,3 +321,17 @@ def _check_qk_out(
             slots = rows if kv_rows is None else kv_out.shape[0]
             check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
             check_row_contiguous(name, kv_out)
+
+
+def _check_index(name: str, index: torch.Tensor, qkv: torch.Tensor) -> None:
+    """One integer for each row of qkv, on its device, one after the other: so the kernel reads."""
+    rows = qkv.shape[0]
+    is_integer = not (index.is_floating_point() or index.is_complex() or index.dtype is torch.bool)
+    if index.shape != (rows,) or not is_integer:
+        raise ValueError(
+            f"{name} is {index.dtype} of shape {tuple(index.shape)}; expected an integer tensor "
+            f"of shape ({rows},)"
+        )
+    if index.device != qkv.device:
+        raise ValueError(f"{name} is on {index.device} but qkv is on {qkv.device}; move one")
+    check_row_contiguous(name, index)

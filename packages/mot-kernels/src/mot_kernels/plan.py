@@ -220,7 +220,7 @@ class RoutePlan:
 
     def to(self, device: torch.device | str) -> RoutePlan:
         """The same plan with its tensors on `device` (self if they are there already)."""
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # "cuda" is then the current one, with index
         if device == self.device:
             return self
         return RoutePlan(

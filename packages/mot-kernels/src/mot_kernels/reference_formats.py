@@ -40,7 +40,7 @@ def quantize_rows(
     activation_scale: torch.Tensor | None = None,
 ) -> QuantizedRows:
     """See `mot_kernels.quantize_rows`."""
-    dtype, wide = rows_dtype(format), x.float()
+    dtype, wide = rows_dtype(format), x.float().contiguous()
     if activation_scale is None:
         scales = scale_of(row_amax(wide), largest(dtype))
     elif plan is None:

@@ -108,6 +108,9 @@ def _mot_linear_few_rows_kernel(
     last = (part + 1) * steps // PARTS
     offs_k = tl.arange(0, BLOCK_K)
     offs_w = tl.arange(0, BLOCK_K // PACK)
+    # A k times its stride can be past int32. Of a stride of 1, a constant, the product is none.
+    stride_x_k = tl.cast(stride_x_k, tl.int64)
+    stride_w_k = tl.cast(stride_w_k, tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_x_m + (first * BLOCK_K + offs_k)[None, :] * stride_x_k
     w_ptrs = w_ptr + expert * stride_w_e + w_cols[:, None] * stride_w_n
     w_ptrs += (first * (BLOCK_K // PACK) + offs_w)[None, :] * stride_w_k

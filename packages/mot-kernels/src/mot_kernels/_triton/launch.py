@@ -11,26 +11,15 @@ from mot_kernels import dispatch
 from mot_kernels._triton.activation import _silu_mul_kernel
 from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
-from mot_kernels._triton.launcher import LINEAR_PLACES, launch, strides
+from mot_kernels._triton.launcher import EPILOGUES, LINEAR_PLACES, launch, on_device, strides
 from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels._triton.rounding import _E4M3, _INT8, _KEEP
-from mot_kernels._triton.tile import (
-    _EPILOGUE_ADD_RESIDUAL,
-    _EPILOGUE_NONE,
-    _EPILOGUE_SILU_MUL,
-)
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.plan import tile_range
 from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.lookup import Problem, find_config
-
-_EPILOGUES = {
-    "none": _EPILOGUE_NONE.value,
-    "silu_mul": _EPILOGUE_SILU_MUL.value,
-    "add_residual": _EPILOGUE_ADD_RESIDUAL.value,
-}
 
 # Which tensor a parameter points to: places among the arguments of the functions below. The ids of
 # experts are a plan's, and so is what is kept.
@@ -88,7 +77,7 @@ def launch_linear(
         raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
     if config.schedule != "portable":
         own = launch_linear_hopper if config.schedule == "hopper" else launch_linear_few_rows
-        with _on(x.device):
+        with on_device(x.device):
             return own(
                 out,
                 x,
@@ -99,13 +88,13 @@ def launch_linear(
                 tiles,
                 flags,
                 table,
-                _EPILOGUES[epilogue],
+                EPILOGUES[epilogue],
                 config,
                 LINEAR_PLACES,
             )
     num_tiles = table.end - table.start
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
-    with _on(x.device):
+    with on_device(x.device):
         return launch(
             _mot_linear_kernel,
             grid,
@@ -128,7 +117,7 @@ def launch_linear(
             **strides("bias", bias, "en"),
             **strides("residual", residual, "mn"),
             HAS_BIAS=bias is not None,
-            EPILOGUE=_EPILOGUES[epilogue],
+            EPILOGUE=EPILOGUES[epilogue],
             EVEN_K=k % config.block_k == 0,
             # float32 means float32: TF32 would lose 13 bits that the caller asked for.
             PRECISION="ieee" if x.dtype is torch.float32 else None,
@@ -147,7 +136,7 @@ def launch_silu_mul(out: torch.Tensor, x: torch.Tensor) -> None:
     if rows == 0:
         return
     block = min(triton.next_power_of_2(columns), 1024)
-    with _on(x.device):
+    with on_device(x.device):
         _silu_mul_kernel[(rows, triton.cdiv(columns, block))](
             out_ptr=out,
             x_ptr=x,
@@ -180,7 +169,7 @@ def launch_rms_norm(
         return None
     block = triton.next_power_of_2(width)
     units = dispatch.has_fp8_units(x.device)
-    with _on(x.device):
+    with on_device(x.device):
         return launch(
             _mot_rms_norm_kernel,
             (rows,),
@@ -234,7 +223,7 @@ def launch_qk_norm_rope(
         return None
     block_heads = triton.next_power_of_2(heads)
     block_half = triton.next_power_of_2(head_dim // 2)
-    with _on(qkv.device):
+    with on_device(qkv.device):
         return launch(
             _mot_qk_norm_rope_kernel,
             (rows,),
@@ -280,8 +269,3 @@ def out_kind(out: torch.Tensor) -> int:
 def kernel_view(t: torch.Tensor, units: bool) -> torch.Tensor:
     """A tensor as kernels take it: those without UNITS take the bits of e4m3fn."""
     return t.view(torch.uint8) if t.dtype is torch.float8_e4m3fn and not units else t
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Triton launches on the current device; make that the tensors' own (no-op on a CPU)."""
-    return torch.cuda.device(device.index if device.type == "cuda" else -1)

@@ -9,8 +9,7 @@ import triton
 
 from mot_kernels import dispatch
 from mot_kernels._triton.few_rows import _mot_linear_few_rows_kernel
-from mot_kernels._triton.launch_hopper import _multiprocessors
-from mot_kernels._triton.launcher import launch, strides, with_partials
+from mot_kernels._triton.launcher import count_multiprocessors, launch, strides, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.formats import ExpertWeight, Int4W4A16
 from mot_kernels.plan import TileRange
@@ -79,7 +78,7 @@ def launch_linear_few_rows(
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
     units = num_tiles * triton.cdiv(out.shape[1], block_out)
-    multiprocessors = _multiprocessors(x.device) if x.is_cuda else _MULTIPROCESSORS
+    multiprocessors = count_multiprocessors(x.device) if x.is_cuda else _MULTIPROCESSORS
     most_units = 0 if flags is None else len(flags)
     steps = triton.cdiv(k, config.block_k)
     resident = _RESIDENT_4_BITS if group else _RESIDENT

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from mot_kernels import dispatch
 from mot_kernels._triton.dequantize import _dequantize_kernel
-from mot_kernels._triton.launch import _EPILOGUES, _on, kernel_view, out_kind
+from mot_kernels._triton.launch import kernel_view, out_kind
 from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
-from mot_kernels._triton.launcher import FORMAT_PLACES, launch, strides
+from mot_kernels._triton.launcher import EPILOGUES, FORMAT_PLACES, launch, on_device, strides
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
@@ -71,7 +71,7 @@ def launch_linear_format(
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
         assert row_ids is not None and tiles is not None and flags is not None
         rest = (bias, residual, row_ids, tiles, flags)
-        with _on(x.device):
+        with on_device(x.device):
             if isinstance(x, QuantizedRows):
                 return launch_linear_hopper(
                     out,
@@ -79,7 +79,7 @@ def launch_linear_format(
                     weight.data,
                     *rest,
                     tile_range(tile_offsets, config.block_m, len(counts)),
-                    _EPILOGUES[epilogue],
+                    EPILOGUES[epilogue],
                     config,
                     FORMAT_PLACES,
                     x_scales=x.scales,
@@ -90,7 +90,7 @@ def launch_linear_format(
     table = None if tiles is None else tile_range(tile_offsets, config.block_m, len(counts))
     if config.schedule == "few_rows":
         assert isinstance(x, torch.Tensor)  # formats that round rows have no such config
-        with _on(x.device):
+        with on_device(x.device):
             return launch_linear_few_rows(
                 out,
                 x,
@@ -101,7 +101,7 @@ def launch_linear_format(
                 tiles,
                 flags,
                 table,
-                _EPILOGUES[epilogue],
+                EPILOGUES[epilogue],
                 config,
                 FORMAT_PLACES,
             )
@@ -126,7 +126,7 @@ def launch_linear_format(
         **strides("residual", residual, "mn"),
         "HAS_PLAN": row_ids is not None,
         "HAS_BIAS": bias is not None,
-        "EPILOGUE": _EPILOGUES[epilogue],
+        "EPILOGUE": EPILOGUES[epilogue],
         "EVEN_K": k % config.block_k == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -136,7 +136,7 @@ def launch_linear_format(
         "num_stages": config.num_stages,
     }
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
-    with _on(x.device):
+    with on_device(x.device):
         if isinstance(x, QuantizedRows):
             return _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
         return _launch_16bit(grid, common, out, x, weight)
@@ -160,7 +160,7 @@ def _launch_written_out(
     Args:
         rest: bias, residual, row_ids, tiles, flags.
     """
-    chosen = _EPILOGUES[epilogue]
+    chosen = EPILOGUES[epilogue]
     _, n, k = weight.shape
     small = default_format_config(weight.format, x.dtype, epilogue, FEW_ROWS, HOPPER_SHARED_MEMORY)
     scales = None if isinstance(weight.format, Int4W4A16) else weight.scales
@@ -294,7 +294,7 @@ def launch_quantize_rows(
         return None
     block = min(triton.next_power_of_2(max(k, 1)), _WIDEST_ROW)
     units = dispatch.has_fp8_units(x.device)
-    with _on(x.device):
+    with on_device(x.device):
         return launch(
             _quantize_rows_kernel,
             (rows,),

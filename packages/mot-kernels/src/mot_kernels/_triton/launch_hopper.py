@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mot_kernels._triton.launcher import launch, strides, with_partials
+from mot_kernels._triton.launcher import count_multiprocessors, launch, strides, with_partials
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import MOST_PROGRAMS, TileRange
@@ -72,7 +72,7 @@ def launch_linear_hopper(
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
     num_tiles = end - start
     units = num_tiles * -(-out.shape[1] // block_out)
-    programs = min(_multiprocessors(x.device), MOST_PROGRAMS)
+    programs = min(count_multiprocessors(x.device), MOST_PROGRAMS)
     num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
     if config.block_k * x.element_size() != HOPPER_ROW_BYTES:
         raise ValueError(
@@ -146,8 +146,3 @@ def _swizzled(bits: int) -> Any:
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     return NVMMASharedLayout(HOPPER_ROW_BYTES, bits, 2)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -27,6 +27,11 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from mot_kernels._triton.tile import (
+    _EPILOGUE_ADD_RESIDUAL,
+    _EPILOGUE_NONE,
+    _EPILOGUE_SILU_MUL,
+)
 from mot_kernels.replay import Again, Keep
 
 logger = logging.getLogger("mot_kernels")
@@ -34,6 +39,13 @@ logger = logging.getLogger("mot_kernels")
 _KNOWN = ((3, 6), (3, 9))
 
 _DESCRIPTOR = "tensordesc"
+
+EPILOGUES = {
+    "none": _EPILOGUE_NONE.value,
+    "silu_mul": _EPILOGUE_SILU_MUL.value,
+    "add_residual": _EPILOGUE_ADD_RESIDUAL.value,
+}
+"""What kernels take for the name of an epilogue."""
 
 # Which tensor a parameter of the kernels of `mot_linear` points to: of out, x, weight, bias and
 # residual, or of the first ten arguments of the operator for formats; then scratch, if any.
@@ -96,6 +108,17 @@ def launch(
         return Launch(compiled, device, grid, places, arguments)
 
     return keep
+
+
+def on_device(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device; make that the tensors' own (no-op on a CPU)."""
+    return torch.cuda.device(device.index if device.type == "cuda" else -1)
+
+
+@functools.cache
+def count_multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def strides(name: str, t: torch.Tensor | None, dims: str) -> dict[str, int]:

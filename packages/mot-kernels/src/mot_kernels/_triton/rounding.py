@@ -123,7 +123,8 @@ def _quantize_rows_kernel(
     if HAS_STATIC and HAS_PLAN:
         static_ptr += tl.load(expert_ids_ptr + row).to(tl.int64) * stride_static_e
     offs = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + row * stride_x_m + offs.to(tl.int64) * stride_x_k
+    stride_x_k = tl.cast(stride_x_k, tl.int64)  # a k times its stride can be past int32
+    x_ptrs = x_ptr + row * stride_x_m + offs * stride_x_k
     data_ptr += row * stride_data_m
     if FITS:
         mask = offs < K

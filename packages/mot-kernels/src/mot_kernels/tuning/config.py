@@ -132,12 +132,36 @@ MOST_ACCUMULATORS = 192
 
 
 def is_legal(config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_memory: int) -> bool:
-    """Whether a config fits a GPU with `shared_memory` bytes a block.
+    """Whether a config fits a GPU with `shared_memory` bytes a block: see `why_illegal`."""
+    return why_illegal(config, dtype, silu_mul=silu_mul, shared_memory=shared_memory) is None
+
+
+def why_illegal(
+    config: TileConfig, dtype: torch.dtype, *, silu_mul: bool, shared_memory: int
+) -> str | None:
+    """Why a config does not fit a GPU with `shared_memory` bytes a block; None if it does.
 
     One rule for the tuner, the loader and the default.
     """
-    return (
-        (config.schedule != "hopper" or config.block_k * dtype.itemsize == HOPPER_ROW_BYTES)
-        and config.shared_memory_bytes(dtype, silu_mul=silu_mul) <= shared_memory
-        and config.accumulator_registers(silu_mul=silu_mul) <= MOST_ACCUMULATORS
-    )
+    if config.schedule == "hopper" and config.block_k * dtype.itemsize != HOPPER_ROW_BYTES:
+        return (
+            f"config has block_k={config.block_k}; schedule 'hopper' has "
+            f"{HOPPER_ROW_BYTES // dtype.itemsize} with {dtype}"
+        )
+    needed = config.shared_memory_bytes(dtype, silu_mul=silu_mul)
+    return why_too_large(config, needed, silu_mul=silu_mul, shared_memory=shared_memory)
+
+
+def why_too_large(
+    config: TileConfig, needed: int, *, silu_mul: bool, shared_memory: int
+) -> str | None:
+    """As `why_illegal`, of tiles that take `needed` bytes of shared memory."""
+    if needed > shared_memory:
+        return f"config takes {needed} bytes of shared memory; a block has {shared_memory}"
+    registers = config.accumulator_registers(silu_mul=silu_mul)
+    if registers > MOST_ACCUMULATORS:
+        return (
+            f"config takes {registers} registers of a thread for accumulators; it can be "
+            f"{MOST_ACCUMULATORS}"
+        )
+    return None

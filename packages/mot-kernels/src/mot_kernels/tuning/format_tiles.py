@@ -14,7 +14,7 @@ from mot_kernels.formats import (
     WeightScales,
     quantizes_activations,
 )
-from mot_kernels.tuning.config import FEW_ROWS, MOST_ACCUMULATORS, TileConfig
+from mot_kernels.tuning.config import FEW_ROWS, TileConfig, why_too_large
 
 # 8-bit matrix instructions take 32 at a time.
 _LEAST_BLOCK_K = 32
@@ -62,14 +62,20 @@ def is_legal_format(
     config: TileConfig, format: Format, dtype: torch.dtype, epilogue: str, shared_memory: int
 ) -> bool:
     """`tuning.config.is_legal` for a weight in a format."""
+    return why_illegal_format(config, format, dtype, epilogue, shared_memory) is None
+
+
+def why_illegal_format(
+    config: TileConfig, format: Format, dtype: torch.dtype, epilogue: str, shared_memory: int
+) -> str | None:
+    """`tuning.config.why_illegal` for a weight in a format."""
     try:
         check_format_config(config, format)
-    except ValueError:
-        return False
-    registers = config.accumulator_registers(silu_mul=epilogue == "silu_mul")
-    return shared_memory_bytes(config, format, dtype, epilogue) <= shared_memory and (
-        registers <= MOST_ACCUMULATORS
-    )
+    except ValueError as error:
+        return str(error)
+    needed = shared_memory_bytes(config, format, dtype, epilogue)
+    silu_mul = epilogue == "silu_mul"
+    return why_too_large(config, needed, silu_mul=silu_mul, shared_memory=shared_memory)
 
 
 def shared_memory_bytes(

@@ -6,9 +6,9 @@ computed default, which is logged once together with the command that would tune
 
 A file is `mot_linear/<GPU name>.json` below the folder: a header (schema, op, device, torch,
 triton, commit, date) and `entries`, each {n, k, dtype, epilogue, rows: rows per expert, config},
-and format for weights that have one. Among entries for the same (n, k, dtype, epilogue, format) the
-one whose largest expert is nearest in log(rows) is used, if it is within a factor of REACH, and if
-both or neither of the two have FEW_ROWS at most.
+format for weights that have one, and what was measured: us, default_us. Among entries for the same
+(n, k, dtype, epilogue, format) the one whose largest expert is nearest in log(rows) is used, if it
+is within a factor of REACH, and if both or neither of the two have FEW_ROWS at most.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,21 @@ import torch
 
 from mot_kernels.dispatch import warn_once
 from mot_kernels.formats import FORMATS
-from mot_kernels.tuning.config import FEW_ROWS, TileConfig, is_legal
-from mot_kernels.tuning.format_tiles import check_format_config, default_format_config
+from mot_kernels.tuning.config import (
+    FEW_ROWS,
+    HOPPER_SHARED_MEMORY,
+    TileConfig,
+    is_legal,
+    why_illegal,
+)
+from mot_kernels.tuning.format_tiles import default_format_config, why_illegal_format
 
 SCHEMA = 1
 OP = "mot_linear"
 PACKAGED = Path(__file__).parent / "configs"
 _FOLDER_VARIABLES = ("MOT_TUNED_CONFIG_DIR", "VLLM_TUNED_CONFIG_FOLDER")
 _ENTRY_KEYS = {"n", "k", "dtype", "epilogue", "rows", "config"}
+_MORE_ENTRY_KEYS = {"format", "us", "default_us"}
 
 # Shared memory a block may have where no device can be asked (interpreter): that of sm_86/89.
 _LEAST_SHARED_MEMORY = 99 * 1024
@@ -68,6 +75,10 @@ class Problem:
 REACH = 4
 """Tiles tuned for so many times more or fewer rows are not taken: a default fits better."""
 
+# By GPU and problem without its rows: the rows of the first one for which nothing was found. They
+# are those that the warning names, so that it is the same, and given once, for all rows.
+_first_misses: dict[tuple[str, Problem], tuple[int, ...]] = {}
+
 
 @functools.lru_cache(maxsize=4096)
 def find_config(problem: Problem, device: torch.device, hopper: bool = False) -> TileConfig:
@@ -86,13 +97,15 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
         best = _nearest(load_entries(path), problem, hopper)
         if best is not None:
             return best
+    counts = _first_misses.setdefault((name, replace(problem, counts=())), problem.counts)
+    rows = ",".join(map(str, counts))
     has_format = "" if problem.format is None else f", format {problem.format}"
     with_format = "" if problem.format is None else f"--format {problem.format} "
     warn_once(
         f"no tuned tiles for {OP} with K={problem.k}, N={problem.n}, {problem.dtype_name}, "
         f"epilogue {problem.epilogue}{has_format} on {name}: using a computed default. To tune, "
         f"run: mot-bench tune --shape {problem.k},{problem.n} --dtype {problem.dtype_name} "
-        f"--epilogue {problem.epilogue} {with_format}--output DIR   and then "
+        f"--epilogue {problem.epilogue} {with_format}--rows {rows} --output DIR   and then "
         f"export {_FOLDER_VARIABLES[0]}=DIR"
     )
     properties = torch.cuda.get_device_properties(device)
@@ -118,10 +131,11 @@ def _device_key(name: str) -> str:
 
 @functools.cache
 def load_entries(path: Path) -> tuple[tuple[Problem, TileConfig], ...]:
-    """Read and validate one tuned file.
+    """Read and validate one tuned file. Its GPU need not be here.
 
     Raises:
-        ValueError: it is not JSON, of another schema, or an entry has a bad key or value.
+        ValueError: it is not JSON, of another schema, or an entry has a bad key or value, or tiles
+            that fit no GPU.
     """
     try:
         content: Any = json.loads(path.read_text())
@@ -148,11 +162,14 @@ def _parse_entry(entry: Any) -> tuple[Problem, TileConfig]:
         raise ValueError(f"expected an object, got {entry!r}")
     if missing := sorted(_ENTRY_KEYS - set(entry)):
         raise ValueError(f"key {missing[0]!r} is missing")
+    known = _ENTRY_KEYS | _MORE_ENTRY_KEYS
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(f"unknown key {unknown[0]!r}; known are {sorted(known)}")
     for key in ("n", "k"):
         if type(entry[key]) is not int:  # a bool is an int, too
             raise ValueError(f"key {key!r} is {entry[key]!r}; expected an integer")
     rows = entry["rows"]
-    if not isinstance(rows, list) or any(type(r) is not int or r < 0 for r in rows):
+    if not isinstance(rows, list) or not rows or any(type(r) is not int or r < 0 for r in rows):
         raise ValueError(f"key 'rows' is {rows!r}; expected a list of row counts, one per expert")
     if not isinstance(entry["config"], dict):
         raise ValueError(f"key 'config' is {entry['config']!r}; expected an object")
@@ -162,12 +179,18 @@ def _parse_entry(entry: Any) -> tuple[Problem, TileConfig]:
     if entry["epilogue"] not in ("none", "silu_mul", "add_residual"):
         raise ValueError(f"key 'epilogue' is {entry['epilogue']!r}")
     config = TileConfig.from_dict(entry["config"])
-    format = entry.get("format")
-    if format is not None:
-        if not isinstance(format, str) or format not in FORMATS:
-            raise ValueError(f"key 'format' is {format!r}; expected one of {sorted(FORMATS)}")
-        check_format_config(config, FORMATS[format])
-    problem = Problem(entry["n"], entry["k"], dtype, entry["epilogue"], tuple(rows), format)
+    most = HOPPER_SHARED_MEMORY  # no GPU has more
+    epilogue, format = entry["epilogue"], entry.get("format")
+    if format is None:
+        silu_mul = epilogue == "silu_mul"
+        why = why_illegal(config, dtype, silu_mul=silu_mul, shared_memory=most)
+    elif isinstance(format, str) and format in FORMATS:
+        why = why_illegal_format(config, FORMATS[format], dtype, epilogue, most)
+    else:
+        raise ValueError(f"key 'format' is {format!r}; expected one of {sorted(FORMATS)}")
+    if why is not None:
+        raise ValueError(why)
+    problem = Problem(entry["n"], entry["k"], dtype, epilogue, tuple(rows), format)
     return problem, config
 
 
