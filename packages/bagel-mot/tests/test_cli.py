@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,8 +23,9 @@ from test_pipeline import assert_close_picture, assert_same_picture
 from typer.testing import CliRunner
 
 from bagel_mot import __version__, checkpoint
-from bagel_mot.cli import app
-from bagel_mot.cli_io import Streamed
+from bagel_mot.cli import app, main
+from bagel_mot.cli_io import Streamed, quiet_vllm
+from bagel_mot.model_options import Place
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageSettings
 
@@ -441,14 +443,62 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["edit"], ["ask"], ["inspect"]], ids=str)
-def test_help(command: list[str]) -> None:
+def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of options are whole in a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
     result = succeed(*command, "--help")
     assert "Usage: bagel-mot" in result.stdout
     assert result.stderr == ""
+    assert "…" not in result.stdout
+    if command in (["generate"], ["edit"]):
+        assert {"--negative-prompt", "--timestep-shift"} <= set(result.stdout.split())
 
 
-def test_module(cpu: BagelPipeline) -> None:
-    """`python -m bagel_mot` as a shell sees it: vLLM's messages do not reach stdout."""
+@pytest.mark.parametrize(
+    ("given", "level"),
+    [(None, logging.ERROR), ("ERROR", logging.ERROR), ("INFO", logging.WARNING)],
+    ids=str,
+)
+def test_vllm_is_quiet_unless_asked(
+    given: str | None, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", given)
+    logger = logging.getLogger("vllm")
+    before = logger.level
+    try:
+        logger.setLevel(logging.WARNING)
+        quiet_vllm()
+        assert logger.level == level
+    finally:
+        logger.setLevel(before)
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"], ids=str)
+def test_interrupted(
+    rank: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said once, by the process that the user has started."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(Place, "load", interrupt)
+    monkeypatch.setattr(sys, "argv", ["bagel-mot", *ASK])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 130
+    assert capsys.readouterr().err == ("interrupted\n" if rank is None else "")
+
+
+def test_module(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m bagel_mot` as a shell sees it: none of vLLM's messages, no traces of a bar."""
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     command = [sys.executable, "-m", "bagel_mot", "generate", "a red fox", *SMALL]
     done = subprocess.run(
         [*command, "--seed", "5", "-o", "fox.png"],
@@ -458,7 +508,9 @@ def test_module(cpu: BagelPipeline) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{Path.cwd() / 'fox.png'}\n"
-    assert "Traceback" not in done.stderr
+    # An installation without vLLM's compiled operators is worth a word, which is mot-layers'.
+    words = "vLLM's compiled operators are not installed"
+    assert [line for line in done.stderr.splitlines() if not line.startswith(words)] == []
     # Not to the bit: another process may sum with another number of threads.
     want = cpu.generate("a red fox", height=64, width=64, settings=QUICK, seed=5)
     assert_close_picture(opened("fox.png"), want.image)
@@ -575,6 +627,11 @@ ASK = ["ask", "What is this?", *ON_CPU]
             id="width-2048",
         ),
         pytest.param(
+            ["generate", "a fox", "-m", "tiny", "--height", "65", "--width", "64"],
+            r"height is 65; expected a multiple of 16 in 16\.\.128$",
+            id="height-of-tiny",
+        ),
+        pytest.param(
             [*GENERATE_UNSIZED, "--height", "0", "--width", "64"],
             r"height is 0; expected a multiple of 16",
             id="height-0",
@@ -651,7 +708,7 @@ ASK = ["ask", "What is this?", *ON_CPU]
         ),
         pytest.param(
             [*GENERATE, "--timestep-shift", "0"],
-            r"timestep[-_]shift: .*greater than 0 \(got 0\.0\)$",
+            r"timestep[-_]shift: .*equal to 0\.001 \(got 0\.0\)$",
             id="shift-0",
         ),
         pytest.param(
@@ -668,6 +725,11 @@ ASK = ["ask", "What is this?", *ON_CPU]
             [*EDIT, "-i", STREET, "--cfg-interval", "0.9", "0.1"],
             r"cfg_interval is 0\.9, 0\.1; expected 0 <= low <= high <= 1$",
             id="edit-interval-reversed",
+        ),
+        pytest.param(
+            [*GENERATE, "--cfg-interval", "nan", "1"],
+            r"--cfg-interval: .*finite number \(got NaN\)$",
+            id="interval-nan",
         ),
         pytest.param(
             [*GENERATE, "--cfg-interval", "0.9"],
@@ -701,11 +763,14 @@ ASK = ["ask", "What is this?", *ON_CPU]
         ),
         pytest.param(
             [*GENERATE, "--temperature", "0"],
-            r"temperature is 0\.0; expected > 0",
+            r"temperature is 0\.0; expected 1e-06 or more",
             id="temperature-0",
         ),
         pytest.param(
-            [*ASK, "--temperature", "nan"], r"temperature is nan; expected > 0", id="ask-hot-nan"
+            [*ASK, "--temperature", "nan"], r"temperature is nan; expected 1e-06", id="ask-hot-nan"
+        ),
+        pytest.param(
+            [*ASK, "--temperature", "1e-320"], r"temperature is .*; expected 1e-06", id="ask-cold"
         ),
         pytest.param([*ASK, "--seed", str(2**70)], r"seed.*expected 0\.\.", id="ask-seed-huge"),
         pytest.param(
@@ -762,6 +827,12 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch, arguments: list[str], messag
 
     monkeypatch.setattr(checkpoint, "load_checkpoint", fail)
     assert re.search(message, refused(run(*arguments)))
+
+
+def test_huge_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    message = refused(run(*EDIT, "-i", STREET))
+    assert re.search(r"--image .*street\.png: not a picture that can be read \(Image size", message)
 
 
 @pytest.mark.parametrize(

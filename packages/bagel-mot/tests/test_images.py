@@ -267,7 +267,16 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         r"x is torch\.uint8; expected a floating",
     ),
-    "image-nan": (lambda: to_image(X / 0), ValueError, r"x holds NaN; expected finite numbers"),
+    "image-nan": (
+        lambda: to_image(X / 0),
+        ValueError,
+        r"x holds NaN; expected finite numbers\. Likely causes: the weights .*, or the settings",
+    ),
+    "image-nan-float16": (
+        lambda: to_image((X / 0).half()),
+        ValueError,
+        r"Likely causes: the model overflowed in float16 \(use bfloat16 or float32\), the weights",
+    ),
     "patchify-plane": (
         lambda: patchify(X[0], 4),
         ValueError,

@@ -175,6 +175,7 @@ def test_a_failing_rank_leaves_at_once(mistake: str, ranks: int) -> None:
         (("--sp", "allgather:2,ring:2", "--nproc", "4"), "all-gather KV is used alone"),
         (("--tp", "2"), "needs 2 processes, but there are 1"),
         (("--cfg-parallel", "0"), "cfg parallel size is 0"),
+        (("--cfg-parallel", "4", "--nproc", "4"), "cfg parallel size is 4; guidance compares at"),
         (("--nproc", "0"), "expected at least 1"),
     ],
 )

@@ -226,7 +226,7 @@ def test_default_settings(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -
     plain, editing = ImageSettings(), ImageSettings.for_editing()
     assert [request.settings for request in requests] == [plain, editing, plain]
     sizes = [(request.height, request.width) for request in requests]
-    assert sizes == [(1024, 1024), (None, None), (None, None)]
+    assert sizes == [(None, None)] * 3
 
 
 # --- pictures going in
@@ -293,6 +293,15 @@ def test_size_without_a_picture(cpu: BagelPipeline, call: str) -> None:
         else:
             cpu.chat(["a fox"], output="image", settings=settings, on_step=look)
     assert seen == [(64 * 64, 64)]
+
+
+def test_size_without_a_picture_is_the_models(
+    cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with a smaller grid than BAGEL-7B's, its own largest square."""
+    smaller = cpu.config.with_grids(latent_rows=4**2, vit_rows=70**2)
+    monkeypatch.setattr(cpu, "config", smaller)
+    assert cpu.generate("a fox", settings=QUICK, seed=1).image.size == (64, 64)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 96), (112, 32)], ids=lambda s: f"{s[0]}x{s[1]}")
@@ -464,6 +473,30 @@ def test_noise_is_drawn_in_the_official_order(cpu: BagelPipeline) -> None:
     assert shapes == [(1, 16, 12, 8), (1, 16, 8, 12), (20, 64)]
     cpu.ask([PORTRAIT], "b", noise=Recording(1), max_text_tokens=2)
     assert len(shapes) == 3
+
+
+def test_coldest_text(cpu: BagelPipeline) -> None:
+    """At the least temperature that is taken, sampling gives the likeliest text."""
+    want = cpu.ask(None, "What is this?", max_text_tokens=8)
+    assert want
+    got = cpu.ask(None, "What is this?", max_text_tokens=8, temperature=1e-6, seed=1)
+    assert got == want
+
+
+@pytest.mark.parametrize("shift", [0.001, 1000])
+@pytest.mark.parametrize("renorm_min", [0.0, 1.0])
+def test_most_extreme_settings(cpu: BagelPipeline, shift: float, renorm_min: float) -> None:
+    """What is taken at all stays finite."""
+    settings = ImageSettings(
+        num_timesteps=4,
+        timestep_shift=shift,
+        cfg_text_scale=1000,
+        cfg_img_scale=1000,
+        cfg_interval=(0, 1),
+        cfg_renorm_min=renorm_min,
+    )
+    image = cpu.edit(STREET, "at night", settings=settings, height=32, width=32, seed=1).image
+    assert image.size == (32, 32)
 
 
 def test_sampled_text(cpu: BagelPipeline) -> None:
@@ -677,7 +710,7 @@ def test_cancel_from_another_thread(cpu: BagelPipeline, what: str) -> None:
             ["a"],
             {"temperature": 0.0},
             ValueError,
-            r"temperature is 0\.0; expected > 0, or None",
+            r"temperature is 0\.0; expected 1e-06 or more \(leave it out for the likeliest text\)",
             id="temperature-0",
         ),
         pytest.param(
@@ -723,6 +756,23 @@ def test_cancel_from_another_thread(cpu: BagelPipeline, what: str) -> None:
             ValueError,
             "seed is 9223372036854775806",
             id="last-seed-too-large",
+        ),
+        *(
+            pytest.param(
+                ["a"],
+                {name: value},
+                TypeError,
+                f"{name} is {value!r}; expected a (whole )?number",
+                id=f"{name}-{type(value).__name__}",
+            )
+            for name, value in (
+                *(("height", "64"), ("height", 64.0), ("width", "64"), ("seed", 1.5)),
+                *(("seed", "0"), ("num_images", "2"), ("num_images", True)),
+                *(("num_images", None), ("max_text_tokens", 1.5), ("temperature", "1")),
+            )
+        ),
+        pytest.param(
+            ["a"], {"temperature": 1e-45}, ValueError, "temperature is 1e-45; expected", id="cold"
         ),
         pytest.param(["a"], {"steps": 3}, TypeError, "argument 'steps'", id="unknown-option"),
         pytest.param(
@@ -796,6 +846,18 @@ def test_bad_call(
 def test_from_pretrained_bad_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BagelPipeline.from_pretrained(GOLDEN.checkpoint, **({"device": "cpu"} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"quantization": 8}, "quantization is 8; expected one of fp8", id="format"),
+        pytest.param({"parallel": "tp:2"}, "parallel is 'tp:2'; expected .*Config", id="parallel"),
+    ],
+)
+def test_from_pretrained_bad_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        BagelPipeline.from_pretrained(GOLDEN.checkpoint, device="cpu", **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -69,7 +69,16 @@ def test_kept_layers_and_projections() -> None:
 
 
 def test_more_kept_than_there_is() -> None:
-    assert Quantization.parse("int8", "first:2,last:2").formats(LLM).quantized == set()
+    """There is nothing that `check` would let pass."""
+    formats = Quantization.parse("int8", "first:2,last:2").formats(LLM)
+    assert formats.quantized == set()
+    with pytest.raises(ValueError, match=r"nothing is left to quantise: all .* 3 layers are kept"):
+        formats.check(LLM)
+
+
+@pytest.mark.parametrize("word", ["fp8", "w8a16", "w4a16:32"])
+def test_as_a_word(word: str) -> None:
+    assert str(Quantization.parse(word, "first")) == word
 
 
 def test_groups_that_do_not_fit() -> None:

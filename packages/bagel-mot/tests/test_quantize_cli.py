@@ -55,7 +55,11 @@ def test_ask(tmp_path: Path) -> None:
     [
         (("--quantization", "int3"), "quantization is 'int3'; expected one of fp8, int8, w8a16"),
         (("--quantization", "w4a16"), "groups of 128 does not divide the 224 columns of down_proj"),
-        (("--quantization", "int8", "--keep-bf16", "head"), "keep: 'head' is none of first"),
+        (
+            ("--quantization", "int8", "--keep-bf16", "head"),
+            "'--keep': keep: 'head' is none of first",
+        ),
+        (("--quantization", "int8", "--keep-bf16", "first:99"), "nothing is left to quantise"),
         (("--keep-bf16", "first"), "--keep-bf16 first: nothing is quantised; give --quantization"),
     ],
 )
@@ -73,6 +77,9 @@ def test_wrong_options_are_refused_before_loading(
     [
         (CHECKPOINT, ("--format", "fp4"), "quantization is 'fp4'; expected one of"),
         (CHECKPOINT, ("--format", "fp8", "--keep", "x"), "keep: 'x' is none of"),
+        (CHECKPOINT, ("--format", "fp8", "--keep", "first:99"), "nothing is left to quantise"),
+        (CHECKPOINT, ("--format", "fp8", "--device", "gpu"), "device is 'gpu'; expected 'cpu'"),
+        (CHECKPOINT, ("--format", "fp8", "--device", "mps"), "device is mps; expected 'cpu'"),
         ("no/such/folder", ("--format", "fp8"), "no/such/folder"),
     ],
 )
@@ -83,6 +90,15 @@ def test_quantize_refuses(
     assert done.exit_code == 2
     assert message in done.stderr.replace("\n", " ")
     assert not list(tmp_path.iterdir())
+
+
+def test_quantize_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bagel_mot.tiny.FOLDER", GOLDEN.checkpoint)
+    done = run("quantize", "tiny", str(tmp_path / "out"), "--format", "fp8")
+    assert done.exit_code == 0, done.stderr
+    again = generate(str(tmp_path / "out"), tmp_path / "x.png", "--quantization", "fp8")
+    assert again.exit_code == 2
+    assert "error: quantization is fp8, but " in again.stderr
 
 
 def test_quantize_needs_a_new_folder(tmp_path: Path) -> None:

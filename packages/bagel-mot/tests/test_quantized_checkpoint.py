@@ -225,6 +225,18 @@ def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_scale_for_what_is_not_finite(value: float, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(GOLDEN.checkpoint, source)
+    tensors = load_file(source / "ema.safetensors")
+    tensors[f"{Q_PROJ}.weight"][3, 5] = value
+    save_file(tensors, source / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{Q_PROJ}\.weight holds NaN or infinity"):
+        quantize_checkpoint(source, tmp_path / "out", "int8")
+    assert list(tmp_path.iterdir()) == [source]
+
+
 # --- already quantised
 
 

@@ -106,11 +106,24 @@ def test_settings_defaults() -> None:
     [
         pytest.param({"num_timesteps": 1}, r"num_timesteps\n.*greater than or equal to 2", id="T"),
         pytest.param({"num_timesteps": 2.5}, r"num_timesteps\n.*integer", id="T-fraction"),
-        pytest.param({"timestep_shift": 0}, r"timestep_shift\n.*greater than 0", id="shift"),
+        pytest.param({"num_timesteps": 10**12}, r"num_timesteps\n.*equal to 100000", id="T-huge"),
+        pytest.param({"timestep_shift": 0}, r"timestep_shift\n.*equal to 0\.001", id="shift"),
+        pytest.param(
+            {"timestep_shift": 1e-300}, r"timestep_shift\n.*equal to 0\.001", id="shift-tiny"
+        ),
+        pytest.param(
+            {"timestep_shift": 1e300}, r"timestep_shift\n.*equal to 1000", id="shift-huge"
+        ),
         pytest.param(
             {"timestep_shift": float("inf")}, r"timestep_shift\n.*finite", id="shift-infinite"
         ),
         pytest.param({"cfg_text_scale": 0.9}, r"cfg_text_scale\n.*equal to 1", id="text-scale"),
+        pytest.param(
+            {"cfg_text_scale": 1e38}, r"cfg_text_scale\n.*equal to 1000", id="text-scale-huge"
+        ),
+        pytest.param(
+            {"cfg_img_scale": 1e38}, r"cfg_img_scale\n.*equal to 1000", id="image-scale-huge"
+        ),
         pytest.param({"cfg_img_scale": 0.9}, r"cfg_img_scale\n.*equal to 1", id="image-scale"),
         pytest.param(
             {"cfg_interval": (0.9, 0.1)},

@@ -49,6 +49,30 @@ def test_init_and_shutdown() -> None:
         assert is_set_up() == NONE
 
 
+@pytest.mark.parametrize(("asked", "heard"), [(None, False), ("INFO", True)], ids=str)
+def test_vllm_gives_no_advice_about_its_engine(
+    asked: str | None, heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logger has no handler here: what it warns of would go to stderr."""
+    if asked is None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", asked)
+    levels: list[int] = []
+    make = runtime.VllmConfig
+    vllm = logging.getLogger("vllm")
+    before = vllm.level
+
+    def watched(**options: Any) -> Any:
+        levels.append(vllm.getEffectiveLevel())
+        return make(**options)
+
+    monkeypatch.setattr(runtime, "VllmConfig", watched)
+    with single_process():
+        assert vllm.level == before
+    assert [level < logging.ERROR for level in levels] == [heard]
+
+
 def test_init_twice_is_init_once() -> None:
     init_parallel()
     config = get_current_vllm_config_or_none()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of options in 80 columns
     help="Paint, edit and answer with BAGEL on routed kernels.",
 )
 SeedOption = Annotated[
@@ -95,6 +97,9 @@ TaylorSeerOption = Annotated[
     bool | None,
     typer.Option("--taylorseer", help="Extrapolate most steps: faster, and a little different."),
 ]
+
+# What typer exits with after Ctrl-C.
+_INTERRUPTED = 130
 
 # Arguments of `generate` and `edit` that a `Request` takes as they are.
 _REQUEST_OPTIONS = (
@@ -308,6 +313,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as done:  # its error has been told
+        # Who starts ranks says it for them.
+        if done.code == _INTERRUPTED and "RANK" not in os.environ:
+            console.print("interrupted")
         if done.code:
             leave(done.code if isinstance(done.code, int) else 1)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +20,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bagel_mot.images import PNG_LEVEL
 from bagel_mot.tiny import model_folder
 
-# vLLM's advice about its engine, which does not run here, would bury our own messages.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+def quiet_vllm() -> None:
+    """Keep vLLM silent below errors unless VLLM_LOGGING_LEVEL asks for more; call it before vLLM.
+
+    Its advice about its engine, which does not run here, would bury our own messages.
+    """
+    if os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":
+        # Not all that imports vLLM makes it read the variable: its logger then has no handler, and
+        # Python's last resort prints what it warns of.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+quiet_vllm()
 
 # Progress and messages go to stderr: stdout holds the answer and nothing else.
 console = Console(stderr=True)
@@ -41,7 +53,7 @@ def open_images(paths: list[Path]) -> list[Image.Image]:
                 images.append(image)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--image {path}: no such file") from error
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
     return images
 
@@ -51,9 +63,9 @@ def require_text(name: str, text: str) -> None:
         raise ValueError(f"the {name} is empty; say what you want")
 
 
-def require_folder(model: Path) -> None:
+def require_folder(model: Path, option: str = "--model") -> None:
     if not model.is_dir():
-        raise FileNotFoundError(f"--model {model}: no such folder; give a BAGEL checkpoint folder")
+        raise FileNotFoundError(f"{option} {model}: no such folder; give a BAGEL checkpoint folder")
 
 
 def find_model(model: Path | None) -> Path | None:
@@ -133,10 +145,16 @@ class Streamed:
 
 @contextmanager
 def progress(title: str, total: int, *, numbers: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar of so many units; where nobody would see it move, nothing.
+
+    Yields:
+        What is called with an amount that is done.
+    """
     columns = [TextColumn(title), BarColumn(), TimeRemainingColumn()]
     if numbers:
         columns.insert(2, MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not IS_FIRST_RANK) as progress:
+    hidden = not IS_FIRST_RANK or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(title, total=total)
         yield lambda amount: progress.advance(task, amount)
 
@@ -153,7 +171,9 @@ def user_errors() -> Iterator[None]:
     except ValidationError as error:
         for problem in error.errors():
             cause = problem.get("ctx", {}).get("error")  # a check of our own: it says it all
-            name = ".".join(str(part) for part in problem["loc"]).replace("_", "-")
+            # An option is one word, also where it takes two numbers.
+            name = ".".join(part for part in problem["loc"] if isinstance(part, str))
+            name = name.replace("_", "-")
             got = json.dumps(problem["input"], default=str)
             message = cause or f"--{name}: {problem['msg']} (got {got})"
             console.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)

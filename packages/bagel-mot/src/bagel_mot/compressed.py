@@ -79,7 +79,7 @@ def choose_formats(
         return asked, targets
     if quantization is not None:
         raise ValueError(
-            f"quantization is {quantization!r}, but {folder} is quantised already, in "
+            f"quantization is {quantization}, but {folder} is quantised already, in "
             f"{found.format}; leave quantization out, or take the original checkpoint"
         )
     return found, stored_targets(targets, found)

@@ -51,12 +51,12 @@ def demo(
     with user_errors():
         from bagel_mot.loading import usual_dtype
         from bagel_mot.pipeline import BagelPipeline
-        from bagel_mot.request import image_size
+        from bagel_mot.request import check_side
 
         (file,) = output_files(output, 1, overwrite)
         dtype = usual_dtype(device)
         pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
-        image_size(pipeline.config, side, side, None)
+        check_side(pipeline.config, "--side", side)
     entries = _make(pipeline, side, num_timesteps, seed)
     with user_errors():
         save_png(_sheet(entries), file, {"seed": str(seed), "model": str(model)})

@@ -116,10 +116,10 @@ def to_image(x: Tensor) -> Image.Image:
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; expected a floating-point tensor in [-1, 1]")
     if bool(x.isnan().any()):
-        raise ValueError(
-            "x holds NaN; expected finite numbers. The decoder or the latents overflowed: decode "
-            "in bfloat16 or float32, not float16"
-        )
+        causes = "the weights hold NaN or infinity, or the settings are too extreme"
+        if x.dtype == torch.float16:
+            causes = f"the model overflowed in float16 (use bfloat16 or float32), {causes}"
+        raise ValueError(f"x holds NaN; expected finite numbers. Likely causes: {causes}")
     levels = (x.detach().float() * 0.5 + 0.5).clamp_(0, 1).mul_(255).to(torch.uint8)
     _, height, width = x.shape
     pixels = bytearray(height * width * 3)

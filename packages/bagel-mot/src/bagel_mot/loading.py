@@ -31,7 +31,9 @@ def load(
     """Load a checkpoint folder; `BagelPipeline.from_pretrained` says what the arguments are."""
     folder = model_folder(path)
     dtype = parse_dtype(dtype)
-    parallel = parallel or ParallelConfig()
+    parallel = ParallelConfig() if parallel is None else parallel
+    if not isinstance(parallel, ParallelConfig):
+        raise TypeError(f"parallel is {parallel!r}; expected a bagel_mot.parallel.ParallelConfig")
     config = BagelConfig.from_folder(folder)
     tokenizer = BagelTokenizer.from_folder(folder)
     stored = checkpoint.read_headers(folder)

@@ -14,6 +14,19 @@ from bagel_mot.cli_io import find_model, progress, require_folder
 if TYPE_CHECKING:
     from bagel_mot.config import BagelConfig
 
+
+def _check_keep(words: str) -> str:
+    """A callback of --keep-bf16: its words are known."""
+    if words:
+        from bagel_mot.quantization import Keep
+
+        try:
+            Keep.parse(words)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return words
+
+
 ModelOption = Annotated[
     Path,
     typer.Option(
@@ -50,6 +63,7 @@ KeepOption = Annotated[
     typer.Option(
         "--keep-bf16",
         "--keep",
+        callback=_check_keep,
         help="What not to quantise: first, last (layers; last:2), qkv_proj, o_proj, gate_up_proj, "
         "down_proj, with commas between. Default: nothing.",
     ),
@@ -82,16 +96,18 @@ class Place:
     nproc: int | None
 
     def config(self) -> BagelConfig:
-        """The model's sizes.
+        """The model's sizes; its weights stay unread.
 
         Raises:
             FileNotFoundError: there is no such folder, or a file of it is missing.
             ValueError: a file does not hold what it should.
         """
+        from bagel_mot.checkpoint import config_with_grids, read_headers
         from bagel_mot.config import BagelConfig
 
         require_folder(self.model)
-        return BagelConfig.from_folder(self.model)
+        config = BagelConfig.from_folder(self.model)
+        return config_with_grids(config, read_headers(self.model))
 
     def start_ranks(self) -> None:
         """With --nproc: run this command on so many ranks instead, and exit as they do."""

@@ -98,6 +98,11 @@ class ParallelConfig:
                 f"tensor {self.tensor} x sequence {self.sequence} x cfg {self.cfg} needs "
                 f"{self.world_size} processes, but there are {world_size}"
             )
+        if self.cfg > 3:
+            raise ValueError(
+                f"cfg parallel size is {self.cfg}; guidance compares at most 3 contexts, so that "
+                "more ranks would have nothing to do"
+            )
         heads, kv_heads = llm.num_attention_heads, llm.num_key_value_heads
         if heads % self.tensor or llm.intermediate_size % self.tensor:
             raise ValueError(

@@ -102,6 +102,7 @@ class BagelPipeline:
             on_tensor: called with name and element count of each loaded tensor.
 
         Raises:
+            TypeError: `parallel` or `quantization` is something else.
             FileNotFoundError: the folder or a file is missing.
             CheckpointError: the files do not hold exactly the model's tensors.
             ValueError: a config value, device, dtype, attention backend, parallel size or format
@@ -122,8 +123,8 @@ class BagelPipeline:
         self,
         prompt: str,
         *,
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = None,
+        width: int | None = None,
         settings: ImageSettings | None = None,
         think: bool = False,
         **options: Any,
@@ -132,7 +133,8 @@ class BagelPipeline:
 
         Args:
             prompt: what to paint.
-            height, width: in pixels; multiples of 16, at most 16 times the latent grid (1024).
+            height, width: in pixels; multiples of 16, at most 16 times the latent grid (1024 for
+                BAGEL-7B). Default: the largest square.
             settings: default `ImageSettings()`.
             think: write a plan first and paint with it; it is the result's `text`.
         """

@@ -106,8 +106,23 @@ class Quantization(BaseModel):
 
     @classmethod
     def of(cls, quantization: str | Quantization) -> Quantization:
-        """One that may have been given as a word; see `parse`."""
-        return cls.parse(quantization) if isinstance(quantization, str) else quantization
+        """One that may have been given as a word; see `parse`.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if isinstance(quantization, str):
+            return cls.parse(quantization)
+        if not isinstance(quantization, Quantization):
+            raise TypeError(
+                f"quantization is {quantization!r}; expected one of {', '.join(FORMATS)}, or a "
+                "Quantization"
+            )
+        return quantization
+
+    def __str__(self) -> str:
+        """The word for it; what is kept is not in it."""
+        return f"{self.format}:{self.group_size}" if self.format == "w4a16" else self.format
 
     @property
     def weight_format(self) -> Format:
@@ -157,14 +172,20 @@ class LayerFormats:
         return FormatConfig(self.format) if (layer, projection) in self.quantized else None
 
     def check(self, llm: LlmConfig, tensor: int = 1) -> None:
-        """Refuse sizes that do not go with the format.
+        """Refuse sizes that do not go with the format, and a format for nothing at all.
 
         Args:
             tensor: tensor parallel ranks, which split the columns of o_proj and down_proj.
 
         Raises:
-            ValueError: groups do not divide the columns that a rank has of a projection.
+            ValueError: groups do not divide the columns that a rank has of a projection, or no
+                projection is quantised.
         """
+        if not self.quantized:
+            raise ValueError(
+                "nothing is left to quantise: all projections of the model's "
+                f"{llm.num_hidden_layers} layers are kept; keep less, or give no quantization"
+            )
         columns: dict[Projection, int] = {
             "qkv_proj": llm.hidden_size,
             "o_proj": llm.num_attention_heads * llm.head_dim // tensor,

@@ -26,8 +26,10 @@ from bagel_mot.compressed import (
     stored_formats,
 )
 from bagel_mot.config import COMBINED_FILE, BagelConfig
+from bagel_mot.loading import parse_device
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.quantization import Quantization
+from bagel_mot.tiny import model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def quantize_checkpoint(
     removed if anything goes wrong.
 
     Args:
-        source: folder in the official layout; its other files are copied.
+        source: folder in the official layout, or "tiny"; its other files are copied.
         destination: must not exist; the folder it is to be in must.
         quantization: as for `BagelPipeline.from_pretrained`.
         device: what quantises.
@@ -59,11 +61,13 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: `destination` is there already.
         FileNotFoundError: `source`, a file of it or the folder of `destination` is missing.
-        CheckpointError: the files do not hold exactly the model's tensors.
-        ValueError: the format is not known or does not go with the sizes, or the checkpoint is
-            quantised already.
+        CheckpointError: the files do not hold exactly the model's tensors, or one that is to be
+            quantised holds NaN or infinity.
+        ValueError: the format or device is not known or does not go with the sizes, or the
+            checkpoint is quantised already.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = model_folder(source), Path(destination)
+    place = parse_device(device)
     quantization = Quantization.of(quantization)
     config = BagelConfig.from_folder(source)
     _check_destination(destination)
@@ -78,11 +82,15 @@ def quantize_checkpoint(
         vae = AutoEncoder(config.vae)
     checkpoint.check_names(stored, targets | checkpoint.vae_targets(vae))
     matrices = {name for name, _ in quantized_matrices(targets, formats)}
-    place = torch.device(device)
     with _appearing(destination) as folder:
         shards = _Shards(folder)
         for name, tensor in _tensors(stored):
             if name in matrices:
+                if not tensor.isfinite().all():
+                    raise checkpoint.CheckpointError(
+                        f"{stored[name].file}: {name} holds NaN or infinity, which has no scale; "
+                        "is the checkpoint damaged?"
+                    )
                 parts = encode(tensor, formats.format, place)
                 module = name.removesuffix(".weight")
                 shards.add({f"{module}.{part}": own for part, own in parts.items()})

@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
-from bagel_mot.cli_io import progress, user_errors
+from bagel_mot.cli_io import find_model, progress, user_errors
 from bagel_mot.model_options import KeepOption
 
 
 def quantize(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="Checkpoint folder in the official layout.")
+        Path,
+        typer.Argument(
+            metavar="IN",
+            callback=find_model,
+            help="Checkpoint folder in the official layout, or tiny.",
+        ),
     ],
     destination: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")
@@ -22,7 +27,7 @@ def quantize(
         str, typer.Option(help="fp8, int8, w8a16, w4a16 (groups of 128), w4a16:32 or w4a16:64.")
     ],
     keep: KeepOption = "",
-    device: Annotated[str, typer.Option(help="What quantises, e.g. cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="What quantises: cpu or cuda.")] = "cpu",
 ) -> None:
     """Write a checkpoint with quantised decoder layers, which loads faster and takes less room."""
     with user_errors():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -13,6 +14,10 @@ from bagel_mot.config import BagelConfig
 from bagel_mot.sampling import ImageSettings
 
 Part = str | Image.Image
+
+# Logits divided by less could overflow.
+_LEAST_TEMPERATURE = 1e-6
+_WHOLE = ("height", "width", "num_images", "seed", "max_text_tokens")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Request:
             request's pictures and its thought.
         seed: for all random numbers of the request, see `Noise`; at least 0; drawn if None.
         max_text_tokens: most tokens of an answer or thought.
-        temperature: None writes the most likely text; otherwise text is sampled.
+        temperature: None writes the most likely text; otherwise text is sampled, at 1e-6 or more.
         negative_prompt: text that the image is guided away from, in place of the request's last
             text; None guides away from no text.
 
@@ -57,15 +62,15 @@ class Request:
             _check_text("negative_prompt", self.negative_prompt)
         if self.output not in ("text", "image"):
             raise ValueError(f"output is {self.output!r}; expected 'text' or 'image'")
+        for name in _WHOLE:
+            _check_whole(name, getattr(self, name), or_none=name in ("height", "width", "seed"))
         if self.num_images < 1 or self.max_text_tokens < 1:
             raise ValueError(
                 f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "
                 "both start at 1"
             )
-        if self.temperature is not None and not self.temperature > 0:  # NaN included
-            raise ValueError(
-                f"temperature is {self.temperature}; expected > 0, or None for the likeliest text"
-            )
+        if self.temperature is not None:
+            _check_temperature(self.temperature)
         if not isinstance(self.settings, ImageSettings):
             raise TypeError(f"settings is a {type(self.settings).__name__}; expected ImageSettings")
         last = 2**63 - self.num_images
@@ -126,18 +131,29 @@ def image_size(
     Raises:
         ValueError: a side is no multiple of a latent token or out of range, or only one is given.
     """
-    unit = config.latent_token_pixels
-    largest = unit * config.latent_grid
+    largest = config.latent_token_pixels * config.latent_grid
     if (height is None) != (width is None):
         raise ValueError(f"height is {height} and width {width}; give both or neither")
     if height is None or width is None:
         width, height = picture.size if picture is not None else (largest, largest)
-    for name, side in (("height", height), ("width", width)):
-        if side % unit or not unit <= side <= largest:
-            raise ValueError(
-                f"{name} is {side}; expected a multiple of {unit} in {unit}..{largest}"
-            )
+    check_side(config, "height", height)
+    check_side(config, "width", width)
     return height, width
+
+
+def check_side(config: BagelConfig, name: str, side: int) -> None:
+    """Refuse a picture's side that the model cannot paint.
+
+    Args:
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: it is no multiple of a latent token, or out of range.
+    """
+    unit = config.latent_token_pixels
+    largest = unit * config.latent_grid
+    if side % unit or not unit <= side <= largest:
+        raise ValueError(f"{name} is {side}; expected a multiple of {unit} in {unit}..{largest}")
 
 
 def _check_parts(parts: Sequence[Part]) -> None:
@@ -152,6 +168,23 @@ def _check_parts(parts: Sequence[Part]) -> None:
             raise TypeError(
                 f"parts[{i}] is a {type(part).__name__}; expected a string or a PIL image"
             )
+
+
+def _check_whole(name: str, value: object, *, or_none: bool) -> None:
+    if value is None and or_none:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a whole number")
+
+
+def _check_temperature(value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"temperature is {value!r}; expected a number")
+    if not float(value) >= _LEAST_TEMPERATURE:  # NaN included
+        raise ValueError(
+            f"temperature is {value}; expected {_LEAST_TEMPERATURE} or more (leave it out for the "
+            "likeliest text)"
+        )
 
 
 def _check_text(name: str, text: str) -> None:

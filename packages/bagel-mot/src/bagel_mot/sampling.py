@@ -22,11 +22,12 @@ class ImageSettings(BaseModel):
     of official editing.
 
     Attributes:
-        num_timesteps: points of the schedule; the model is evaluated one time less.
-        timestep_shift: s in t' = s t / (1 + (s - 1) t); larger spends more steps near noise.
-        cfg_text_scale: guidance away from the context without the last text; 1 turns all guidance
-            off, the image scale too.
-        cfg_img_scale: guidance away from the context without pictures; 1 turns it off.
+        num_timesteps: points of the schedule, 2..100000; the model is evaluated one time less.
+        timestep_shift: s in t' = s t / (1 + (s - 1) t), 0.001..1000; larger spends more steps near
+            noise.
+        cfg_text_scale: guidance away from the context without the last text, 1..1000; 1 turns all
+            guidance off, the image scale too.
+        cfg_img_scale: guidance away from the context without pictures, 1..1000; 1 turns it off.
         cfg_interval: guidance is on where low < t <= high (t after the shift; 1 is noise).
         cfg_renorm_type: how the guided velocity is scaled back to the length of the unguided one:
             over everything ("global"), per token ("channel"), or per token between the text and
@@ -38,10 +39,11 @@ class ImageSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    num_timesteps: int = Field(50, ge=2)
-    timestep_shift: float = Field(3.0, gt=0)
-    cfg_text_scale: float = Field(4.0, ge=1)
-    cfg_img_scale: float = Field(1.0, ge=1)
+    # Beyond any use; what is still larger overflows float32 on the way.
+    num_timesteps: int = Field(50, ge=2, le=100_000)
+    timestep_shift: float = Field(3.0, ge=0.001, le=1000)
+    cfg_text_scale: float = Field(4.0, ge=1, le=1000)
+    cfg_img_scale: float = Field(1.0, ge=1, le=1000)
     cfg_interval: tuple[float, float] = (0.4, 1.0)
     cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
     cfg_renorm_min: float = Field(0.0, ge=0, le=1)

@@ -51,6 +51,9 @@ def test_demo(tmp_path: Path) -> None:
         assert len(image.convert("RGB").getcolors(10**6)) > 100
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 2
+    odd = CliRunner().invoke(app, [*command, "--overwrite", "--side", "65"])
+    assert odd.exit_code == 2
+    assert "--side is 65; expected a multiple of 16" in odd.output
     assert "pass --overwrite" in again.output
 
 
@@ -63,6 +66,8 @@ def test_train_tiny_command(tmp_path: Path) -> None:
     for device in ("gpu", "mps"):
         wrong = CliRunner().invoke(app, ["train-tiny", str(tmp_path / "no"), "--device", device])
         assert wrong.exit_code == 2 and "device is" in wrong.output
+    lost = CliRunner().invoke(app, ["train-tiny", str(tmp_path / "no"), "--from", "nowhere"])
+    assert lost.exit_code == 2 and "--from nowhere: no such folder" in lost.output
     other = CliRunner().invoke(app, [*command, "--seed", "5"])
     assert other.exit_code == 2
     assert "choose another folder" in other.output

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -175,15 +176,32 @@ def _default_config(tp_size: int) -> VllmConfig:
     # Without a platform of its own (an accelerator build of vLLM on a machine without one) vLLM
     # cannot infer the device.
     device = "auto" if current_platform.device_type else "cpu"
-    return VllmConfig(
-        compilation_config=compilation,
-        kernel_config=kernels,
-        device_config=DeviceConfig(device=device),
-        # "mp" only keeps vLLM from choosing, and failing to find, an executor of its own.
-        parallel_config=ParallelConfig(
-            tensor_parallel_size=tp_size, distributed_executor_backend="mp"
-        ),
-    )
+    with _engine_advice_muted():
+        return VllmConfig(
+            compilation_config=compilation,
+            kernel_config=kernels,
+            device_config=DeviceConfig(device=device),
+            # "mp" only keeps vLLM from choosing, and failing to find, an executor of its own.
+            parallel_config=ParallelConfig(
+                tensor_parallel_size=tp_size, distributed_executor_backend="mp"
+            ),
+        )
+
+
+@contextmanager
+def _engine_advice_muted() -> Iterator[None]:
+    """Only errors of vLLM's in the block, unless VLLM_LOGGING_LEVEL asks for more.
+
+    A configuration warns of how its engine will run, which here it does not.
+    """
+    vllm = logging.getLogger("vllm")
+    level = vllm.level
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        vllm.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        vllm.setLevel(level)
 
 
 def _create_groups(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bagel_mot.cli_io import console, find_model, user_errors
+from bagel_mot.cli_io import console, find_model, require_folder, user_errors
 
 
 def train_tiny(
@@ -56,6 +56,8 @@ def train_tiny(
         from bagel_mot.loading import parse_device
         from bagel_mot.tiny.training import Plan, train
 
+        if start_from is not None:
+            require_folder(start_from, "--from")
         place = parse_device(device)
         plan = Plan(seed=seed)
         plan = replace(
