@@ -147,7 +147,7 @@ def test_cosine(format: str) -> None:
 
 def test_kept_layers_are_exact() -> None:
     """What is kept, keeps its dtype and its numbers; to keep everything is no format."""
-    with pytest.raises(ValueError, match="nothing is left to quantise: .* 3 layers"):
+    with pytest.raises(ValueError, match=r"nothing is left to quantise: .* 3 layers"):
         load(quantization=Quantization.parse("w8a16", "first:3"))
     some = load(quantization=Quantization.parse("int8", "first,o_proj"))
     plain = dict(load().model.transformer.named_parameters())
