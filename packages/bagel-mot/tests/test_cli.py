@@ -477,6 +477,25 @@ def test_vllm_is_quiet_unless_asked(
         logger.setLevel(before)
 
 
+@pytest.mark.parametrize(
+    ("level", "said"), [(None, ""), ("ERROR", ""), ("INFO", "advice\n")], ids=str
+)
+def test_vllm_says_nothing_unless_asked(
+    level: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has given its logger a handler: what it says goes to stderr all the same."""
+    if level is None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+    program = (
+        "import logging; from bagel_mot.cli_io import quiet_vllm; quiet_vllm();"
+        "logging.getLogger('vllm.triton').warning('advice')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == said
+
+
 @pytest.mark.parametrize("rank", [None, "0", "1"], ids=str)
 def test_interrupted(
     rank: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -96,25 +96,6 @@ def test_what_cannot_be_written_after_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "said"), [(None, ""), ("ERROR", ""), ("INFO", "advice\n")], ids=str
-)
-def test_vllm_is_quiet_unless_asked(
-    level: str | None, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody has given its logger a handler: what it says goes to stderr all the same."""
-    if level is None:
-        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
-    else:
-        monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
-    program = (
-        "import logging; from mot_bench.console import quiet_vllm; quiet_vllm();"
-        "logging.getLogger('vllm.triton').warning('advice')"
-    )
-    done = subprocess.run(python_command(program), capture_output=True, text=True)
-    assert done.stderr == said
-
-
-@pytest.mark.parametrize(
     "arguments", ["step --random 7b", "quality --set steps=3"], ids=lambda text: text.split()[0]
 )
 def test_nothing_but_ours_on_stderr(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -47,16 +45,6 @@ def device_or_say(wanted: str | None, *, is_rank: bool = False) -> torch.device:
     if is_rank:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return best_device_or_say()
-
-
-def quiet_vllm() -> None:
-    """Keep vLLM silent below errors unless VLLM_LOGGING_LEVEL asks for more; call it before vLLM.
-
-    Its advice about its engine, which does not run here, would bury the results.
-    """
-    if os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":
-        # vLLM logs before it reads the variable: without a handler, but Python has a last resort.
-        logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 def screen(*, stderr: bool = False) -> Console:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mot_bench import options
-from mot_bench.console import command_line, device_or_say, quiet_vllm, screen
+from mot_bench.console import command_line, device_or_say, screen
 from mot_bench.errors import MeasurementError, UsageError
 
 if TYPE_CHECKING:
@@ -275,8 +275,10 @@ def modes(
     from mot_bench.files import write_text
     from mot_bench.parallel_results import ParallelResults
 
-    quiet_vllm()
     try:
+        from bagel_mot.cli_io import quiet_vllm
+
+        quiet_vllm()
         from bagel_mot.synthetic import SIZES as MODELS
 
         from mot_bench.cost import CostModel
@@ -333,7 +335,6 @@ def _choose(
     """
     if model is not None and random is not None:
         raise UsageError("--model and --random both name weights; give one of them")
-    quiet_vllm()
     model = None if model is None else options.model_folder(model)
     if model is not None and not model.is_dir():
         raise UsageError(f"--model is {str(model)!r}: no such folder; give a BAGEL checkpoint")
@@ -343,6 +344,9 @@ def _choose(
     if device is not None:
         options.one_of("--device", device, ("cuda", "cpu"))
     try:
+        from bagel_mot.cli_io import quiet_vllm
+
+        quiet_vllm()
         from bagel_mot.parallel import world_size_from_environment
 
         from mot_bench import bagel

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mot_bench import options
-from mot_bench.console import quiet_vllm
 from mot_bench.errors import MeasurementError, UsageError
 from mot_bench.files import write_json
 
@@ -35,8 +34,10 @@ def run_quality(
     screen: Console,
 ) -> None:
     """Measure, print a table, and with a folder write `quality.json` and two PNGs there."""
-    quiet_vllm()
     try:
+        from bagel_mot.cli_io import quiet_vllm
+
+        quiet_vllm()
         from bagel_mot import BagelPipeline
         from bagel_mot.loading import usual_dtype
 

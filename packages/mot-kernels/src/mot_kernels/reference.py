@@ -172,11 +172,10 @@ def _row_weight(weight: torch.Tensor, expert_ids: torch.Tensor | None, rows: int
     Chosen, not indexed: the backward of an index adds row after row to the few weights.
     """
     weight = _wide(weight)
-    if expert_ids is None:
-        return weight[:1].expand(rows, -1)
     chosen = weight[:1].expand(rows, -1)
-    for e in range(1, len(weight)):
-        chosen = torch.where(expert_ids[:, None] == e, weight[e], chosen)
+    if expert_ids is not None:
+        for e in range(1, len(weight)):
+            chosen = torch.where(expert_ids[:, None] == e, weight[e], chosen)
     return chosen
 
 
