@@ -79,6 +79,28 @@ NprocOption = Annotated[
 ]
 
 
+def check_nproc(nproc: int | None) -> None:
+    """Refuse a --nproc that is no number of ranks."""
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc {nproc}: expected at least 1")
+
+
+def run_on_ranks(nproc: int | None) -> None:
+    """With --nproc: run this command on so many ranks instead, and exit as they do."""
+    from bagel_mot.launch import run_ranks
+
+    if nproc is None or nproc == 1:
+        return
+    words = iter(sys.argv[1:])
+    command = [sys.executable, "-m", "bagel_mot"]
+    for word in words:
+        if word == "--nproc":
+            next(words)
+        elif not word.startswith("--nproc="):
+            command.append(word)
+    raise typer.Exit(run_ranks(command, nproc))
+
+
 @dataclass(frozen=True)
 class Place:
     """Which model runs where, and in what."""
@@ -111,27 +133,16 @@ class Place:
 
     def start_ranks(self) -> None:
         """With --nproc: run this command on so many ranks instead, and exit as they do."""
-        from bagel_mot.launch import run_ranks
         from bagel_mot.parallel import ParallelConfig, world_size_from_environment
 
         llm = self.config().llm
-        if self.nproc is not None and self.nproc < 1:
-            raise ValueError(f"--nproc {self.nproc}: expected at least 1")
+        check_nproc(self.nproc)
         sizes = ParallelConfig.parse(self.tp, self.sp, self.cfg_parallel)
         ranks = self.nproc or world_size_from_environment()
         sizes.check(llm, ranks)
         if (quantization := self._quantization()) is not None:
             quantization.formats(llm).check(llm, self.tp)
-        if self.nproc is None or self.nproc == 1:
-            return
-        words = iter(sys.argv[1:])
-        command = [sys.executable, "-m", "bagel_mot"]
-        for word in words:
-            if word == "--nproc":
-                next(words)
-            elif not word.startswith("--nproc="):
-                command.append(word)
-        raise typer.Exit(run_ranks(command, self.nproc))
+        run_on_ranks(self.nproc)
 
     def load(self) -> Any:
         """The pipeline."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 from bagel_mot import BagelPipeline, ImageSettings
 from bagel_mot.context import Contexts
 from bagel_mot.images import patchify
+from bagel_mot.launch import run_ranks
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.tiny import trainer
 from bagel_mot.tiny.drawing import draw
@@ -322,6 +325,43 @@ def test_leaves_in_16_bits_learn_what_16_bits_cannot_tell(tmp_path: Path) -> Non
     other = torch.zeros(4, dtype=torch.bfloat16, requires_grad=True)
     resumed = Stage("model", {"leaf": other}, each_step(loss), schedule, tmp_path)
     assert resumed.done and torch.equal(other, leaf)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_replicas_learn_from_each_other(device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, torch sees {torch.cuda.device_count()}")
+    command = [sys.executable, str(Path(__file__).with_name("replica_worker.py"))]
+    assert run_ranks([*command, str(tmp_path), device], 2, seconds=120.0) == 0
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert (found[0]["stopped"], found[0]["step"]) == (0, 12)
+    # Both numbers have fallen alike, though each replica sees but one.
+    first, second = found[0]["weight"]
+    assert first == pytest.approx(second) and first < 0.95
+    # Only one of them writes.
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12]
+
+
+def test_replicas_share_the_samples(folder: Path) -> None:
+    whole = make_pools(folder, 5, [(64, 64)], seed=1)["paint"][0]
+    part = make_pools(folder, 3, [(64, 64)], first=2, seed=1)["paint"][0]
+    assert torch.equal(part.scenes.places, whole.scenes.places[2:])
+    assert torch.equal(part.lengths, whole.lengths[2:])
+
+
+def test_two_replicas_train_on_the_command_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = "--device cpu --samples 4 --rows 0.01 --vae-steps 2 --steps 2 --workers 0 --nproc 2"
+    command = [sys.executable, "-m", "bagel_mot", "train-tiny", str(run), *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done: step 2 of 2") == 1, done.stderr
+    assert json.loads((run / "run.json").read_text())["replicas"] == 2
+    BagelPipeline.from_pretrained(run / "checkpoint", device="cpu", dtype="float32")
+    # Half of them cannot go on alone.
+    alone = subprocess.run([*command[:-2], "--nproc", "1"], capture_output=True, text=True)
+    assert alone.returncode == 2 and "with replicas 2, not 1" in " ".join(alone.stderr.split())
 
 
 @pytest.mark.gpu

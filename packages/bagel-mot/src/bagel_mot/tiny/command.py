@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from bagel_mot.cli_io import console, find_model, require_folder, user_errors
+from bagel_mot.model_options import NprocOption, check_nproc, run_on_ranks
 
 
 def train_tiny(
@@ -49,8 +50,12 @@ def train_tiny(
     device: Annotated[
         str | None, typer.Option(help="E.g. cuda:0 or cpu. Default: a GPU if there is one.")
     ] = None,
+    nproc: NprocOption = None,
 ) -> None:
-    """Train the tiny model that paints coloured shapes; see docs/tiny.md."""
+    """Train the tiny model that paints coloured shapes; see docs/tiny.md.
+
+    With --nproc 2, two GPUs train it together, each on samples of its own.
+    """
     began = time.monotonic()  # before torch and vLLM are imported, which may take a minute
     with user_errors():
         from bagel_mot.loading import parse_device
@@ -58,6 +63,8 @@ def train_tiny(
 
         if start_from is not None:
             require_folder(start_from, "--from")
+        check_nproc(nproc)
+        run_on_ranks(nproc)
         place = parse_device(device)
         plan = Plan(seed=seed)
         plan = replace(

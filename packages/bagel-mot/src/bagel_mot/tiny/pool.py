@@ -104,6 +104,7 @@ def make_pools(
     samples: int,
     sizes: Sequence[tuple[int, int]],
     *,
+    first: int = 0,
     seed: int = 0,
     workers: int = 0,
 ) -> dict[str, list[Pool]]:
@@ -112,13 +113,14 @@ def make_pools(
     Args:
         folder: where the tokenizer is.
         samples: per task and size.
+        first: number of the first one.
         workers: processes; 0 makes everything in this one.
     """
     jobs = [
-        _Job(task, size, seed, first, min(_CHUNK, samples - first), folder)
+        _Job(task, size, seed, first + done, min(_CHUNK, samples - done), folder)
         for task in TASKS
         for size in sizes
-        for first in range(0, samples, _CHUNK)
+        for done in range(0, samples, _CHUNK)
     ]
     with ExitStack() as stack:
         parts: Iterable[_Arrays] = map(_make, jobs)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagel_mot.tiny.replicas import Replicas
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -61,6 +63,9 @@ class Loss:
     generator: torch.Generator
 
 
+_ALONE = Replicas()
+
+
 class StepGraphs:
     """CUDA graphs of steps, one for each kind.
 
@@ -88,6 +93,8 @@ class StepGraphs:
                 yield
         finally:
             outside.wait_stream(self._stream)
+            # They hold exchanges between processes, whose groups wait for them to go.
+            self._graphs.clear()
 
     def run(self, kind: int, update: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`update()`, from a graph as soon as there is one; what it returns is valid until the
@@ -98,7 +105,11 @@ class StepGraphs:
         if kind not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self._generator)
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Other threads, NCCL's among them, may go on asking the device.
+            mode = "thread_local"
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode=mode
+            ):
                 found = update()
             self._graphs[kind] = graph, found
         graph, found = self._graphs[kind]
@@ -120,6 +131,8 @@ class Stage:
         log_every, save_every: steps.
         cuda_graphs: on a GPU, capture the third step of each kind in a CUDA graph and replay it
             from then on: thousands of small kernels would wait for Python.
+        replicas: who trains the same model; `loss` chooses equal kinds on each, and computes on
+            samples of its own. The first one writes state and log, with its own losses.
     """
 
     def __init__(
@@ -133,12 +146,14 @@ class Stage:
         log_every: int = 50,
         save_every: int = 1000,
         cuda_graphs: bool = True,
+        replicas: Replicas = _ALONE,
     ) -> None:
         self.name = name
         self.leaves = leaves
         self.schedule = schedule
         self.step = 0
         self._loss = loss
+        self._replicas = replicas
         self._log = folder / "log.jsonl"
         self._state = folder / f"{name}.pt"
         self._log_every, self._save_every = log_every, save_every
@@ -179,7 +194,7 @@ class Stage:
 
     def _run(self, deadline: float) -> bool:
         tally = _Tally()
-        while not self.done and time.monotonic() < deadline:
+        while not self.done and not self._late(deadline):
             self._set_rate(self.schedule.rate_at(self.step))
             # Early on the average must not hold on to the start values.
             keep = min(self.schedule.average, (1 + self.step) / (10 + self.step))
@@ -199,12 +214,19 @@ class Stage:
         self.save()
         return self.done
 
+    def _late(self, deadline: float) -> bool:
+        """Whether time is up. Replicas stop at the same step, so they ask now and then."""
+        if self._replicas.size > 1 and self.step % self._log_every:
+            return False
+        return self._replicas.agree(time.monotonic() >= deadline)
+
     def _update(self, kind: int) -> dict[str, Tensor]:
         """A step: losses, gradients, weights and their average. Nothing waits for the device."""
         tensors, averages = list(self._masters.values()), list(self.average.values())
         losses = self._loss.compute(kind)
         torch.stack(list(losses.values())).sum().backward()
         self._take_gradients()
+        self._replicas.average(each.grad for each in tensors if each.grad is not None)
         norm = torch.nn.utils.clip_grad_norm_(tensors, self.schedule.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -241,6 +263,8 @@ class Stage:
 
     def save(self) -> None:
         """Write the state beside the old one, then rename: it is whole or the old one."""
+        if self._replicas.rank > 0:
+            return
         self._state.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._state.with_suffix(".tmp")
         state = {
@@ -288,8 +312,9 @@ class Stage:
             "seconds": round(seconds, 3),
             "steps_per_second": round(tally.steps / max(seconds, 1e-9), 2),
         }
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self._replicas.rank == 0:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         if not all(map(math.isfinite, means.values())):
             raise FloatingPointError(
                 f"stage {self.name}, step {self.step}: {means} is not finite; the last state is in "

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Literal, TypeAlias
 
 import torch
 from mot_kernels import reference
@@ -25,11 +26,11 @@ from torch import Tensor
 from bagel_mot import checkpoint
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.vae import AutoEncoder
-from bagel_mot.parallel import ParallelConfig, start
 from bagel_mot.pipeline import build_model
 from bagel_mot.tiny.objectives import Objectives
 from bagel_mot.tiny.pool import TASKS, Pool, make_pools
 from bagel_mot.tiny.recipe import Recipe
+from bagel_mot.tiny.replicas import Replicas
 from bagel_mot.tiny.scenes import SIZES
 from bagel_mot.tiny.trainer import Loss, Schedule, Stage
 from bagel_mot.tiny.vocabulary import write_tokenizer
@@ -37,6 +38,8 @@ from bagel_mot.tiny.weights import initialise, leaves, save_checkpoint, vae_leav
 from bagel_mot.tokenizer import BagelTokenizer
 
 CHECKPOINT = "checkpoint"
+
+Stages: TypeAlias = Literal["vae", "model"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Plan:
         recipe: sizes.
         seed: of the start values, the samples and all noise.
         sizes: (height, width) of the pictures.
-        samples: per task and size, drawn before training.
+        samples: per task and size, drawn before training; replicas divide them.
         vae, model: schedules of the two stages.
-        pixels: of a VAE step's batch.
-        rows: of a step's batch of each task; as many samples as fill them.
+        pixels: of a VAE step's batch, on each replica.
+        rows: of a step's batch of each task, on each replica; as many samples as fill them.
         weights: of the tasks' losses.
     """
 
@@ -61,7 +64,7 @@ class Plan:
     vae: Schedule = field(default_factory=lambda: Schedule(5_000, 1e-3))
     model: Schedule = field(default_factory=lambda: Schedule(100_000, 1e-3, warmup=500))
     pixels: int = 64 * 64 * 64
-    rows: tuple[int, ...] = (16_384, 8_192, 4_096)
+    rows: tuple[int, ...] = (16_384, 4_096, 2_048)
     weights: tuple[float, ...] = (1.0, 1.0, 0.5)
 
 
@@ -78,13 +81,16 @@ def train(
 ) -> bool:
     """Train, or go on training, until the plan is done or time is up.
 
+    On several GPUs call it in each process that torchrun starts: they are replicas.
+
     Args:
+        device: "cuda" is the GPU of this process.
         start_from: a checkpoint folder to begin with; its VAE stays as it is. Give it again when
             the run is resumed.
         deadline: when to stop, as `time.monotonic()` counts.
         workers: processes that draw the samples; 0 draws them in this one.
         cuda_graphs: see `trainer.Stage`.
-        say: told in a line what goes on.
+        say: told in a line what goes on, in the first process.
 
     Returns:
         Whether the plan is done. `folder/checkpoint` holds the model either way, unless time was
@@ -97,13 +103,26 @@ def train(
     if start_from is not None:
         _check_start(plan.recipe, start_from)
     place = folder / CHECKPOINT
-    _begin(folder, plan, start_from)
+    replicas, device = Replicas.find(device)
+    if replicas.rank > 0:
+        say = _nothing
+        replicas.meet()  # who finds the run's folder there checks it
+    _begin(folder, plan, start_from, replicas.size)
+    if replicas.rank == 0:
+        replicas.meet()
     tokenizer = BagelTokenizer.from_folder(place)
+    samples = max(plan.samples // replicas.size, 1)
     say(f"drawing {plan.samples} samples per task and size with {workers or 1} processes")
-    pools = make_pools(place, plan.samples, plan.sizes, seed=plan.seed, workers=workers)
-    pools = {task: [pool.to(device) for pool in several] for task, several in pools.items()}
+    drawn = make_pools(
+        place,
+        samples,
+        plan.sizes,
+        first=replicas.rank * samples,
+        seed=plan.seed,
+        workers=workers,
+    )
+    pools = {task: [pool.to(device) for pool in several] for task, several in drawn.items()}
 
-    start(ParallelConfig(), device.type)
     torch.manual_seed(plan.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -112,49 +131,129 @@ def train(
     model = build_model(plan.recipe.config(place), device=device, dtype=dtype)
     model.vae.to(torch.float32, memory_format=torch.channels_last)
     initialise(model, plan.seed)
-    objectives = Objectives(model, tokenizer)
+    run = _Run(folder, plan, Objectives(model, tokenizer), pools, replicas, cuda_graphs, say)
 
     if start_from is not None:
         _load(model, start_from)
-    elif not _train_vae(objectives, plan, pools, folder, deadline, cuda_graphs, say):
+    elif not run.train_vae(deadline):
         return False
-    model.vae.requires_grad_(False)
-    say("encoding the pictures")
-    for task in ("paint", "edit"):
-        pools[task] = [objectives.encode(task, pool) for pool in pools[task]]
-
-    loss = _loss(objectives, plan, pools)
-    stage = Stage("model", leaves(model), loss, plan.model, folder, cuda_graphs=cuda_graphs)
-    say(f"model: step {stage.step} of {plan.model.steps}")
-    with reference.compiled() if device.type == "cuda" else nullcontext():
-        done = stage.run(deadline)
-    save_checkpoint(model, place, stage.average)
-    state = "done" if done else "time is up; the same command goes on"
-    say(f"{state}: step {stage.step} of {plan.model.steps}, the model is in {place}")
-    return done
+    stage = run.train_model(deadline)
+    if replicas.rank == 0:
+        save_checkpoint(model, place, stage.average)
+    replicas.meet()
+    state = "done" if stage.done else "time is up; the same command goes on"
+    say(f"{state}: step {stage.step} of {stage.schedule.steps}, the model is in {place}")
+    return stage.done
 
 
-def _train_vae(
-    objectives: Objectives,
-    plan: Plan,
-    pools: dict[str, list[Pool]],
-    folder: Path,
-    deadline: float,
-    cuda_graphs: bool,
-    say: Callable[[str], None],
-) -> bool:
-    """The first stage; leaves the VAE with its average weights. Returns whether it is done."""
-    loss = _vae_loss(objectives, plan, pools)
-    learning = vae_leaves(objectives.model)
-    stage = Stage("vae", learning, loss, plan.vae, folder, cuda_graphs=cuda_graphs)
-    say(f"VAE: step {stage.step} of {plan.vae.steps}")
-    if not stage.run(deadline):
-        say(f"time is up at step {stage.step} of the VAE; the same command goes on")
-        return False
-    with torch.no_grad():
-        for name, leaf in stage.leaves.items():
-            leaf.copy_(stage.average[name])
-    return True
+@dataclass
+class _Run:
+    """One call of `train`, on one replica."""
+
+    folder: Path
+    plan: Plan
+    objectives: Objectives
+    pools: dict[str, list[Pool]]
+    replicas: Replicas
+    cuda_graphs: bool
+    say: Callable[[str], None]
+
+    def train_vae(self, deadline: float) -> bool:
+        """The first stage; leaves the VAE with its average weights. Returns whether it is done."""
+        stage = self._stage("vae", vae_leaves(self.objectives.model), self._vae_loss())
+        if not stage.run(deadline):
+            self.say(f"time is up at step {stage.step} of the VAE; the same command goes on")
+            return False
+        with torch.no_grad():
+            for name, leaf in stage.leaves.items():
+                leaf.copy_(stage.average[name])
+        return True
+
+    def train_model(self, deadline: float) -> Stage:
+        """The second stage, for a VAE that stays as it is; as far as it came."""
+        model = self.objectives.model
+        model.vae.requires_grad_(False)
+        self.say("encoding the pictures")
+        for task in ("paint", "edit"):
+            self.pools[task] = [self.objectives.encode(task, pool) for pool in self.pools[task]]
+        stage = self._stage("model", leaves(model), self._model_loss())
+        with reference.compiled() if model.device.type == "cuda" else nullcontext():
+            stage.run(deadline)
+        return stage
+
+    def _stage(self, name: Stages, learning: dict[str, Tensor], loss: Loss) -> Stage:
+        stage = Stage(
+            name,
+            learning,
+            loss,
+            getattr(self.plan, name),
+            self.folder,
+            cuda_graphs=self.cuda_graphs,
+            replicas=self.replicas,
+        )
+        self.say(f"{name}: step {stage.step} of {stage.schedule.steps}")
+        return stage
+
+    def _vae_loss(self) -> Loss:
+        """Each step has pictures of one pool."""
+        channels = self.objectives.model.config.vae.z_channels
+        generator = torch.Generator(self.objectives.model.device)
+        several = self.pools["paint"] + self.pools["edit"]
+
+        def choose(step: int) -> int:
+            self._seed(generator, "vae", step)
+            return Random(f"{self.plan.seed}/vae/{step}").randrange(len(several))
+
+        def compute(kind: int) -> dict[str, Tensor]:
+            pool = several[kind]
+            height, width = pool.size
+            batch = max(self.plan.pixels // (height * width), 1)
+            index = _index(len(pool), batch, generator)
+            shape = (batch, channels, height // 8, width // 8)
+            noise = torch.randn(shape, generator=generator, device=generator.device)
+            return self.objectives.reconstruct(pool.scenes.select(index), pool.size, noise)
+
+        return Loss(choose, compute, generator)
+
+    def _model_loss(self) -> Loss:
+        """Each step has a batch of every task, all with pictures of one size.
+
+        Large pictures hold fewer to a batch and are harder, so their turn comes more often.
+        """
+        plan = self.plan
+        batches = {
+            task: [max(rows // self._rows_of(task, pool), 1) for pool in self.pools[task]]
+            for task, rows in zip(TASKS, plan.rows, strict=True)
+        }
+        areas = [height * width for height, width in plan.sizes]
+        generator = torch.Generator(self.objectives.model.device)
+
+        def choose(step: int) -> int:
+            self._seed(generator, "model", step)
+            (kind,) = Random(f"{plan.seed}/model/{step}").choices(range(len(areas)), areas)
+            return kind
+
+        def compute(kind: int) -> dict[str, Tensor]:
+            samples = {
+                task: pools[kind].select(_index(len(pools[kind]), batches[task][kind], generator))
+                for task, pools in self.pools.items()
+            }
+            losses = self.objectives.losses(samples, generator)
+            return {
+                task: weight * losses[task]
+                for task, weight in zip(TASKS, plan.weights, strict=True)
+            }
+
+        return Loss(choose, compute, generator)
+
+    def _rows_of(self, task: str, pool: Pool) -> int:
+        """Rows of one sample."""
+        return self.objectives.packing(task, pool.select(torch.arange(1))).rows
+
+    def _seed(self, generator: torch.Generator, stage: Stages, step: int) -> None:
+        """For what a replica does by itself in a step."""
+        seed = f"{self.plan.seed}/{stage}/{step}/noise/{self.replicas.rank}"
+        generator.manual_seed(Random(seed).getrandbits(62))
 
 
 def _load(model: Bagel, folder: Path) -> None:
@@ -174,13 +273,14 @@ def _check_start(recipe: Recipe, folder: Path) -> None:
     checkpoint.check_names(checkpoint.read_headers(folder), targets)
 
 
-def _begin(folder: Path, plan: Plan, start_from: Path | None) -> None:
+def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> None:
     """Write what does not change during a run, or check that it is the same run."""
     identity = {
         "recipe": asdict(plan.recipe),
         **{name: getattr(plan, name) for name in ("seed", "sizes", "samples", "pixels", "rows")},
         # Another VAE would give other latents.
         "starts_from": start_from is not None,
+        "replicas": replicas,
     }
     identity = json.loads(json.dumps(identity))
     file, place = folder / "run.json", folder / CHECKPOINT
@@ -205,66 +305,9 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None) -> None:
     file.write_text(json.dumps(identity, indent=1) + "\n")
 
 
-def _vae_loss(objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]) -> Loss:
-    """Each step has pictures of one pool."""
-    channels = objectives.model.config.vae.z_channels
-    generator = torch.Generator(objectives.model.device)
-    several = pools["paint"] + pools["edit"]
-
-    def choose(step: int) -> int:
-        _seed(generator, plan.seed, "vae", step)
-        return Random(f"{plan.seed}/vae/{step}").randrange(len(several))
-
-    def compute(kind: int) -> dict[str, Tensor]:
-        pool = several[kind]
-        height, width = pool.size
-        batch = max(plan.pixels // (height * width), 1)
-        index = _index(len(pool), batch, generator)
-        shape = (batch, channels, height // 8, width // 8)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        return objectives.reconstruct(pool.scenes.select(index), pool.size, noise)
-
-    return Loss(choose, compute, generator)
-
-
-def _loss(objectives: Objectives, plan: Plan, pools: dict[str, list[Pool]]) -> Loss:
-    """Each step has a batch of every task, all with pictures of one size.
-
-    Large pictures hold fewer to a batch and are harder, so their turn comes more often.
-    """
-    batches = {
-        task: [max(rows // _rows_of(objectives, task, pool), 1) for pool in pools[task]]
-        for task, rows in zip(TASKS, plan.rows, strict=True)
-    }
-    areas = [height * width for height, width in plan.sizes]
-    generator = torch.Generator(objectives.model.device)
-
-    def choose(step: int) -> int:
-        _seed(generator, plan.seed, "model", step)
-        (kind,) = Random(f"{plan.seed}/model/{step}").choices(range(len(areas)), areas)
-        return kind
-
-    def compute(kind: int) -> dict[str, Tensor]:
-        samples = {
-            task: several[kind].select(_index(len(several[kind]), batches[task][kind], generator))
-            for task, several in pools.items()
-        }
-        losses = objectives.losses(samples, generator)
-        return {
-            task: weight * losses[task] for task, weight in zip(TASKS, plan.weights, strict=True)
-        }
-
-    return Loss(choose, compute, generator)
-
-
-def _rows_of(objectives: Objectives, task: str, pool: Pool) -> int:
-    """Rows of one sample."""
-    return objectives.packing(task, pool.select(torch.arange(1))).rows
-
-
-def _seed(generator: torch.Generator, seed: int, stage: str, step: int) -> None:
-    generator.manual_seed(Random(f"{seed}/{stage}/{step}/noise").getrandbits(62))
-
-
 def _index(length: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(length, (count,), generator=generator, device=generator.device)
+
+
+def _nothing(line: str) -> None:
+    """What replicas but the first say."""
