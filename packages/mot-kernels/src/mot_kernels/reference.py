@@ -9,14 +9,18 @@ Every elementwise step is a pass over memory here. Who trains on a GPU puts `com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from mot_kernels.epilogue import AddResidual, Epilogue, SiluMul
+
+T = TypeVar("T")
 
 
 class Routing(Protocol):
@@ -49,10 +53,7 @@ def mot_linear(
     else:
         # Not x[rows]: the backward of an index sorts, that of index_select adds.
         grouped = x if plan.is_grouped else x.index_select(0, plan.row_ids.long())
-        # The backward of unbind writes a gradient once; that of weight[e] adds up whole stacks.
-        biases = [None] * len(weight) if bias is None else bias.unbind()
-        experts = zip(grouped.split(list(plan.counts)), weight.unbind(), biases, strict=True)
-        y = torch.cat([F.linear(rows, w, b) for rows, w, b in experts])
+        y = _ExpertsLinear.apply(grouped, weight, bias, plan.counts)
         if not plan.is_grouped:
             y = torch.empty_like(y).index_copy(0, plan.row_ids.long(), y)
     match epilogue:
@@ -98,16 +99,78 @@ def mot_qk_norm_rope(
 
 @contextmanager
 def compiled() -> Iterator[None]:
-    """Inside, norms, RoPE and SiLU * up are compiled by `torch.compile`, whatever the shapes.
+    """Inside, norms, RoPE and SiLU * up are compiled by `torch.compile`, for any number of rows.
 
     What is compiled lasts as long as the process. Results may differ in the last bit.
     """
     global _parts
-    before, _parts = _parts, _Parts(*(torch.compile(part, dynamic=True) for part in _EAGER))
+    before, _parts = _parts, _Parts(*map(_for_any_rows, _EAGER))
     try:
         yield
     finally:
         _parts = before
+
+
+def _for_any_rows(part: Callable[..., T]) -> Callable[..., T]:
+    """Compiled once: rows are a variable, all other sizes are constants.
+
+    With every size a variable (`dynamic=True`) the kernels took two to four times as long.
+    """
+    made = torch.compile(part)
+
+    def call(*args: object) -> T:
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        for each in tensors:
+            if each.shape[:1] == tensors[0].shape[:1]:
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+        return made(*args)
+
+    return call
+
+
+class _ExpertsLinear(torch.autograd.Function):
+    """A linear for each expert's rows, one expert's behind the other's.
+
+    What autograd would make of slices joins results and gradients by copying them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        counts: tuple[int, ...],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        biases: Sequence[torch.Tensor | None] = [None] * len(weight) if bias is None else bias
+        for rows, w, b, out in zip(x.split(counts), weight, biases, y.split(counts), strict=True):
+            if b is None:
+                torch.mm(rows, w.t(), out=out)
+            else:
+                torch.addmm(b, rows, w.t(), out=out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx = torch.empty_like(x) if needs_x else None
+        dw = torch.empty_like(weight) if needs_weight else None
+        db = dy.new_empty(weight.shape[:2]) if needs_bias else None
+        ends = itertools.accumulate(ctx.counts)
+        for e, (end, count) in enumerate(zip(ends, ctx.counts, strict=True)):
+            rows = slice(end - count, end)
+            if dx is not None:
+                torch.mm(dy[rows], weight[e], out=dx[rows])
+            if dw is not None:
+                torch.mm(dy[rows].t(), x[rows], out=dw[e])
+            if db is not None:
+                torch.sum(dy[rows], 0, out=db[e])
+        return dx, dw, db, None
 
 
 def _rms_norm(
