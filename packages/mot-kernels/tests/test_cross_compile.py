@@ -255,7 +255,8 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
     ),
 }
 
-# (dtype, epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90.
+# (dtype, epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90; "long" sums of FP8
+# leave the matrix unit.
 HOPPER_KERNELS = {
     "hopper-none": ("bf16", 0, False, False),
     "hopper-none-bias-gathered": ("bf16", 0, True, True),
@@ -264,6 +265,9 @@ HOPPER_KERNELS = {
     "hopper-fp8-none": ("fp8e4nv", 0, False, False),
     "hopper-fp8-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
     "hopper-fp8-add_residual-gathered": ("fp8e4nv", 2, False, True),
+    "hopper-fp8-long-none": ("fp8e4nv", 0, False, False),
+    "hopper-fp8-long-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
+    "hopper-fp8-long-add_residual-gathered": ("fp8e4nv", 2, False, True),
     "hopper-int8-none-bias-gathered": ("i8", 0, True, True),
     "hopper-int8-silu_mul": ("i8", 1, False, False),
 }
@@ -289,6 +293,7 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "HAS_W_SCALES": bits == 8,
         "EPILOGUE": epilogue,
         "HAS_GATHERED": has_gathered,
+        "LEAVES_UNIT": "-long" in name,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.num_stages,

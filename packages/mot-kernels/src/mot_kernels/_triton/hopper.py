@@ -52,12 +52,12 @@ _reinterpret = (
 
 
 @gluon.constexpr_function
-def _registers(dtype, loading):
+def _registers(leaves, loading):
     """Of a thread of a computing group, or of a loading one; three groups of warps have 504.
 
-    Without spilling in either, as ptxas says. FP8 sums leave the matrix unit: room for 64 more.
+    Without spilling in either, as ptxas says. Sums that leave the matrix unit take 64 more.
     """
-    return (224, 56)[loading] if dtype.is_fp8() else (184, 136)[loading]
+    return (224, 56)[loading] if leaves else (184, 136)[loading]
 
 
 @gluon.jit
@@ -65,6 +65,7 @@ def _computing_group(
     ring, wide_ring, shared_rows, out, bias, scales, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
     GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr, HAS_GATHERED: gl.constexpr,
+    LEAVES_UNIT: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
     _, w_ring, full, empty = ring
@@ -88,7 +89,7 @@ def _computing_group(
         tile_ptr = tiles_ptr + tile * 4
         live = gl.load(tile_ptr + 2)
         if live > GROUP * _ROWS:
-            started = _start_sum(ring, step, GROUP, HAS_GATHERED)
+            started = _start_sum(ring, step, GROUP, HAS_GATHERED, LEAVES_UNIT)
             # Loads that wait for each other: while the first products run.
             column = block_n * OUT
             expert = gl.load(tile_ptr)
@@ -113,8 +114,9 @@ def _computing_group(
                 part_rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0)
                 x_scales = gl.load(x_scales_ptr + part_rows)
             chunks, step = _sum_up(
-                ring, started, step, last_step - first_step, GROUP, HAS_GATHERED & (first < 0)
-            )
+                ring, started, step, last_step - first_step, GROUP, HAS_GATHERED & (first < 0),
+                LEAVES_UNIT,
+            )  # fmt: skip
             if HAS_BIAS:
                 bias_row.store(bias_values.to(gl.float32))
             if HAS_W_SCALES:
@@ -170,6 +172,7 @@ def _mot_linear_hopper_kernel(
     HAS_W_SCALES: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
+    LEAVES_UNIT: gl.constexpr,  # long sums of FP8
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
@@ -221,6 +224,7 @@ def _mot_linear_hopper_kernel(
                 (
                     ring, wide_ring, rows_0, out, bias, scales, partial, row_ids_ptr, tiles_ptr,
                     work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES, HAS_GATHERED,
+                    LEAVES_UNIT,
                 ),
             ),
             (
@@ -228,6 +232,7 @@ def _mot_linear_hopper_kernel(
                 (
                     ring, wide_ring, rows_1, out, bias, scales, partial, row_ids_ptr, tiles_ptr,
                     work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES, HAS_GATHERED,
+                    LEAVES_UNIT,
                 ),
             ),
             (
@@ -239,5 +244,5 @@ def _mot_linear_hopper_kernel(
             ),
         ],
         [4, LOADING_WARPS],
-        [_registers(dtype, 0), _registers(dtype, 1)],
+        [_registers(LEAVES_UNIT, 0), _registers(LEAVES_UNIT, 1)],
     )  # fmt: skip

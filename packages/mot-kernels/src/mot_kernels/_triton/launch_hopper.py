@@ -65,6 +65,7 @@ def launch_linear_hopper(
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from mot_kernels._triton.hopper import _CHUNK, _mot_linear_hopper_kernel
+    from mot_kernels._triton.hopper_sum import IN_UNIT
 
     experts, n, k = weight.shape
     start, gathered, end = tile_range
@@ -131,6 +132,7 @@ def launch_linear_hopper(
         HAS_W_SCALES=w_scales is not None,
         EPILOGUE=epilogue,
         HAS_GATHERED=gathered < end,
+        LEAVES_UNIT=x.dtype is torch.float8_e4m3fn and k > IN_UNIT,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,

@@ -9,9 +9,10 @@ as in linear.py.
 int8 adds up in int32, exactly. FP8 products are exact, too, but Hopper's units add them up with
 about 14 bits (DeepSeek-AI, arXiv:2412.19437, section 3.3.2). So on any FP8 unit the sum leaves it
 after BLOCK_K products, at most 128, and goes on in fp32, as it does in torch._scaled_mm without
-fast accumulation. GPUs without units for e4m3fn, and the interpreter, get both operands as uint8,
-turn them into fp16, which holds every e4m3 number, and multiply those; or, where the rows were
-float32, on any GPU into fp32, whose sums lose nothing more.
+fast accumulation (the Hopper kernel lets short sums stay: `hopper_sum.IN_UNIT`). GPUs without units
+for e4m3fn, and the interpreter, get both operands as uint8, turn them into fp16, which holds every
+e4m3 number, and multiply those; or, where the rows were float32, on any GPU into fp32, whose sums
+lose nothing more.
 
 With OUT_KIND the result is not stored in 16 bits but rounded to 8, by the static scale of the row's
 expert in the layer that takes it; it is rounded to DTYPE first, so that it has the same bits as
