@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import leaving_on_failure
 
 from bagel_mot.graphs import Call, Workspace
 from bagel_mot.parallel import ParallelConfig
@@ -98,4 +99,5 @@ def _picture() -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_on_failure():
+        main()

@@ -1,8 +1,10 @@
-"""Fixtures: the loaded golden model, on the CPU in float32 and on a GPU in bfloat16."""
+"""Fixtures: the loaded golden model, its checkpoint to be broken, and where commands run."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +43,23 @@ def pipeline(request: pytest.FixtureRequest) -> Iterator[BagelPipeline]:
 def cpu() -> BagelPipeline:
     """The golden model on the CPU in float32, for what does not depend on the device."""
     return BagelPipeline.from_pretrained(GOLDEN.checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def checkpoint_copy(tmp_path: Path) -> Path:
+    """A copy of the golden checkpoint, to be broken."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN.checkpoint, copy)
+    return copy
+
+
+@pytest.fixture
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where commands run: an empty folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """One rank of a parallel test: paints golden cases in each of the given ways.
 
-python parallel_worker.py CASES WAY [WAY ...]      WAY is TENSOR/SEQUENCE/CFG, e.g. 2/ring:2/1
+python parallel_worker.py CASES WAY [WAY ...]      WAY is what `ranks.sizes_of` reads: 2/ring:2/1
 
 On GPUs everything is done twice: what is captured in CUDA graphs is then replayed from the start.
 """
@@ -12,9 +12,8 @@ import sys
 import torch
 from golden_data import GOLDEN, Judge
 from golden_requests import paint_and_judge, request_parts
+from ranks import leaving_on_failure, sizes_of
 
-from bagel_mot.launch import leave
-from bagel_mot.parallel import ParallelConfig
 from bagel_mot.pipeline import BagelPipeline
 
 
@@ -22,10 +21,8 @@ def main(cases: list[str], ways: list[str], device: str) -> None:
     torch.set_num_threads(1)
     dtype, times = (torch.bfloat16, 2) if device == "cuda" else (torch.float32, 1)
     for way in ways:
-        tensor, sequence, cfg = way.split("/")
-        sizes = ParallelConfig.parse(int(tensor), sequence or None, int(cfg))
         pipeline = BagelPipeline.from_pretrained(
-            GOLDEN.checkpoint, device=device, dtype=dtype, parallel=sizes
+            GOLDEN.checkpoint, device=device, dtype=dtype, parallel=sizes_of(way)
         )
         case = GOLDEN.case("c1")
         picture, question = request_parts(case)
@@ -46,8 +43,5 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     on_gpus = "--gpus" in arguments
     names, *rest = (each for each in arguments if each != "--gpus")
-    try:
+    with leaving_on_failure():
         main(names.split(","), rest, "cuda" if on_gpus else "cpu")
-    except BaseException as error:
-        leave(1, error)
-        raise

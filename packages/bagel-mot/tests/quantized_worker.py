@@ -11,6 +11,7 @@ import sys
 import torch
 from golden_data import relative_error
 from quantized_models import load, results
+from ranks import leaving_on_failure
 
 from bagel_mot.parallel import ParallelConfig
 from bagel_mot.quantization import Quantization
@@ -30,4 +31,5 @@ def main(ranks: int, file: str, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    with leaving_on_failure():
+        main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

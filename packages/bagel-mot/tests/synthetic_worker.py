@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+from ranks import leaving_on_failure
 
 from bagel_mot.parallel import ParallelConfig, world_size_from_environment
 from bagel_mot.synthetic import TINY, random_pipeline
@@ -53,4 +54,5 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with leaving_on_failure():
+        main(sys.argv[1])

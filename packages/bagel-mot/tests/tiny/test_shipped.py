@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,10 +48,15 @@ def test_paints_in_every_format(quantization: str | None, device: str, dtype: st
     "ways", [["2//1"], ["1/ulysses:2/1", "1/ring:2/1", "1/allgather:2/1", "1//2"]], ids=str
 )
 def test_paints_on_two_ranks(
-    ways: list[str], device: str, dtype: str, capfd: pytest.CaptureFixture[str]
+    ways: list[str],
+    device: str,
+    dtype: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, torch sees {torch.cuda.device_count()}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     code = run_ranks([sys.executable, str(WORKER), device, *ways], 2, seconds=180.0)
     printed = capfd.readouterr()
     lines = [line.split(": ") for line in printed.out.splitlines() if " of " in line]

@@ -1,0 +1,82 @@
+"""Files of the user's are not lost, and what is written is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import SMALL, run, said, succeed, written
+from pictures import opened
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("working_folder")
+
+
+def test_existing_file_is_kept() -> None:
+    Path("fox.png").write_text("precious")
+    result = run("generate", "a fox", *SMALL, "-o", "fox.png")
+    assert result.exit_code == 2
+    assert said(result) == "error: fox.png exists; choose another --output or pass --overwrite"
+    assert Path("fox.png").read_text() == "precious"
+    assert written() == ["fox.png"]
+
+
+def test_existing_file_of_several_is_kept() -> None:
+    """None is painted if one is in the way."""
+    Path("fox-1.png").write_text("precious")
+    result = run("generate", "a fox", *SMALL, "-o", "fox.png", "-n", "3")
+    assert result.exit_code == 2
+    assert "fox-1.png exists" in said(result)
+    assert written() == ["fox-1.png"]
+    assert Path("fox-1.png").read_text() == "precious"
+
+
+def test_several_do_not_touch_the_name_itself() -> None:
+    Path("fox.png").write_text("precious")
+    succeed("generate", "a fox", *SMALL, "-o", "fox.png", "-n", "2")
+    assert written() == ["fox-0.png", "fox-1.png", "fox.png"]
+    assert Path("fox.png").read_text() == "precious"
+
+
+def test_overwrite() -> None:
+    Path("fox.png").write_text("old")
+    succeed("generate", "a fox", *SMALL, "-o", "fox.png", "--overwrite")
+    assert opened("fox.png").size == (64, 64)
+    assert written() == ["fox.png"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "overwriting"])
+def test_failing_save_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, exists: bool
+) -> None:
+    """Half a picture is never seen under the name, nor left beside it."""
+    if exists:
+        Path("fox.png").write_text("old")
+
+    def fail(_image: Image.Image, file: Any, **_: Any) -> None:
+        Path(file).write_bytes(b"half a picture")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    result = run("generate", "a fox", *SMALL, "-o", "fox.png", "--overwrite")
+    assert result.exit_code != 0
+    assert written() == (["fox.png"] if exists else [])
+    if exists:
+        assert Path("fox.png").read_text() == "old"
+    if isinstance(error, OSError):
+        assert result.exit_code == 2
+        assert "No space left on device" in said(result)
+
+
+def test_files_are_readable_by_others() -> None:
+    """With the usual umask, as any file of the user's would be."""
+    before = os.umask(0o022)
+    try:
+        succeed("generate", "a fox", *SMALL, "-o", "fox.png")
+        Path("plain").touch()
+    finally:
+        os.umask(before)
+    assert Path("fox.png").stat().st_mode == Path("plain").stat().st_mode
