@@ -23,7 +23,10 @@ def train_tiny(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Of the model; may be changed until the last quarter begins."),
+        typer.Option(min=1, help="Of the model; may be changed in the first quarter."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0, help="Highest learning rate of the model.")
     ] = None,
     vae_steps: Annotated[int | None, typer.Option(min=1, help="Of the VAE, before that.")] = None,
     samples: Annotated[
@@ -71,7 +74,9 @@ def train_tiny(
             plan,
             samples=samples or plan.samples,
             vae=replace(plan.vae, steps=vae_steps or plan.vae.steps),
-            model=replace(plan.model, steps=steps or plan.model.steps),
+            model=replace(
+                plan.model, steps=steps or plan.model.steps, rate=rate or plan.model.rate
+            ),
             pixels=max(int(plan.pixels * rows), 1),
             rows=tuple(max(int(each * rows), 1) for each in plan.rows),
         )

@@ -29,13 +29,14 @@ class Schedule:
     """How a stage learns.
 
     The rate rises over the first `warmup` steps, stays, and falls to zero over the last `cooldown`
-    share of `steps`: so a stage can be prolonged until it has begun to cool down.
+    share of `steps`: so a stage can be prolonged until it has begun to cool down. Most of what is
+    learned shows only while it falls, hence the long way down.
     """
 
     steps: int
     rate: float
     warmup: int = 200
-    cooldown: float = 0.25
+    cooldown: float = 0.75
     average: float = 0.999
     clip: float = 1.0
 
