@@ -303,7 +303,7 @@ class Stage:
         if not tally.steps:
             return
         # Reading a loss waits for the device: only here.
-        means = {key: float(value) / tally.steps for key, value in tally.sums.items()}
+        means = {key: float(value) / tally.counts[key] for key, value in tally.sums.items()}
         seconds = time.monotonic() - tally.began
         line = {
             "stage": self.name,
@@ -330,6 +330,7 @@ class _Tally:
         self.began = time.monotonic()
         self.steps = 0
         self.sums: dict[str, Tensor] = {}
+        self.counts: Counter[str] = Counter()  # a step need not have all losses
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Those of one more step."""
@@ -337,3 +338,4 @@ class _Tally:
         for key, value in losses.items():
             # A sum of its own: the next replay of the step's graph overwrites the losses.
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
+            self.counts[key] += 1

@@ -39,6 +39,9 @@ from bagel_mot.tokenizer import BagelTokenizer
 
 CHECKPOINT = "checkpoint"
 
+# Of a plan: what a resumed run has, too.
+_SHARED = ("seed", "sizes", "samples", "pixels", "rows", "every")
+
 Stages: TypeAlias = Literal["vae", "model"]
 
 
@@ -55,6 +58,8 @@ class Plan:
         pixels: of a VAE step's batch, on each replica.
         rows: of a step's batch of each task, on each replica; as many samples as fill them.
         weights: of the tasks' losses.
+        every: how many steps have one batch of edits and questions; painting is harder, and part
+            of every step.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -66,6 +71,7 @@ class Plan:
     pixels: int = 64 * 64 * 64
     rows: tuple[int, ...] = (16_384, 4_096, 2_048)
     weights: tuple[float, ...] = (1.0, 1.0, 0.5)
+    every: int = 3
 
 
 def train(
@@ -216,7 +222,7 @@ class _Run:
         return Loss(choose, compute, generator)
 
     def _model_loss(self) -> Loss:
-        """Each step has a batch of every task, all with pictures of one size.
+        """Each step has a batch to paint, some have one of every task, all of one size.
 
         Large pictures hold fewer to a batch and are harder, so their turn comes more often.
         """
@@ -230,19 +236,19 @@ class _Run:
 
         def choose(step: int) -> int:
             self._seed(generator, "model", step)
-            (kind,) = Random(f"{plan.seed}/model/{step}").choices(range(len(areas)), areas)
-            return kind
+            (size,) = Random(f"{plan.seed}/model/{step}").choices(range(len(areas)), areas)
+            return 2 * size + (step % plan.every == 0)
 
         def compute(kind: int) -> dict[str, Tensor]:
-            samples = {
-                task: pools[kind].select(_index(len(pools[kind]), batches[task][kind], generator))
-                for task, pools in self.pools.items()
-            }
+            size, has_all = divmod(kind, 2)
+            samples = {}
+            for task in TASKS if has_all else TASKS[:1]:
+                pool = self.pools[task][size]
+                index = _index(len(pool), batches[task][size], generator)
+                samples[task] = pool.select(index)
             losses = self.objectives.losses(samples, generator)
-            return {
-                task: weight * losses[task]
-                for task, weight in zip(TASKS, plan.weights, strict=True)
-            }
+            weights = dict(zip(TASKS, plan.weights, strict=True))
+            return {task: weights[task] * loss for task, loss in losses.items()}
 
         return Loss(choose, compute, generator)
 
@@ -277,7 +283,10 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
     """Write what does not change during a run, or check that it is the same run."""
     identity = {
         "recipe": asdict(plan.recipe),
-        **{name: getattr(plan, name) for name in ("seed", "sizes", "samples", "pixels", "rows")},
+        **{
+            name: getattr(plan, name)
+            for name in ("seed", "sizes", "samples", "pixels", "rows", "every")
+        },
         # Another VAE would give other latents.
         "starts_from": start_from is not None,
         "replicas": replicas,
