@@ -210,7 +210,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """
     stored: dict[str, StoredTensor] = {}
     for file in _files(folder):
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 part = tensors.get_slice(name)
                 if name in stored:
@@ -276,7 +276,7 @@ def load_checkpoint(
         raise CheckpointError(f"model and name table disagree about: {', '.join(difference)}")
     for file in sorted({tensor.file for tensor in stored.values()}):
         names = [name for name, tensor in stored.items() if tensor.file == file]
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in names:
                 target = targets[name]
                 place(parameters[target.parameter], tensors.get_tensor(name), target)
@@ -358,7 +358,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
+def opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file, to read tensors from one at a time.
+
+    Raises:
+        CheckpointError: it is truncated, or no safetensors file.
+    """
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors

@@ -1,4 +1,4 @@
-"""The command `bagel-mot`: generate, edit, ask, inspect, quantize, demo, train-tiny."""
+"""The command `bagel-mot`: generate, edit, ask, inspect, quantize, merge, demo, train-tiny."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bagel_mot import __version__
 from bagel_mot.cli_io import Streamed, console, open_images, require_text, user_errors
 from bagel_mot.demo import demo
 from bagel_mot.launch import leave
+from bagel_mot.merge_command import merge
 from bagel_mot.model_options import (
     AttentionOption,
     CfgParallelOption,
@@ -296,6 +297,7 @@ def inspect(
 
 app.command()(demo)
 app.command()(quantize)
+app.command()(merge)
 app.command()(train_tiny)
 
 

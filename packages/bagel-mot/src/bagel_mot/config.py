@@ -36,16 +36,16 @@ OVERRIDE_FILE = "oracle_config.json"
 VAE_NORM_GROUPS = 32
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
     """Immutable; unknown keys are ignored, because the files are other people's."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
 
-_ModelT = TypeVar("_ModelT", bound=_Frozen)
+_ModelT = TypeVar("_ModelT", bound=Frozen)
 
 
-class LlmConfig(_Frozen):
+class LlmConfig(Frozen):
     """Sizes of the language model, spelled as in `llm_config.json` (Qwen2 style).
 
     `rope_theta` may also stand inside `rope_parameters` or `rope_scaling`, as newer Hugging Face
@@ -125,7 +125,7 @@ class LlmConfig(_Frozen):
         return self
 
 
-class VitConfig(_Frozen):
+class VitConfig(Frozen):
     """Sizes of the SigLIP vision encoder, spelled as in `vit_config.json`.
 
     `num_hidden_layers` is the file's number, one more than the layers that exist; `num_layers`
@@ -171,7 +171,7 @@ class VitConfig(_Frozen):
         return self.patch_size**2 * self.num_channels
 
 
-class VaeConfig(_Frozen):
+class VaeConfig(Frozen):
     """Architecture of the FLUX autoencoder; the defaults are the official ones.
 
     Raises:
@@ -212,7 +212,7 @@ class VaeConfig(_Frozen):
         return self
 
 
-class ImageLimits(_Frozen):
+class ImageLimits(Frozen):
     """Limits, in pixels, of the official picture resizing (`images.resized_size`).
 
     Raises:
@@ -245,7 +245,7 @@ class ImageLimits(_Frozen):
         return self
 
 
-class BagelConfig(_Frozen):
+class BagelConfig(Frozen):
     """Everything the modules of `bagel_mot.model` need to know about a checkpoint.
 
     `latent_grid` and `vit_grid` are the sides of the two position tables. No file can be trusted
@@ -314,15 +314,15 @@ class BagelConfig(_Frozen):
         origin, overrides = folder, folder / OVERRIDE_FILE
         if overrides.is_file():
             origin = overrides
-            values = _read_json(overrides)
+            values = read_json(overrides)
             for key, name, model in (
                 ("vae_params", "vae", VaeConfig),
                 ("vae_transform", "vae_transform", ImageLimits),
                 ("vit_transform", "vit_transform", ImageLimits),
             ):
                 if key in values:
-                    sections[name] = _validated(model, values[key], f"{overrides}: {key}")
-        return _validated(cls, sections, str(origin))
+                    sections[name] = validated(model, values[key], f"{overrides}: {key}")
+        return validated(cls, sections, str(origin))
 
     def with_grids(self, latent_rows: int, vit_rows: int) -> Self:
         """This config with the grid sides that the checkpoint's position tables have.
@@ -350,21 +350,27 @@ def _read_section(folder: Path, file_name: str, key: str, model: type[_ModelT]) 
     """A model from its own file, or from its entry in config.json."""
     own = folder / file_name
     if own.is_file():
-        return _validated(model, _read_json(own), str(own))
+        return validated(model, read_json(own), str(own))
     combined = folder / COMBINED_FILE
     remedy = f"copy {file_name} from the official checkpoint"
     try:
-        entry = _read_json(combined).get(key) if combined.is_file() else None
+        entry = read_json(combined).get(key) if combined.is_file() else None
     except ValueError as error:
         raise ValueError(f"{own} is missing, and in its place {error}; {remedy}") from error
     if entry is None:
         raise FileNotFoundError(
             f"{own} is missing, and no {COMBINED_FILE} has an entry {key!r} in its place; {remedy}"
         )
-    return _validated(model, entry, f"{combined}: {key}")
+    return validated(model, entry, f"{combined}: {key}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # bad JSON and bad UTF-8 alike
@@ -374,7 +380,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _validated(model: type[_ModelT], data: Any, origin: str) -> _ModelT:
+def validated(model: type[_ModelT], data: Any, origin: str) -> _ModelT:
+    """`data` as a `model`.
+
+    Raises:
+        ValueError: naming origin, key, what was got and what would be right.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -382,7 +393,7 @@ def _validated(model: type[_ModelT], data: Any, origin: str) -> _ModelT:
         raise ValueError(f"{origin}: {problems}") from error
 
 
-def _explain(model: type[_Frozen], details: Any) -> str:
+def _explain(model: type[Frozen], details: Any) -> str:
     """One pydantic error as: key, what was got, what would be right."""
     location = details["loc"]
     cause = details.get("ctx", {}).get("error")

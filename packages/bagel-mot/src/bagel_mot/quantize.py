@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bagel_mot import checkpoint
-from bagel_mot.checkpoint import INDEX_FILE, VAE_FILE, StoredTensor
-from bagel_mot.compressed import (
-    CONFIG_KEY,
-    encode,
-    quantization_config,
-    quantized_matrices,
-    stored_formats,
-)
-from bagel_mot.config import COMBINED_FILE, BagelConfig
+from bagel_mot.checkpoint import INDEX_FILE, StoredTensor
+from bagel_mot.compressed import CONFIG_KEY, encode, quantization_config, quantized_matrices
+from bagel_mot.config import COMBINED_FILE
+from bagel_mot.copying import Original, appearing, check_destination, copy_others, tensor_files
 from bagel_mot.loading import parse_device
-from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.quantization import Quantization
 from bagel_mot.tiny import model_folder
 
@@ -69,20 +60,13 @@ def quantize_checkpoint(
     source, destination = model_folder(source), Path(destination)
     place = parse_device(device)
     quantization = Quantization.of(quantization)
-    config = BagelConfig.from_folder(source)
-    _check_destination(destination)
-    stored = checkpoint.read_headers(source)
-    config = checkpoint.config_with_grids(config, stored)
-    if (found := stored_formats(source, stored, config)) is not None:
-        raise ValueError(f"{source} is quantised already, in {found.format}; take the original")
-    formats = quantization.formats(config.llm)
-    formats.check(config.llm)
-    targets = checkpoint.model_targets(config)
-    with torch.device("meta"):
-        vae = AutoEncoder(config.vae)
-    checkpoint.check_names(stored, targets | checkpoint.vae_targets(vae))
+    check_destination(destination)
+    original = Original.read(source)
+    stored, targets = original.stored, original.targets
+    formats = quantization.formats(original.config.llm)
+    formats.check(original.config.llm)
     matrices = {name for name, _ in quantized_matrices(targets, formats)}
-    with _appearing(destination) as folder:
+    with appearing(destination) as folder:
         shards = _Shards(folder)
         for name, tensor in _tensors(stored):
             if name in matrices:
@@ -99,7 +83,7 @@ def quantize_checkpoint(
             if on_tensor is not None:
                 on_tensor(name, stored[name].elements)
         shards.finish()
-        _copy_others(source, folder)
+        copy_others(source, folder, but=(INDEX_FILE, COMBINED_FILE))
         _write_config(source, folder, quantization_config(formats, targets))
 
 
@@ -134,19 +118,11 @@ class _Shards:
 
 
 def _tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors but those of a VAE file of its own, which is copied; one at a time."""
-    for file in sorted({tensor.file for tensor in stored.values() if tensor.file.name != VAE_FILE}):
+    """All tensors of `tensor_files`, one at a time."""
+    for file in tensor_files(stored):
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for name in sorted(name for name, tensor in stored.items() if tensor.file == file):
                 yield name, tensors.get_tensor(name)
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    """Configs, tokenizer and the like; of weights, only the VAE's own file."""
-    for file in sorted(source.iterdir()):
-        is_weights = file.suffix == ".safetensors" and file.name != VAE_FILE
-        if file.is_file() and not is_weights and file.name not in (INDEX_FILE, COMBINED_FILE):
-            shutil.copyfile(file, folder / file.name)
 
 
 def _write_config(source: Path, folder: Path, entry: dict[str, Any]) -> None:
@@ -162,25 +138,3 @@ def _write_config(source: Path, folder: Path, entry: dict[str, Any]) -> None:
         content = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
     content[CONFIG_KEY] = entry
     (folder / COMBINED_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _check_destination(destination: Path) -> None:
-    if destination.exists() or destination.is_symlink():
-        raise FileExistsError(f"{destination} exists; choose a folder that does not")
-    if not destination.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{destination.absolute().parent} is not a folder; make it first")
-
-
-@contextmanager
-def _appearing(destination: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends, and is gone if it fails."""
-    destination = destination.absolute()
-    folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp lets only its owner in
-        _check_destination(destination)  # a rename would replace an empty folder
-        folder.rename(destination)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -31,15 +31,12 @@ def quantize(
 ) -> None:
     """Write a checkpoint with quantised decoder layers, which loads faster and takes less room."""
     with user_errors():
-        from bagel_mot import checkpoint
+        from bagel_mot.copying import elements_to_read
         from bagel_mot.quantization import Quantization
         from bagel_mot.quantize import quantize_checkpoint
 
         quantization = Quantization.parse(format, keep)
-        total = 0
-        if source.is_dir():
-            total = sum(tensor.elements for tensor in checkpoint.read_headers(source).values())
-        with progress("quantising", total, numbers=False) as advance:
+        with progress("quantising", elements_to_read(source), numbers=False) as advance:
             quantize_checkpoint(
                 source,
                 destination,
