@@ -113,7 +113,10 @@ def read_request(
         extras = _Extras.model_validate(given)
         values = _Sampling.model_validate(_sampling_values(sampling, fields, extras))
         if sampling.lora_request is not None:
-            raise ValueError("lora_request: this pipeline has no LoRA adapters; leave it out")
+            raise ValueError(
+                "lora_request: this pipeline has no LoRA adapters; merge one into the checkpoint "
+                "with `bagel-mot merge`"
+            )
         if sampling.timesteps is not None or sampling.sigmas is not None:
             raise ValueError(
                 "timesteps and sigmas cannot be given; num_inference_steps and timestep_shift "
