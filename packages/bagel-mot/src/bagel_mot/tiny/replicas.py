@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -47,18 +46,11 @@ class Replicas:
             return cls(), device
         return cls(joined.rank, size, joined.peers, dist.new_group(backend="gloo")), device
 
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors of one dtype by their means over all processes."""
-        if self.size == 1:
-            return
-        tensors = list(tensors)
-        # One exchange for all: most are small.
-        joined = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(joined, group=self.peers)
-        joined /= self.size
-        parts = joined.split([tensor.numel() for tensor in tensors])
-        shaped = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-        torch._foreach_copy_(tensors, shaped)
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.peers)
+            tensor /= self.size
 
     def agree(self, flag: bool) -> bool:
         """What the first process says; all wait for it."""

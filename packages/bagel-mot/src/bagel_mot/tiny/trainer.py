@@ -121,8 +121,8 @@ class StepGraphs:
 class Stage:
     """Trains some tensors until its schedule's end, or until time is up.
 
-    What a leaf learns is smaller than bfloat16 can tell: leaves in 16 bits have a master each, in
-    float32, which the optimiser changes and the leaf follows.
+    What a leaf learns is smaller than bfloat16 can tell, and there are many leaves: the optimiser
+    changes masters, all in one float32 tensor, and the leaves follow.
 
     Args:
         name: of the stage; its state is `NAME.pt` in `folder`.
@@ -158,20 +158,21 @@ class Stage:
         self._log = folder / "log.jsonl"
         self._state = folder / f"{name}.pt"
         self._log_every, self._save_every = log_every, save_every
-        self._masters = {
-            key: leaf if leaf.dtype is torch.float32 else leaf.detach().float()
-            for key, leaf in leaves.items()
-        }
-        pairs = [(leaf, self._masters[key]) for key, leaf in leaves.items()]
-        self._followers = [(leaf, master) for leaf, master in pairs if master is not leaf]
-        self.average = {key: each.detach().clone() for key, each in self._masters.items()}
-        tensors = list(self._masters.values())
-        device = tensors[0].device
+        joined = torch.cat([leaf.detach().flatten().float() for leaf in leaves.values()])
+        self._joined = torch.nn.Parameter(joined)
+        self._joined.grad = torch.zeros_like(joined)
+        self._joined_average = joined.clone()
+        self._masters = self._by_leaf(joined)
+        self._gradients = self._by_leaf(self._joined.grad)
+        self.average = self._by_leaf(self._joined_average)
+        device = joined.device
         on_gpu = device.type == "cuda"
         # What a graph reads anew each time has to be in a tensor: also the rate.
         rate: Any = torch.tensor(schedule.rate, device=device) if on_gpu else schedule.rate
         self._options = {"fused": on_gpu, "capturable": on_gpu}
-        self._optimizer = torch.optim.Adam(tensors, lr=rate, betas=(0.9, 0.95), **self._options)
+        self._optimizer = torch.optim.Adam(
+            [self._joined], lr=rate, betas=(0.9, 0.95), **self._options
+        )
         self._blend = torch.zeros((), device=device)
         self._step_graphs = StepGraphs(loss.generator) if on_gpu and cuda_graphs else None
         if self._state.is_file():
@@ -223,20 +224,24 @@ class Stage:
 
     def _update(self, kind: int) -> dict[str, Tensor]:
         """A step: losses, gradients, weights and their average. Nothing waits for the device."""
-        tensors, averages = list(self._masters.values()), list(self.average.values())
         losses = self._loss.compute(kind)
         torch.stack(list(losses.values())).sum().backward()
-        self._take_gradients()
-        self._replicas.average(each.grad for each in tensors if each.grad is not None)
-        norm = torch.nn.utils.clip_grad_norm_(tensors, self.schedule.clip)
+        gradient = self._take_gradients()
+        self._replicas.average(gradient)
+        norm = torch.nn.utils.clip_grad_norm_(self._joined, self.schedule.clip)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         self._follow_masters()
         with torch.no_grad():
-            moves = torch._foreach_sub(tensors, averages)
-            torch._foreach_mul_(moves, self._blend)
-            torch._foreach_add_(averages, moves)
+            self._joined_average.lerp_(self._joined, self._blend)
         return {key: value.detach() for key, value in {**losses, "gradient": norm}.items()}
+
+    def _by_leaf(self, joined: Tensor) -> dict[str, Tensor]:
+        """The parts of a tensor of all leaves, as views."""
+        parts = joined.split([leaf.numel() for leaf in self.leaves.values()])
+        return {
+            key: part.view_as(leaf)
+            for (key, leaf), part in zip(self.leaves.items(), parts, strict=True)
+        }
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -245,22 +250,20 @@ class Stage:
             else:
                 group["lr"] = rate
 
-    def _take_gradients(self) -> None:
-        """Hand the gradients of leaves in 16 bits to their masters."""
-        found = [(leaf, master) for leaf, master in self._followers if leaf.grad is not None]
-        if not found:
-            return
-        for _, master in found:
-            master.grad = torch.empty_like(master)
-        torch._foreach_copy_([master.grad for _, master in found], [leaf.grad for leaf, _ in found])
-        for leaf, _ in found:
+    def _take_gradients(self) -> Tensor:
+        """The masters' gradient, from the leaves; zero where a loss does not reach."""
+        gradient = self._joined.grad
+        assert gradient is not None
+        gradient.zero_()
+        found = {key: leaf.grad for key, leaf in self.leaves.items() if leaf.grad is not None}
+        torch._foreach_copy_([self._gradients[key] for key in found], list(found.values()))
+        for leaf in self.leaves.values():
             leaf.grad = None
+        return gradient
 
     @torch.no_grad()
     def _follow_masters(self) -> None:
-        if self._followers:
-            leaves, masters = zip(*self._followers, strict=True)
-            torch._foreach_copy_(leaves, masters)
+        torch._foreach_copy_(list(self.leaves.values()), list(self._masters.values()))
 
     def save(self) -> None:
         """Write the state beside the old one, then rename: it is whole or the old one."""
@@ -270,7 +273,7 @@ class Stage:
         temporary = self._state.with_suffix(".tmp")
         state = {
             "step": self.step,
-            "leaves": {key: master.detach() for key, master in self._masters.items()},
+            "leaves": self._masters,
             "average": self.average,
             "optimizer": self._optimizer.state_dict(),
         }
