@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ from bagel_mot.model.layout import GEN, UND, Layout
 patchify_all = torch.vmap(patchify, in_dims=(0, None))
 
 _LATENTS, _VIT, _TEXT, _IMAGE = range(4)
-# The fused attention kernels want rows of the mask aligned.
+# Between the keys of two parts: no text is as long.
+_PART = 1024
+_UNSEEN = 4 * _PART
+# SDPA's kernels want rows of the mask aligned.
 _ALIGNED = 8
 
 
@@ -93,13 +97,14 @@ class Packing:
         self.runs = runs * shape.batch
         part_of = torch.tensor([part for part, rows in parts for _ in range(rows)])
         place = torch.cat([torch.arange(rows) for _, rows in parts])
-        same = part_of[:, None] == part_of
-        backwards = place[:, None] >= place
-        sees = (part_of[:, None] > part_of) | (same & ((part_of != _TEXT) | backwards))
-        self._sees = sees.to(device)
+        # A row sees those whose key is at most its query: what came before, the whole of its own
+        # picture, of its own text what came before.
+        in_text = torch.where(part_of == _TEXT, place, 0)
+        self._keys = (part_of * _PART + in_text).int().to(device)
+        whole = torch.where(part_of == _TEXT, place, _PART - 1)
+        self.queries = (part_of * _PART + whole).int().to(device)
         self._part = part_of.to(device)
         self._place = place.to(device)
-        self._self = torch.eye(self.rows, dtype=torch.bool, device=device)
 
     def pack(
         self,
@@ -116,11 +121,9 @@ class Packing:
             has_picture, has_text: (B,) bool; what a sample lacks is not seen, and takes no
                 positions.
         """
-        mask, positions = self._mask_and_positions(lengths, has_picture, has_text)
+        keys, positions = self._keys_and_positions(lengths, has_picture, has_text)
         x = torch.cat(list(parts), dim=1)
-        bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
-        bias = bias.masked_fill_(~mask, float("-inf")).unsqueeze(1)
-        return Packed(self, x.flatten(0, 1), positions.flatten(), bias)
+        return Packed(self, x.flatten(0, 1), positions.flatten(), keys.flatten())
 
     def embed_text(self, model: Bagel, tokens: Tensor) -> Tensor:
         """(B, T) ids, filled up to the text's rows -> (B, text rows, D)."""
@@ -140,23 +143,22 @@ class Packing:
         times = model.embed_times(t)[:, None]
         return _between(markers, model.embed_latents(tokens, times, self.grid))
 
-    def _mask_and_positions(
+    def _keys_and_positions(
         self, lengths: Tensor, has_picture: Tensor, has_text: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(B, rows, rows) bool, true where a row (second) sees a row (third); (B, rows) int32."""
+        """(B, rows) int32 each; what is not there has a key that no row sees."""
         part, place = self._part, self._place
         is_text = part == _TEXT
         said = has_text[:, None] & (place < lengths[:, None])
         there = torch.where(is_text, said, (part == _IMAGE) | has_picture[:, None])
-        # Rows that nobody sees see themselves: a row that sees nothing would be NaN.
-        mask = (self._sees & there[:, None]) | self._self
+        keys = torch.where(there, self._keys, _UNSEEN)
         pictures = self._pictures * has_picture.long()[:, None]
         spoken = (lengths * has_text)[:, None]
         positions = torch.where(part < _TEXT, self._pictures - 1 - (part == _LATENTS).long(), 0)
         positions = positions.expand(len(lengths), -1)
         positions = torch.where(is_text, pictures + place, positions)
         positions = torch.where(part == _IMAGE, pictures + spoken, positions)
-        return mask, positions.int()
+        return keys, positions.int()
 
 
 @dataclass(frozen=True)
@@ -167,20 +169,31 @@ class Packed:
         packing: how they are laid out.
         x: (B * rows, D) embeddings.
         positions: (B * rows,) int32.
-        bias: (B, 1, rows, rows), 0 where a row (third) sees a row (fourth), else -inf.
+        keys: (B * rows,) int32. A row sees those of its sample whose key is at most its query
+            (`Packing.queries`), and itself: what sees nothing would be NaN.
     """
 
     packing: Packing
     x: Tensor
     positions: Tensor
-    bias: Tensor
+    keys: Tensor
+
+    @cached_property
+    def _bias(self) -> Tensor:
+        """(B, 1, rows, rows), 0 where a row (third) sees a row (fourth), else -inf."""
+        keys = self.keys.view(self.packing.shape.batch, 1, -1)
+        rows = keys.shape[2]
+        itself = torch.eye(rows, dtype=torch.bool, device=keys.device)
+        sees = (keys <= self.packing.queries[:, None]) | itself
+        bias = torch.zeros(sees.shape, dtype=self.x.dtype, device=keys.device)
+        return bias.masked_fill_(~sees, float("-inf")).unsqueeze(1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within the samples; (B * rows, heads, head size) each."""
         batch, groups = self.packing.shape.batch, q.shape[1] // k.shape[1]
         q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias)
         return y.transpose(1, 2).flatten(0, 1)
 
 
@@ -189,6 +202,9 @@ class Grouping:
 
     Attributes:
         plan: of the grouped rows.
+        table: (samples, most rows) int32, where the rows of each sample are; then anything.
+        lengths: (samples,) int32, their rows.
+        queries: (rows,) int32, see `Packed`.
     """
 
     def __init__(self, packings: Sequence[Packing], device: torch.device) -> None:
@@ -199,6 +215,18 @@ class Grouping:
         )
         self._there = packed.row_ids.long()
         self._back = torch.argsort(self._there)
+        most = max(packing.rows for packing in packings)
+        tables, queries, before = [], [], 0
+        for packing in packings:
+            batch = packing.shape.batch
+            own = self._back[before : before + batch * packing.rows].view(batch, -1)
+            tables.append(F.pad(own, (0, most - packing.rows)))
+            queries.append(packing.queries.repeat(batch))
+            before += batch * packing.rows
+        self.table = torch.cat(tables).int()
+        lengths = [packing.rows for packing in packings for _ in range(packing.shape.batch)]
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.queries = self.group(torch.cat(queries))
 
     def group(self, rows: Tensor) -> Tensor:
         """(M, ...) rows, batch after batch and sample after sample -> grouped by expert."""
@@ -229,11 +257,34 @@ def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Together(Layout):
-    """Rows of several batches, grouped by expert; each attends within its samples."""
+class Together(Layout):
+    """Rows of several batches, grouped by expert; each attends within its samples.
+
+    Attributes:
+        keys: (rows,) int32, see `Packed`.
+    """
 
     grouping: Grouping
     batches: tuple[Packed, ...]
+    keys: Tensor
+
+    @classmethod
+    def of(cls, grouping: Grouping, batches: Sequence[Packed], most_positions: int) -> Together:
+        """The layout of batches that `grouping` is of, in its order."""
+        positions = grouping.group(torch.cat([batch.positions for batch in batches]))
+        keys = grouping.group(torch.cat([batch.keys for batch in batches]))
+        nothing = torch.empty(0, dtype=torch.int32, device=positions.device)  # no cache is written
+        return cls(
+            grouping.plan,
+            positions,
+            nothing,
+            (),
+            most_positions,
+            nothing,
+            grouping=grouping,
+            batches=tuple(batches),
+            keys=keys,
+        )
 
     @property
     def rows(self) -> list[int]:
@@ -243,10 +294,23 @@ class _Together(Layout):
     def attend(self, q: Tensor, own: Tensor, kv: Tensor, backend: Backend) -> Tensor:
         """See `Layout.attend`; whatever the backend, since gradients must flow."""
         del kv, backend
+        return self.attend_in_place(q, own) if q.is_cuda else self.attend_in_order(q, own)
+
+    def attend_in_order(self, q: Tensor, own: Tensor) -> Tensor:
+        """By torch, batch by batch, with rows copied into samples' order and a mask."""
         k, v = self.grouping.ungroup(own).unbind(1)
         q = self.grouping.ungroup(q)
         each = zip(self.batches, *(t.split(self.rows) for t in (q, k, v)), strict=True)
         return self.grouping.group(torch.cat([batch.attend(*qkv) for batch, *qkv in each]))
+
+    def attend_in_place(self, q: Tensor, own: Tensor) -> Tensor:
+        """The same by a kernel that takes all batches at once and neither copies nor mask."""
+        from bagel_mot._triton.sample_attention import SampleAttention
+
+        grouping = self.grouping
+        where = grouping.table, grouping.lengths
+        y: Tensor = SampleAttention.apply(q, *own.unbind(1), *where, self.keys, grouping.queries)
+        return y
 
 
 def run_together(
@@ -261,18 +325,7 @@ def run_together(
         grouping: of these batches, in this order.
     """
     x = grouping.group(torch.cat([batch.x for batch in batches]))
-    positions = grouping.group(torch.cat([batch.positions for batch in batches]))
-    nothing = torch.empty(0, dtype=torch.int32, device=positions.device)  # no cache is written
-    layout = _Together(
-        grouping.plan,
-        positions,
-        nothing,
-        (),
-        rope.shape[0],
-        nothing,
-        grouping=grouping,
-        batches=tuple(batches),
-    )
+    layout = Together.of(grouping, batches, rope.shape[0])
     hidden = model.transformer(x, layout, None, rope, model.attention)
     hidden = grouping.ungroup(hidden).split(layout.rows)
     return [
