@@ -47,7 +47,7 @@ Stages: TypeAlias = Literal["vae", "model"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How the tiny model is trained; the defaults are those of the shipped one.
+    """How the tiny model is trained; docs/tiny.md says how the shipped one was.
 
     Attributes:
         recipe: sizes.
@@ -58,8 +58,8 @@ class Plan:
         pixels: of a VAE step's batch, on each replica.
         rows: of a step's batch of each task, on each replica; as many samples as fill them.
         weights: of the tasks' losses.
-        every: how many steps have one batch of edits and questions; painting is harder, and part
-            of every step.
+        every: one step in so many has edits and questions; each has pictures to paint, which is
+            harder.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -283,10 +283,7 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
     """Write what does not change during a run, or check that it is the same run."""
     identity = {
         "recipe": asdict(plan.recipe),
-        **{
-            name: getattr(plan, name)
-            for name in ("seed", "sizes", "samples", "pixels", "rows", "every")
-        },
+        **{name: getattr(plan, name) for name in _SHARED},
         # Another VAE would give other latents.
         "starts_from": start_from is not None,
         "replicas": replicas,
