@@ -28,6 +28,7 @@ from mot_bench.gather_scatter import GatherScatter, NoRoutedOperations
 from mot_bench.model_results import StepCase, StepProvider, StepResults, Work
 from mot_bench.model_tables import activity_table
 from mot_bench.results import Timing
+from mot_bench.step import steps_per_sample
 
 TINY_RUN = ("step", "--random", "tiny", "--resolutions", "64x64,32x48", "--rounds", 2)
 
@@ -42,6 +43,13 @@ def pipeline() -> Any:
 def only_results(folder: Path) -> StepResults:
     (path,) = folder.glob("step-*.json")
     return StepResults.read(path)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(0.3, 4), (0.0945, 11), (1.5, 3), (0.017, 50), (0.5, 3)]
+)
+def test_samples_are_as_long_as_loops(seconds: float, steps: int) -> None:
+    assert steps_per_sample(seconds) == steps
 
 
 def test_step(mot_bench: Any, tmp_path: Path) -> None:

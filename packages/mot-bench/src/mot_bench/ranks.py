@@ -174,6 +174,7 @@ class _Run:
             differences[graphs] = self._differences(velocities, known)
             model = self._loaded.model
             uses[graphs] = RankUse(self._parallel.rank, rows, parameter_bytes(model), memory)
+        case.sets = max(self._ranks.everyone(case.settle(OURS)))
         steps = {graphs: case.start(OURS, eagerly=eagerly) for graphs, eagerly in ways.items()}
         timings = measure(
             {str(graphs): ignoring_index(step) for graphs, step in steps.items()},

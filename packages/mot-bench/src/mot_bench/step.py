@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -37,8 +39,11 @@ from mot_bench.protocol import (
 OURS, BASELINE = "mot", "gather-scatter"
 PROVIDERS = (OURS, BASELINE)
 
-# Steps of a sample on a GPU: the first begins on an idle device, as in no real loop.
-_STEPS_PER_SAMPLE = 3
+# A sample on a GPU takes about so long, within these numbers of steps. It is a loop as requests
+# have it, of 20 to 50 steps: a GPU that was idle takes some tenths of a second to find the clock
+# that its power allows, and short samples would measure that.
+_SAMPLE_SECONDS = 1.0
+_FEWEST_STEPS, _MOST_STEPS = 3, 50
 STEPS_OBSERVED = 2
 
 # Relative L2. Two implementations of a deep network in bfloat16 differ by rounding alone; that a
@@ -110,13 +115,19 @@ def run_step(
     return results()
 
 
+def steps_per_sample(seconds: float) -> int:
+    """Steps of a sample on a GPU, if one takes so long."""
+    return min(max(math.ceil(_SAMPLE_SECONDS / seconds), _FEWEST_STEPS), _MOST_STEPS)
+
+
 def describe_protocol(device: torch.device, rounds: int) -> str:
     """The protocol as a sentence, for files."""
     if device.type != "cuda":
         return f"host clock, median and 20th/80th percentile of {rounds} interleaved rounds"
     return (
-        f"{_STEPS_PER_SAMPLE} steps one after the other from an idle device, timed with events; "
-        f"median and 20th/80th percentile of {rounds} interleaved rounds, order reversed every "
+        f"samples of about {_SAMPLE_SECONDS:g} s, {_FEWEST_STEPS} to {_MOST_STEPS} steps one after the "
+        f"other from an idle device, timed with events; median and 20th/80th percentile of {rounds} "
+        "interleaved rounds, order reversed every "
         "other one"
     )
 
@@ -125,7 +136,7 @@ class Case:
     """One size and number of branches.
 
     Attributes:
-        sets: steps of a sample.
+        sets: steps of a sample; `settle` finds them.
         stopwatch: for steps, started from Python.
     """
 
@@ -144,7 +155,7 @@ class Case:
         self._prompt = prompt
         self._rounds = rounds
         on_gpu = self._device.type == "cuda"
-        self.sets = _STEPS_PER_SAMPLE if on_gpu else 1
+        self.sets = _FEWEST_STEPS if on_gpu else 1
         self.stopwatch: Stopwatch = StreamStopwatch(self._device) if on_gpu else CpuStopwatch()
 
     def run(self, providers: Sequence[str]) -> StepCase:
@@ -157,6 +168,7 @@ class Case:
         for name in sorted(providers, key=PROVIDERS.index, reverse=True):
             velocities[name], memory[name] = self.first_steps(name)
         differences = self._differences(providers[0], velocities)
+        self.sets = self.settle(providers[0])
         steps = {name: self.start(name) for name in providers}
         timings = measure(
             {name: ignoring_index(step) for name, step in steps.items()},
@@ -194,6 +206,19 @@ class Case:
             seen = observe(self.warm(provider.name), STEPS_OBSERVED, self._device)
             providers.append(dataclasses.replace(provider, activity=seen))
         return dataclasses.replace(case, providers=tuple(providers))
+
+    def settle(self, name: str) -> int:
+        """How many steps of this provider a sample has; it has made two already."""
+        if self._device.type != "cuda":
+            return 1
+        step = self.start(name)
+        for _ in range(2):  # the second one is captured, if any is
+            step()
+        torch.cuda.synchronize(self._device)
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize(self._device)
+        return steps_per_sample(time.perf_counter() - begin)
 
     def warm(self, name: str, *, eagerly: bool = False) -> Callable[[], None]:
         """What makes `STEPS_OBSERVED` steps, which have been made once already; see `start`."""
