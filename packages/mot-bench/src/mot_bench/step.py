@@ -125,10 +125,9 @@ def describe_protocol(device: torch.device, rounds: int) -> str:
     if device.type != "cuda":
         return f"host clock, median and 20th/80th percentile of {rounds} interleaved rounds"
     return (
-        f"samples of about {_SAMPLE_SECONDS:g} s, {_FEWEST_STEPS} to {_MOST_STEPS} steps one after the "
-        f"other from an idle device, timed with events; median and 20th/80th percentile of {rounds} "
-        "interleaved rounds, order reversed every "
-        "other one"
+        f"samples of about {_SAMPLE_SECONDS:g} s, {_FEWEST_STEPS} to {_MOST_STEPS} steps one after "
+        "the other from an idle device, timed with events; median and 20th/80th percentile of "
+        f"{rounds} interleaved rounds, order reversed every other one"
     )
 
 
