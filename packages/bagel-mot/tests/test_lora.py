@@ -28,7 +28,8 @@ from torch import Tensor
 
 from bagel_mot import lora
 from bagel_mot.checkpoint import INDEX_FILE
-from bagel_mot.lora import METADATA_KEY, merge_checkpoint
+from bagel_mot.copying import MERGED_KEY
+from bagel_mot.lora import merge_checkpoint
 
 Q_GEN = f"{LAYER}.0.self_attn.q_proj_moe_gen"
 FEW = (f"{LAYER}.0.self_attn.q_proj", Q_GEN, f"{LAYER}.1.mlp_moe_gen.down_proj")
@@ -179,7 +180,7 @@ def test_metadata(tmp_path: Path) -> None:
     merge_checkpoint(GOLDEN.checkpoint, adapter, tmp_path / "one", scale=0.5)
     merge_checkpoint(tmp_path / "one", adapter, tmp_path / "two", scale=-0.5)
     found = metadata(tmp_path / "two" / "ema.safetensors")
-    first, second = json.loads(found.pop(METADATA_KEY))
+    first, second = json.loads(found.pop(MERGED_KEY))
     assert found == metadata(GOLDEN.checkpoint / "ema.safetensors")
     assert (first["adapter"], first["scale"], second["scale"]) == ("fox", 0.5, -0.5)
     assert first["sha256"] == second["sha256"]
@@ -227,9 +228,14 @@ def test_command(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(out)
     got = load_file(out / "ema.safetensors")
     assert_merged(got, {module: product(pairs(FEW), module) for module in FEW})
-    assert run("inspect", "--model", str(out)).exit_code == 0
     int8 = str(tmp_path / "int8")
     assert run("quantize", str(out), int8, "--format", "int8").exit_code == 0
+    for folder in (str(out), int8):
+        inspected = run("inspect", "--model", folder)
+        assert inspected.exit_code == 0
+        (line,) = (line for line in inspected.stdout.splitlines() if "LoRA" in line)
+        assert "adapter, scale 0.5" in line
+    assert "LoRA" not in run("inspect", "--model", str(GOLDEN.checkpoint)).stdout
     done = run("ask", "what is it?", "--model", int8, "--device", "cpu", "--max-text-tokens", "2")
     assert done.exit_code == 0, done.stderr
     shutil.rmtree(out)

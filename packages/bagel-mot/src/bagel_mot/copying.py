@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from bagel_mot.checkpoint import VAE_FILE, StoredTensor, Target
 from bagel_mot.compressed import stored_formats
 from bagel_mot.config import BagelConfig
 from bagel_mot.model.vae import AutoEncoder
+
+MERGED_KEY = "bagel_mot.merged_lora"
+"""In the metadata of weight files: a JSON list with an entry for each merged adapter, in order:
+`adapter` (its folder's name), `sha256` (of its tensors' file), `scale`."""
 
 METADATA = "__metadata__"
 """Key of a safetensors header under which its file's metadata stands, strings by names."""
@@ -77,7 +82,17 @@ def elements_to_read(source: Path) -> int:
     return sum(tensor.elements for tensor in stored if tensor.file.name != VAE_FILE)
 
 
-def tensor_files(stored: dict[str, StoredTensor]) -> list[Path]:
+def merged_adapters(stored: Mapping[str, StoredTensor]) -> list[dict[str, Any]]:
+    """The adapters merged into a checkpoint, as its files say (`MERGED_KEY`)."""
+    for file in tensor_files(stored):
+        with checkpoint.opened(file) as tensors:
+            if (said := (tensors.metadata() or {}).get(MERGED_KEY)) is not None:
+                merged: list[dict[str, Any]] = json.loads(said)
+                return merged
+    return []
+
+
+def tensor_files(stored: Mapping[str, StoredTensor]) -> list[Path]:
     """The files to read tensors from: all but a VAE file of its own, which is copied as it is."""
     return sorted({tensor.file for tensor in stored.values() if tensor.file.name != VAE_FILE})
 

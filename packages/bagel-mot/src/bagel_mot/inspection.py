@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from mot_kernels import Int4W4A16
@@ -15,6 +16,7 @@ from bagel_mot import checkpoint
 from bagel_mot.checkpoint import DTYPES, PLAIN_DTYPES, CheckpointError, StoredTensor, Target
 from bagel_mot.compressed import stored_formats, stored_targets
 from bagel_mot.config import BagelConfig
+from bagel_mot.copying import merged_adapters
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.quantization import LayerFormats
@@ -39,6 +41,7 @@ class Report:
         formats: what is quantised in the files; None if nothing is.
         width: bytes an element takes in memory, if it is not quantised.
         attention: the attention backend that would run here, and why.
+        merged: LoRA adapters that were merged into it, see `copying.MERGED_KEY`.
     """
 
     config: BagelConfig
@@ -48,6 +51,7 @@ class Report:
     formats: LayerFormats | None
     width: int
     attention: str
+    merged: list[dict[str, Any]]
 
     def component_of(self, name: str) -> str:
         """Part of the model a checkpoint tensor belongs to."""
@@ -138,6 +142,10 @@ class Report:
                 ("KV cache, a token", f"{self.kv_bytes_per_row():,} bytes"),
                 ("KV cache, largest image, 3 contexts", _gib(3 * tokens * self.kv_bytes_per_row())),
                 ("attention, on this machine", self.attention),
+                *(
+                    ("merged LoRA adapter", f"{each['adapter']}, scale {each['scale']:g}")
+                    for each in self.merged
+                ),
             ],
         )
         if with_names:
@@ -187,7 +195,8 @@ def inspect_checkpoint(path: str | os.PathLike[str], dtype: str = "bfloat16") ->
         dtype=getattr(torch, dtype),
         head_dim=config.llm.head_dim,
     )
-    return Report(config, stored, targets, problems, formats, _WIDTHS[dtype], str(attention))
+    width, merged = _WIDTHS[dtype], merged_adapters(stored)
+    return Report(config, stored, targets, problems, formats, width, str(attention), merged)
 
 
 def _gib(size: float) -> str:

@@ -38,12 +38,16 @@ from torch import Tensor
 
 from bagel_mot import checkpoint
 from bagel_mot.checkpoint import PLAIN_DTYPES, CheckpointError, StoredTensor, Target
-from bagel_mot.copying import Original, appearing, check_destination, copy_others, rewrite
+from bagel_mot.copying import (
+    MERGED_KEY,
+    Original,
+    appearing,
+    check_destination,
+    copy_others,
+    rewrite,
+)
 from bagel_mot.lora_config import WEIGHTS_FILE, AdapterConfig, AdapterError
 from bagel_mot.tiny import model_folder
-
-METADATA_KEY = "bagel_mot.merged_lora"
-"""In a written file's metadata: a JSON list with an entry for each merged adapter, in order."""
 
 # Elements of a weight that are in float32 at a time.
 BLOCK = 2**22
@@ -86,8 +90,8 @@ def merge_checkpoint(
     """Write a copy of a checkpoint folder with an adapter merged into it, tensor by tensor.
 
     The copy has the source's files, the metadata of those with the model's weights what was merged
-    (`METADATA_KEY`). It appears under its name when it is complete; until then it has another name
-    beside it, and is removed if anything goes wrong.
+    (`copying.MERGED_KEY`). It appears under its name when it is complete; until then it has another
+    name beside it, and is removed if anything goes wrong.
 
     Args:
         source: folder in the official layout, or "tiny".
@@ -258,7 +262,7 @@ def _annotation(adapter: Path, scale: float) -> Callable[[dict[str, str]], dict[
     entry = {"adapter": adapter.resolve().name, "sha256": digest, "scale": scale}
 
     def annotate(metadata: dict[str, str]) -> dict[str, str]:
-        merged = [*json.loads(metadata.get(METADATA_KEY, "[]")), entry]
-        return metadata | {METADATA_KEY: json.dumps(merged)}
+        merged = [*json.loads(metadata.get(MERGED_KEY, "[]")), entry]
+        return metadata | {MERGED_KEY: json.dumps(merged)}
 
     return annotate

@@ -17,7 +17,15 @@ from bagel_mot import checkpoint
 from bagel_mot.checkpoint import INDEX_FILE, StoredTensor
 from bagel_mot.compressed import CONFIG_KEY, encode, quantization_config, quantized_matrices
 from bagel_mot.config import COMBINED_FILE
-from bagel_mot.copying import Original, appearing, check_destination, copy_others, tensor_files
+from bagel_mot.copying import (
+    MERGED_KEY,
+    Original,
+    appearing,
+    check_destination,
+    copy_others,
+    merged_adapters,
+    tensor_files,
+)
 from bagel_mot.loading import parse_device
 from bagel_mot.quantization import Quantization
 from bagel_mot.tiny import model_folder
@@ -67,7 +75,8 @@ def quantize_checkpoint(
     formats.check(original.config.llm)
     matrices = {name for name, _ in quantized_matrices(targets, formats)}
     with appearing(destination) as folder:
-        shards = _Shards(folder)
+        merged = merged_adapters(stored)
+        shards = _Shards(folder, {MERGED_KEY: json.dumps(merged)} if merged else {})
         for name, tensor in _tensors(stored):
             if name in matrices:
                 if not tensor.isfinite().all():
@@ -90,8 +99,9 @@ def quantize_checkpoint(
 class _Shards:
     """Writes tensors to one file after the other, and their index in the end."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, metadata: dict[str, str]) -> None:
         self.folder = folder
+        self.metadata = {"format": "pt", **metadata}
         self.waiting: dict[str, torch.Tensor] = {}
         self.weight_map: dict[str, str] = {}
         self.total = 0
@@ -110,7 +120,7 @@ class _Shards:
     def _write(self) -> None:
         name = f"model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
         tensors = {key: tensor.contiguous() for key, tensor in self.waiting.items()}
-        save_file(tensors, self.folder / name, metadata={"format": "pt"})
+        save_file(tensors, self.folder / name, metadata=self.metadata)
         (self.folder / name).chmod(0o644)  # safetensors lets only its owner read
         self.weight_map |= dict.fromkeys(tensors, name)
         self.total += sum(tensor.nbytes for tensor in tensors.values())
