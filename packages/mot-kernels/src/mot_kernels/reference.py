@@ -114,7 +114,8 @@ def compiled() -> Iterator[None]:
 def _for_any_rows(part: Callable[..., T]) -> Callable[..., T]:
     """Compiled once: rows are a variable, all other sizes are constants.
 
-    With every size a variable (`dynamic=True`) the kernels took two to four times as long.
+    With `dynamic=True` every size is a variable, and kernels compute with them at every element
+    (docs/log.md, 2026-11-29).
     """
     made = torch.compile(part)
 

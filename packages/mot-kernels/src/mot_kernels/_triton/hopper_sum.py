@@ -4,8 +4,8 @@
 FP8 sums leave it after every k step (BLOCK_K = 128) and go on in fp32, since the unit adds e4m3fn
 products up with about 14 bits (see `linear_8bit.py`). Registers do not hold two sums of 64 x 256,
 so the products of a step are made 128 columns at a time; while one group adds, the other
-multiplies. Up to `IN_UNIT` products the unit's own sum errs by a quarter more than one that leaves
-it, and is a tenth faster.
+multiplies. Sums of up to `IN_UNIT` products are spared that: their error is at most about a quarter
+larger for it (docs/log.md, 2026-11-25).
 """
 
 from __future__ import annotations
