@@ -272,13 +272,15 @@ def inspect(
     names: Annotated[
         bool, typer.Option("--names", help="List every tensor and its place.")
     ] = False,
-    dtype: DtypeOption = None,
+    dtype: Annotated[
+        str, typer.Option(help="What memory is counted in: bfloat16, float16 or float32.")
+    ] = "bfloat16",
 ) -> None:
     """Say what is in a checkpoint, where it would be loaded and the memory it needs."""
     with user_errors():
         from bagel_mot.inspection import inspect_checkpoint
 
-        report = inspect_checkpoint(model, dtype or "bfloat16")
+        report = inspect_checkpoint(model, dtype)
     stdout = Console()
     if not stdout.is_terminal:
         stdout.width = 1000  # as wide as a table needs: no name is cut for whoever reads it
