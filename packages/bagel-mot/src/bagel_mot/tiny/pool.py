@@ -27,6 +27,8 @@ from bagel_mot.tokenizer import BagelTokenizer
 TASKS = ("paint", "edit", "ask")
 # Of the questions, those about a scene that is described, not shown.
 _TOLD = 0.15
+# Of scenes of one thing, which are soon painted well, those drawn again when something is painted.
+_AGAIN = 0.5
 _CHUNK = 2000
 
 
@@ -152,6 +154,8 @@ def _make(job: _Job) -> _Arrays:
         picture = True
         if job.task == "paint":
             painting = draw_painting(random, size=job.size)
+            if len(painting.scene.things) == 1 and random.random() < _AGAIN:
+                painting = draw_painting(random, size=job.size)
             scene = source = painting.scene
             text = painting.caption.text
         elif job.task == "edit":
