@@ -45,6 +45,14 @@ def cpu() -> BagelPipeline:
     return BagelPipeline.from_pretrained(GOLDEN.checkpoint, device="cpu", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def roomy() -> BagelPipeline:
+    """A model whose attention reads lengths on the device: prefixes have rooms."""
+    return BagelPipeline.from_pretrained(
+        GOLDEN.checkpoint, device="cpu", dtype="float32", attention="math"
+    )
+
+
 @pytest.fixture
 def checkpoint_copy(tmp_path: Path) -> Path:
     """A copy of the golden checkpoint, to be broken."""

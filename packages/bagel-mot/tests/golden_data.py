@@ -97,12 +97,17 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def assert_close(name: str, got: Tensor, want: Tensor) -> None:
+    """Fail if a result is farther from what it should be than float32 may be."""
+    error = relative_error(got, want)
+    assert error <= GOLDEN.fp32_bound, f"{name}: error {error:.2e} > {GOLDEN.fp32_bound:.0e}"
+
+
 def assert_recorded(name: str, got: Tensor, want: Tensor) -> None:
     """Fail if a float32 result is farther from the recording than the data set allows."""
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, recorded {tuple(want.shape)}"
     assert got.dtype == torch.float32, f"{name}: {got.dtype}, expected float32"
-    error = relative_error(got, want)
-    assert error <= GOLDEN.fp32_bound, f"{name}: error {error:.2e} > {GOLDEN.fp32_bound:.0e}"
+    assert_close(name, got, want)
 
 
 @dataclass

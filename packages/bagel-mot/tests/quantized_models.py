@@ -29,6 +29,10 @@ from bagel_mot.pipeline import BagelPipeline
 FORMATS = ("fp8", "int8", "w8a16", "w4a16:32")
 LINEARS = (MoTQKVParallelLinear, MoTMergedColumnParallelLinear, MoTRowParallelLinear)
 IMAGE_CASE, TEXT_CASE = "b1", "c1"
+# One matrix of each expert, and what --keep may say.
+Q_PROJ = "language_model.model.layers.1.self_attn.q_proj"
+GEN_DOWN = "language_model.model.layers.2.mlp_moe_gen.down_proj"
+KEEP = "first,o_proj"
 
 
 def rounded(x: Tensor, format: str) -> Tensor:
@@ -57,6 +61,14 @@ def is_matrix(name: str) -> bool:
 
 def load(folder: Path = GOLDEN.checkpoint, **options: Any) -> BagelPipeline:
     return BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32", **options)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint that was written quantised."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        found |= load_file(file)
+    return found
 
 
 def floating_twin(folder: Path, format: str) -> BagelPipeline:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from alone import generate_text
@@ -18,7 +15,8 @@ from context_rules import (
     rows,
 )
 from golden_data import GOLDEN, relative_error
-from torch import Tensor, nn
+from torch import Tensor
+from watched import forwards, poison_caches
 
 from bagel_mot.context import Context, Contexts, append_text
 from bagel_mot.model.layout import KVCache
@@ -46,19 +44,6 @@ REQUESTS = {
     "negative-think-interleaved": "stptnh",
 }
 LETTERS = [pytest.param(letters, id=name) for name, letters in REQUESTS.items()]
-
-
-@contextmanager
-def forwards(model: nn.Module) -> Iterator[list[int]]:
-    """Packed rows of every forward of the model."""
-    seen: list[int] = []
-    handle = model.register_forward_hook(
-        lambda _module, inputs, _output: seen.append(inputs[0].shape[0])
-    )
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def snapshot(contexts: Contexts) -> list[tuple[Context, Tensor]]:
@@ -185,18 +170,6 @@ def test_unwritten_rows_are_not_read(cpu: BagelPipeline, monkeypatch: pytest.Mon
         feed(contexts, item)
     for name in NAMES:
         assert_same_context(name, getattr(contexts, name), want[name])
-
-
-def poison_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every cache that is made, grown ones too, starts as NaN."""
-    plain = KVCache.__init__
-
-    def poisoned(self: KVCache, *args: object, **kwargs: object) -> None:
-        plain(self, *args, **kwargs)  # type: ignore[arg-type]
-        self.k.fill_(float("nan"))
-        self.v.fill_(float("nan"))
-
-    monkeypatch.setattr(KVCache, "__init__", poisoned)
 
 
 def small_cache(capacity: int) -> KVCache:

@@ -10,7 +10,7 @@ import torch
 from golden_data import GOLDEN
 from golden_requests import request_parts
 from pictures import QUICK, SMALL, STREET, assert_same_picture, small_image
-from test_context import forwards
+from watched import forwards
 
 from bagel_mot.pipeline import BagelPipeline, Cancelled
 from bagel_mot.request import Request

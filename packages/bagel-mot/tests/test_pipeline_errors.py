@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden_data import GOLDEN
 from pictures import QUICK, STREET
-from test_context import forwards
+from watched import forwards
 
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Result

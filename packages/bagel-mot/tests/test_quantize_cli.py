@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from command_line import CHECKPOINT, run
 from golden_data import GOLDEN
-from typer.testing import CliRunner
 
 from bagel_mot import quantize
-from bagel_mot.cli import app
-
-CHECKPOINT = str(GOLDEN.checkpoint)
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments)
 
 
 def generate(model: str, output: Path, *options: str) -> Result:

@@ -7,9 +7,9 @@ import torch
 from alone import denoise
 from golden_data import GOLDEN, relative_error
 from pydantic import ValidationError
-from test_context import forwards
-from test_stepping import contexts_of, noise_of
+from small_images import contexts_of, noise_of
 from torch import Tensor
+from watched import forwards
 
 from bagel_mot.denoising import Denoising
 from bagel_mot.pipeline import BagelPipeline

@@ -11,9 +11,9 @@ import pytest
 import torch
 from alone import generate_text
 from golden_data import GOLDEN, relative_error
-from test_context import forwards
 from torch import Tensor
 from traced import TracingWorkspace
+from watched import forwards
 
 from bagel_mot import text as text_module
 from bagel_mot.context import Context, Contexts, append_text

@@ -1,6 +1,7 @@
 """One of two replicas that train a few numbers: python replica_worker.py FOLDER DEVICE
 
-Each writes what its numbers have become to FOLDER/RANK.json.
+Each writes what its numbers have become to FOLDER/RANK.json. The folder above must be in
+PYTHONPATH, for `ranks`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
+from ranks import leaving_on_failure
 from torch import Tensor
 
-from bagel_mot.launch import leave
 from bagel_mot.tiny.replicas import Replicas
 from bagel_mot.tiny.trainer import Loss, Schedule, Stage
 
@@ -46,8 +47,5 @@ def main(folder: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with leaving_on_failure():
         main(Path(sys.argv[1]), sys.argv[2])
-    except BaseException as error:
-        leave(1, error)
-        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -328,9 +329,12 @@ def test_leaves_in_16_bits_learn_what_16_bits_cannot_tell(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_replicas_learn_from_each_other(device: str, tmp_path: Path) -> None:
+def test_replicas_learn_from_each_other(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, torch sees {torch.cuda.device_count()}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     command = [sys.executable, str(Path(__file__).with_name("replica_worker.py"))]
     assert run_ranks([*command, str(tmp_path), device], 2, seconds=120.0) == 0
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
