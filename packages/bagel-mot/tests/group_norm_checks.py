@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from kernel_checks import compile_everywhere
 from mot_kernels import Path, use_path
 from torch import Tensor
 
@@ -108,24 +109,13 @@ def interpret_all() -> None:
 
 def compile_all() -> None:
     """Every kernel for every kind of GPU, at the decoder's narrowest and widest level."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from bagel_mot._triton import group_norm
 
     tiles = [{"BLOCK_R": group_norm._TILE // c, "BLOCK_C": c} for c in (128, 512)]
     kernels = [(group_norm._sums_kernel, tile) for tile in tiles]
     kernels += [(group_norm._apply_kernel, {**tile, "SILU": True}) for tile in tiles]
     kernels.append((group_norm._scale_shift_kernel, {"BLOCK_N": 128, "BLOCK_W": 16}))
-    targets = [GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)]
-    for target in (*targets, GPUTarget("hip", "gfx942", 64)):
-        for kernel, constants in kernels:
-            types = {
-                name: "constexpr" if name in constants else _type_of(name)
-                for name in kernel.arg_names
-            }
-            compile(ASTSource(kernel, types, constants), target=target)
+    compile_everywhere(kernels, _type_of)
 
 
 def _type_of(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bagel_mot.cli_io import find_model, progress, user_errors
+from bagel_mot.model_options import OutArgument
 
 
 def merge(
@@ -22,9 +23,7 @@ def merge(
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter as PEFT saves it.")
     ],
-    destination: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")
-    ],
+    destination: OutArgument,
     scale: Annotated[
         float, typer.Option(help="Multiplies what the adapter adds; a negative one subtracts.")
     ] = 1.0,

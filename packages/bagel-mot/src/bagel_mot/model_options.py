@@ -36,6 +36,9 @@ ModelOption = Annotated[
         help="Checkpoint folder in the official layout, or tiny: the model shipped with us.",
     ),
 ]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(help="Where to run, e.g. cuda:0 or cpu. Default: a GPU if there is one."),

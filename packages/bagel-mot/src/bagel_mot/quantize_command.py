@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bagel_mot.cli_io import find_model, progress, user_errors
-from bagel_mot.model_options import KeepOption
+from bagel_mot.model_options import KeepOption, OutArgument
 
 
 def quantize(
@@ -20,9 +20,7 @@ def quantize(
             help="Checkpoint folder in the official layout, or tiny.",
         ),
     ],
-    destination: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")
-    ],
+    destination: OutArgument,
     format: Annotated[
         str, typer.Option(help="fp8, int8, w8a16, w4a16 (groups of 128), w4a16:32 or w4a16:64.")
     ],

@@ -1,7 +1,8 @@
 """Checks of training's attention, for one device or for none.
 
 `TRITON_INTERPRET=1 python sample_attention_checks.py` runs the kernels on the CPU, and without the
-variable `python sample_attention_checks.py compile` compiles them for GPUs that are not there.
+variable `python sample_attention_checks.py compile` compiles them for GPUs that are not there. The
+folder above must be in PYTHONPATH, for `kernel_checks`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from conftest import SMALL
+from kernel_checks import compile_everywhere
 from torch import Tensor
 
 from bagel_mot.tiny.packing import Grouping, Packing, Shape, Together
@@ -112,22 +114,11 @@ def interpret_all() -> None:
 
 def compile_all() -> None:
     """Every kernel for every kind of GPU, with the tiny model's heads."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from bagel_mot._triton import sample_attention as module
 
     constants = {"HEADS": 4, "GROUP": 2, "D": 64, "BLOCK": module.BLOCK}
     kernels = (module._forward_kernel, module._backward_q_kernel, module._backward_kv_kernel)
-    targets = [GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)]
-    for target in (*targets, GPUTarget("hip", "gfx942", 64)):
-        for kernel in kernels:
-            types = {
-                name: "constexpr" if name in constants else _type_of(name)
-                for name in kernel.arg_names
-            }
-            compile(ASTSource(kernel, types, constants), target=target)
+    compile_everywhere([(kernel, constants) for kernel in kernels], _type_of)
 
 
 def _type_of(name: str) -> str:

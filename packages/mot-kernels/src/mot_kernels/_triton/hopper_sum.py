@@ -32,11 +32,7 @@ def _columns_at_once(ring, leaves):
     Triton 3.6 cannot lower a product of 256 columns of int8.
     """
     x_ring, w_ring, _, _ = ring
-    return (
-        128
-        if leaves or (x_ring.dtype.primitive_bitwidth == 8 and not x_ring.dtype.is_fp8())
-        else w_ring.shape[1]
-    )
+    return 128 if leaves or x_ring.dtype.is_int8() else w_ring.shape[1]
 
 
 @gluon.jit
