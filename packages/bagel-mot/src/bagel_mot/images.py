@@ -120,13 +120,16 @@ def to_image(x: Tensor) -> Image.Image:
         if x.dtype == torch.float16:
             causes = f"the model overflowed in float16 (use bfloat16 or float32), {causes}"
         raise ValueError(f"x holds NaN; expected finite numbers. Likely causes: {causes}")
-    levels = (x.detach().float() * 0.5 + 0.5).clamp_(0, 1).mul_(255).to(torch.uint8)
     _, height, width = x.shape
     pixels = bytearray(height * width * 3)
-    torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).copy_(
-        levels.permute(1, 2, 0)
-    )
+    torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).copy_(to_levels(x))
     return Image.frombytes("RGB", (width, height), bytes(pixels))
+
+
+def to_levels(x: Tensor) -> Tensor:
+    """(..., 3, H, W) floating point, [-1, 1] -> (..., H, W, 3) uint8, truncated; see `to_image`."""
+    levels = (x.detach().float() * 0.5 + 0.5).clamp_(0, 1).mul_(255).to(torch.uint8)
+    return levels.movedim(-3, -1)
 
 
 def patchify(x: Tensor, p: int) -> Tensor:

@@ -90,8 +90,8 @@ def traffic(mode: ParallelConfig, shape: Shape, llm: LlmConfig) -> dict[str, Tra
         gathered = rows * _LATENT * (mode.cfg - 1)
         found["cfg"] = Traffic(gathered, 1)
     if (ranks := mode.allgather) > 1:
-        # A gathering of each block's rows.
-        found["allgather"] = Traffic(layers * rows * kv * (ranks - 1), layers * blocks)
+        # All blocks' rows in one launch.
+        found["allgather"] = Traffic(layers * rows * kv * (ranks - 1), layers)
     if (ranks := mode.ulysses) > 1:
         # There with q, k and v, and back with what was attended.
         each = rows * (2 * q + kv) * (ranks - 1) / ranks
@@ -194,6 +194,8 @@ class CostModel:
         self._measured: dict[tuple[ParallelConfig, Shape], float] = {}
         for run in runs:
             for case in run.cases:
+                if case.alone_us is not None:
+                    self._measured.setdefault((words.ALONE, Shape.of(case)), case.alone_us)
                 for each in case.modes:
                     mode = words.ALONE if each.mode == ALONE else words.parse(each.mode)[0]
                     # Of two ways, with and without CUDA graphs, the first is what users get.

@@ -98,7 +98,9 @@ def parallel_heading(results: ParallelResults) -> str:
     """Where the run took place, on which model, and what the columns mean."""
     return (
         f"{_where(results.environment, results.subject)}\n"
-        "speed-up: times the speed of one rank with its own choice of CUDA graphs. exchange %: of "
+        "speed-up: times the speed of one rank with its own choice of CUDA graphs, measured on "
+        "all ranks in the same rounds (where they split the weights: beside other modes, or "
+        "before, on the first one). exchange %: of "
         "the time that a rank's GPU works (on a CPU: of a step), in exchanges with other ranks, "
         "waiting for them included. GiB: peak of what torch takes of a rank's GPU, weights "
         "included, NCCL's buffers not. difference: of the velocities to those of one rank, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -57,6 +58,8 @@ class ModeResult:
             ranks'; None if no single rank was measured.
         between_ranks: the same for the difference to rank 0's.
         ranks: all of them.
+        alone: of the same step made by each rank by itself, in the same rounds; empty where the
+            ranks split the weights, or there is only one.
     """
 
     mode: str
@@ -65,6 +68,7 @@ class ModeResult:
     difference: float | None
     between_ranks: float
     ranks: tuple[RankUse, ...]
+    alone: tuple[Timing, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,25 @@ class ParallelCase:
         )
 
     def speed_up(self, mode: ModeResult) -> float | None:
-        """How many times the speed of one rank, measured with its own choice of CUDA graphs."""
-        alone = next((each for each in self.modes if each.mode == ALONE), None)
-        return None if alone is None else alone.timing.median_us / mode.timing.median_us
+        """How many times the speed of one rank with its own choice of CUDA graphs.
+
+        Of the GPUs' own times in the same rounds the mean counts; see `alone_us` for others.
+        """
+        beside = [each.median_us for each in mode.alone]
+        alone = statistics.mean(beside) if beside else self.alone_us
+        return None if alone is None else alone / mode.timing.median_us
+
+    @property
+    def alone_us(self) -> float | None:
+        """Microseconds of a step made by one rank; None if that was not measured.
+
+        Beside the modes, if any was measured so; a rank measured before them had a cooler GPU.
+        """
+        beside = [each.median_us for mode in self.modes for each in mode.alone]
+        before = [each.timing.median_us for each in self.modes if each.mode == ALONE]
+        if beside:
+            return statistics.mean(beside)
+        return before[0] if before else None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from bagel_mot import parallel as bagel_parallel
 from bagel_mot.parallel import Parallel, ParallelConfig, start
 from bagel_mot.pipeline import BagelPipeline
 
@@ -27,7 +28,7 @@ from mot_bench.errors import MeasurementError
 from mot_bench.exchange import ExchangeClock
 from mot_bench.model_results import SCHEMA, Subject
 from mot_bench.modes import name_of
-from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, RankUse
+from mot_bench.parallel_results import ALONE, ModeResult, ParallelCase, ParallelResults, RankUse
 from mot_bench.protocol import Prepared, Stopwatch, Variant, measure
 from mot_bench.step import OURS, STEPS_OBSERVED, Case, Sizes, describe_protocol, ignoring_index
 
@@ -159,10 +160,14 @@ class _Run:
     def timed(self, known: dict[str, torch.Tensor]) -> list[ModeResult]:
         """Check, then time: with CUDA graphs, if the pipeline makes them, and without.
 
+        In the same rounds each rank makes the step by itself, if it has all weights: GPUs get
+        slower as they warm up, and not all are equally fast, so that times of a single rank taken
+        before are no fair measure.
+
         Args:
             known: the velocities of a single rank by case; a single rank puts its own there.
         """
-        case, captures = self._case()
+        case, captures = self._case(self._parallel)
         self.rows = sum(rows for rows, _ in case.blocks())
         # With graphs last: once captured, they would count as the memory of the other way.
         ways = {graphs: not graphs for graphs in ([False, True] if captures else [False])}
@@ -175,26 +180,41 @@ class _Run:
             model = self._loaded.model
             uses[graphs] = RankUse(self._parallel.rank, rows, parameter_bytes(model), memory)
         case.sets = max(self._ranks.everyone(case.settle(OURS)))
-        steps = {graphs: case.start(OURS, eagerly=eagerly) for graphs, eagerly in ways.items()}
+        steps = {str(graphs): case.start(OURS, eagerly=eagerly) for graphs, eagerly in ways.items()}
+        if self._splits_no_weights:
+            single, _ = self._case(bagel_parallel.ALONE)
+            single.sets = case.sets
+            steps[ALONE] = single.start(OURS)
         timings = measure(
-            {str(graphs): ignoring_index(step) for graphs, step in steps.items()},
+            {name: ignoring_index(step) for name, step in steps.items()},
             case.sets,
             self._plan.rounds,
             stopwatch=_Together(case.stopwatch, self._ranks),
         )
+        alone = self._ranks.everyone(timings.get(ALONE))
         found = []
         for graphs in reversed(ways):  # what users get comes first
             everyone = self._ranks.everyone((timings[str(graphs)], uses[graphs]))
             slowest = max((timing for timing, _ in everyone), key=lambda each: each.median_us)
             of_one, of_ranks = differences[graphs]
             users = tuple(use for _, use in everyone)
-            found.append(ModeResult(self.name, graphs, slowest, of_one, of_ranks, users))
+            found.append(
+                ModeResult(
+                    self.name,
+                    graphs,
+                    slowest,
+                    of_one,
+                    of_ranks,
+                    users,
+                    tuple(timing for timing in alone if timing is not None),
+                )
+            )
         return found
 
     def observed(self, found: list[ModeResult]) -> list[ModeResult]:
         """The results with what each rank spends on exchanges."""
         seen = []
-        case, _ = self._case()
+        case, _ = self._case(self._parallel)
         for mode in found:
             repeat = case.warm(OURS, eagerly=not mode.cuda_graphs)
             use = self._observe(repeat, mode.ranks[self._parallel.rank])
@@ -227,12 +247,18 @@ class _Run:
         each = 1e6 / STEPS_OBSERVED
         return dataclasses.replace(use, worked_us=seconds * each, exchange_us=clock.seconds * each)
 
-    def _case(self) -> tuple[Case, bool]:
+    @property
+    def _splits_no_weights(self) -> bool:
+        """Whether several ranks run, each of which could make the step by itself."""
+        config = self._parallel.config
+        return config.world_size > 1 and config.tensor == 1
+
+    def _case(self, parallel: Parallel) -> tuple[Case, bool]:
         """A case with a workspace of its own, and whether it captures steps in CUDA graphs."""
         gc.collect()  # the last case's workspace, in which things refer to each other
         captures = self._loaded.workspace.capture
         pipeline = BagelPipeline(
-            self._loaded.model, self._loaded.tokenizer, self._parallel, cuda_graphs=captures
+            self._loaded.model, self._loaded.tokenizer, parallel, cuda_graphs=captures
         )
         (size, branches), plan = self.case, self._plan
         return Case(pipeline, size, branches, plan.batch, self._prompt, plan.rounds), captures

@@ -46,7 +46,9 @@ def parallel_sections(path: PurePath, results: ParallelResults) -> list[str]:
     header = ["step", "mode", "CUDA graphs", "ms", "speed-up", "exchange, %", "GiB of a GPU"]
     return [
         *_opening(f"Denoising step on several GPUs, {results.environment.device}", path, results),
-        "Speed-up: times the speed of one GPU in the same run. Exchange: of the time that a GPU "
+        "Speed-up: times the speed of one GPU, measured on all GPUs in the same rounds (where they "
+        "split the weights: beside other modes, or before, on the first one; so are all of results "
+        "that are older than 2026-11-29). Exchange: of the time that a GPU "
         "works, in exchanges with others, waiting included. Memory is what torch reserved, weights "
         "included, and NCCL's buffers not. Where GPUs differ: the least to the most. Difference: "
         "of the velocities to one GPU's, relative L2.",

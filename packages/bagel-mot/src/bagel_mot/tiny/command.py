@@ -23,7 +23,10 @@ def train_tiny(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Of the model; may be changed in the first quarter."),
+        typer.Option(min=0, help="Of the model; may be changed in the first quarter."),
+    ] = None,
+    practice_steps: Annotated[
+        int | None, typer.Option(min=0, help="Of learning from its own paintings, after that.")
     ] = None,
     rate: Annotated[
         float | None, typer.Option(min=0, help="Highest learning rate of the model.")
@@ -75,7 +78,13 @@ def train_tiny(
             samples=samples or plan.samples,
             vae=replace(plan.vae, steps=vae_steps or plan.vae.steps),
             model=replace(
-                plan.model, steps=steps or plan.model.steps, rate=rate or plan.model.rate
+                plan.model,
+                steps=plan.model.steps if steps is None else steps,
+                rate=rate or plan.model.rate,
+            ),
+            practice=replace(
+                plan.practice,
+                steps=plan.practice.steps if practice_steps is None else practice_steps,
             ),
             pixels=max(int(plan.pixels * rows), 1),
             rows=tuple(max(int(each * rows), 1) for each in plan.rows),

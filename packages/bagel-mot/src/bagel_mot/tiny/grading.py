@@ -140,6 +140,12 @@ def grade_painting(image: Image.Image, caption: Caption) -> Grade:
     return Grade(points, tuple(why))
 
 
+def are_right(levels: np.ndarray, captions: Sequence[Caption]) -> list[bool]:
+    """Whether each of n paintings, (n, H, W, 3) uint8, is right in all points."""
+    images = map(Image.fromarray, levels)
+    return [grade_painting(*each).right() for each in zip(images, captions, strict=True)]
+
+
 def grade_edit(image: Image.Image, edit: Edit) -> Grade:
     """Points: `done` (what was asked for) and `rest` (everything else is as it was)."""
     seen = look(image)

@@ -222,7 +222,7 @@ class Objectives:
         """Predict eps - x0 at x_t = (1 - t) x0 + t eps, where `parts` are the context."""
         x0 = self._latents(batch, 0, generator)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-        t = _times(len(batch), x0.shape[1], generator)
+        t = draw_times(len(batch), x0.shape[1], generator)
         x_t = torch.lerp(x0, eps, t[:, None, None])
         noisy = packing.embed_latents(self.model, x_t, t, self._embedded_markers())
 
@@ -261,7 +261,7 @@ def _share(count: int, probability: float, generator: torch.Generator) -> Tensor
     return torch.rand(count, generator=generator, device=generator.device) < probability
 
 
-def _times(count: int, tokens: int, generator: torch.Generator) -> Tensor:
+def draw_times(count: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Times to train at: half of them uniform, half near noise, where the composition is decided.
 
     The latter are logit-normal with the sampler's shift of 3 at 32 latent tokens. The same noise

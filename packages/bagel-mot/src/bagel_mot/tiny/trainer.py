@@ -1,7 +1,8 @@
 """One stage of training: Adam, an average of the weights, a log, and a state to go on from.
 
 The random numbers of a step come from the seed and the step's number, so a run that was stopped
-and resumed ends with the very weights of one that was not (on one device; GPUs sum in any order).
+and resumed ends with the very weights of one that was not (on one device; GPUs sum in any order;
+and unless its loss keeps something between steps, as `practice` does).
 """
 
 from __future__ import annotations
@@ -57,11 +58,13 @@ class Loss:
         compute: kind -> named losses, whose sum is minimised. Steps of a kind launch the same work
             on the same tensors, and nothing waits for the device.
         generator: where `compute` gets its random numbers, all of them.
+        notes: what else a line of the log says, of the time since the last one.
     """
 
     choose: Callable[[int], int]
     compute: Callable[[int], Mapping[str, Tensor]]
     generator: torch.Generator
+    notes: Callable[[], Mapping[str, float]] = dict
 
 
 _ALONE = Replicas()
@@ -312,7 +315,9 @@ class Stage:
             "stage": self.name,
             "step": self.step,
             "rate": float(f"{self.schedule.rate_at(self.step - 1):.4g}"),
-            **{key: float(f"{value:.5g}") for key, value in means.items()},
+            **{
+                key: float(f"{value:.5g}") for key, value in {**means, **self._loss.notes()}.items()
+            },
             "seconds": round(seconds, 3),
             "steps_per_second": round(tally.steps / max(seconds, 1e-9), 2),
         }

@@ -1,9 +1,9 @@
-"""Training the tiny model, from nothing to a checkpoint folder: first the VAE, then the rest.
+"""Training the tiny model, from nothing to a checkpoint folder: the VAE, the rest, and practice.
 
 A run lives in one folder:
 
 - `run.json`: recipe, seed, samples and batches, which a resumed run must share;
-- `vae.pt`, `model.pt`: states of the two stages; `log.jsonl`: the log of both;
+- `vae.pt`, `model.pt`, `practice.pt`: states of the stages; `log.jsonl`: the log of all;
 - `checkpoint/`: the model in the official layout, written anew whenever the run stops.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.pipeline import build_model
 from bagel_mot.tiny.objectives import Objectives
 from bagel_mot.tiny.pool import TASKS, Pool, make_pools
+from bagel_mot.tiny.practice import Practice, Rounds
 from bagel_mot.tiny.recipe import Recipe
 from bagel_mot.tiny.replicas import Replicas
 from bagel_mot.tiny.scenes import SIZES
@@ -42,7 +43,7 @@ CHECKPOINT = "checkpoint"
 # Of a plan: what a resumed run has, too.
 _SHARED = ("seed", "sizes", "samples", "pixels", "rows", "every")
 
-Stages: TypeAlias = Literal["vae", "model"]
+Stages: TypeAlias = Literal["vae", "model", "practice"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Plan:
         seed: of the start values, the samples and all noise.
         sizes: (height, width) of the pictures.
         samples: per task and size, drawn before training; replicas divide them.
-        vae, model: schedules of the two stages.
+        vae, model, practice: schedules of the three stages. The average that the last one keeps
+            is also the older model that paints: a few rounds old.
+        rounds: of the last stage.
         pixels: of a VAE step's batch, on each replica.
         rows: of a step's batch of each task, on each replica; as many samples as fill them.
         weights: of the tasks' losses.
@@ -68,6 +71,10 @@ class Plan:
     samples: int = 25_000
     vae: Schedule = field(default_factory=lambda: Schedule(5_000, 1e-3))
     model: Schedule = field(default_factory=lambda: Schedule(100_000, 1e-3, warmup=500))
+    practice: Schedule = field(
+        default_factory=lambda: Schedule(4_000, 3e-4, warmup=50, cooldown=0.5, average=0.9)
+    )
+    rounds: Rounds = field(default_factory=Rounds)
     pixels: int = 64 * 64 * 64
     rows: tuple[int, ...] = (16_384, 4_096, 2_048)
     weights: tuple[float, ...] = (1.0, 1.0, 0.5)
@@ -94,7 +101,7 @@ def train(
         start_from: a checkpoint folder to begin with; its VAE stays as it is. Give it again when
             the run is resumed.
         deadline: when to stop, as `time.monotonic()` counts.
-        workers: processes that draw the samples; 0 draws them in this one.
+        workers: processes that draw the samples, and grade paintings; 0 does it in this one.
         cuda_graphs: see `trainer.Stage`.
         say: told in a line what goes on, in the first process.
 
@@ -137,18 +144,21 @@ def train(
     model = build_model(plan.recipe.config(place), device=device, dtype=dtype)
     model.vae.to(torch.float32, memory_format=torch.channels_last)
     initialise(model, plan.seed)
-    run = _Run(folder, plan, Objectives(model, tokenizer), pools, replicas, cuda_graphs, say)
+    objectives = Objectives(model, tokenizer)
+    run = _Run(folder, plan, objectives, tokenizer, pools, replicas, cuda_graphs, say)
 
     if start_from is not None:
         _load(model, start_from)
     elif not run.train_vae(deadline):
         return False
     stage = run.train_model(deadline)
+    if stage.done and plan.practice.steps:
+        stage = run.practise(stage, deadline, workers)
     if replicas.rank == 0:
         save_checkpoint(model, place, stage.average)
     replicas.meet()
     state = "done" if stage.done else "time is up; the same command goes on"
-    say(f"{state}: step {stage.step} of {stage.schedule.steps}, the model is in {place}")
+    say(f"{state}: {stage.name}, step {stage.step} of {stage.schedule.steps}; it is in {place}")
     return stage.done
 
 
@@ -159,10 +169,12 @@ class _Run:
     folder: Path
     plan: Plan
     objectives: Objectives
+    tokenizer: BagelTokenizer
     pools: dict[str, list[Pool]]
     replicas: Replicas
     cuda_graphs: bool
     say: Callable[[str], None]
+    batches: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def train_vae(self, deadline: float) -> bool:
         """The first stage; leaves the VAE with its average weights. Returns whether it is done."""
@@ -184,6 +196,43 @@ class _Run:
             self.pools[task] = [self.objectives.encode(task, pool) for pool in self.pools[task]]
         stage = self._stage("model", leaves(model), self._model_loss())
         with reference.compiled() if model.device.type == "cuda" else nullcontext():
+            stage.run(deadline)
+        return stage
+
+    def practise(self, trained: Stage, deadline: float, workers: int) -> Stage:
+        """The third stage, from the averages of the second; as far as it came."""
+        plan, model = self.plan, self.objectives.model
+        with torch.no_grad():
+            for name, leaf in trained.leaves.items():
+                leaf.copy_(trained.average[name])
+        config, device = model.config, model.device
+        old = build_model(config, device=device, dtype=model.dtype)
+        generator = torch.Generator(device)
+        with Practice(
+            model,
+            old,
+            self.tokenizer,
+            plan.rounds,
+            plan.sizes,
+            seed=plan.seed,
+            rank=self.replicas.rank,
+            workers=workers,
+        ) as practice:
+
+            def choose(step: int) -> int:
+                size = practice.begin(step)
+                self._seed(generator, "practice", step)
+                return 2 * size + (step % plan.every == 0)
+
+            def compute(kind: int) -> dict[str, Tensor]:
+                size, has_all = divmod(kind, 2)
+                losses = {"practice": practice.loss(size, generator)}
+                # What it is not practising, it must not forget.
+                return losses | self._losses(TASKS if has_all else (), size, generator)
+
+            loss = Loss(choose, compute, generator, practice.notes)
+            stage = self._stage("practice", trained.leaves, loss)
+            practice.follows = stage.average
             stage.run(deadline)
         return stage
 
@@ -227,10 +276,6 @@ class _Run:
         Large pictures hold fewer to a batch and are harder, so their turn comes more often.
         """
         plan = self.plan
-        batches = {
-            task: [max(rows // self._rows_of(task, pool), 1) for pool in self.pools[task]]
-            for task, rows in zip(TASKS, plan.rows, strict=True)
-        }
         areas = [height * width for height, width in plan.sizes]
         generator = torch.Generator(self.objectives.model.device)
 
@@ -241,20 +286,31 @@ class _Run:
 
         def compute(kind: int) -> dict[str, Tensor]:
             size, has_all = divmod(kind, 2)
-            samples = {}
-            for task in TASKS if has_all else TASKS[:1]:
-                pool = self.pools[task][size]
-                index = _index(len(pool), batches[task][size], generator)
-                samples[task] = pool.select(index)
-            losses = self.objectives.losses(samples, generator)
-            weights = dict(zip(TASKS, plan.weights, strict=True))
-            return {task: weights[task] * loss for task, loss in losses.items()}
+            return self._losses(TASKS if has_all else TASKS[:1], size, generator)
 
         return Loss(choose, compute, generator)
 
-    def _rows_of(self, task: str, pool: Pool) -> int:
-        """Rows of one sample."""
-        return self.objectives.packing(task, pool.select(torch.arange(1))).rows
+    def _losses(
+        self, tasks: Sequence[str], size: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The weighted losses of a batch of each of some tasks, with pictures of one size."""
+        samples = {}
+        for task in tasks:
+            pool, batch = self.pools[task][size], self._batch(task, size)
+            samples[task] = pool.select(_index(len(pool), batch, generator))
+        if not samples:
+            return {}
+        losses = self.objectives.losses(samples, generator)
+        weights = dict(zip(TASKS, self.plan.weights, strict=True))
+        return {task: weights[task] * loss for task, loss in losses.items()}
+
+    def _batch(self, task: str, size: int) -> int:
+        """How many samples fill a step's rows."""
+        if (task, size) not in self.batches:
+            one = self.pools[task][size].select(torch.arange(1))
+            rows = self.plan.rows[TASKS.index(task)]
+            self.batches[task, size] = max(rows // self.objectives.packing(task, one).rows, 1)
+        return self.batches[task, size]
 
     def _seed(self, generator: torch.Generator, stage: Stages, step: int) -> None:
         """For what a replica does by itself in a step."""
