@@ -319,6 +319,31 @@ def test_modes_after_one_that_fails_get_new_processes(monkeypatch: pytest.Monkey
     assert [mode.mode for mode in results.cases[0].modes] == ["1 rank", "cfg:2", "ulysses:2"]
 
 
+def test_what_was_found_is_kept_when_the_command_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM while the second set of processes runs."""
+
+    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
+        words = list(command)
+        file = Path(words[words.index("--part") + 1]) / parallel_run.RESULTS
+        some_run("cfg:2" if "--modes" in words else "1 rank").write(file)
+        if ranks > 1:
+            raise SystemExit(143)
+        return 0
+
+    monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
+    seen: list[ParallelResults] = []
+    with pytest.raises(SystemExit):
+        parallel_run.run_parts(
+            ["step"],
+            modes.parse("cfg:2;ring:2"),
+            command="",
+            say=lambda line: None,
+            on_part=seen.append,
+        )
+    assert [mode.mode for mode in seen[-1].cases[0].modes] == ["1 rank", "cfg:2"]
+    assert not seen[-1].complete
+
+
 def test_a_rank_that_fails_ends_at_once(
     mot_bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -103,7 +103,9 @@ def _sigterm_raises() -> Iterator[None]:
         return
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the ending short
+        # A second one would cut the ending short; ignored by the system instead, one that has come
+        # in the meantime makes Python complain.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)

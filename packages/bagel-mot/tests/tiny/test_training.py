@@ -27,6 +27,7 @@ from bagel_mot.tiny import trainer
 from bagel_mot.tiny.drawing import draw
 from bagel_mot.tiny.objectives import Objectives
 from bagel_mot.tiny.pool import make_pools
+from bagel_mot.tiny.practice import Rounds
 from bagel_mot.tiny.recipe import Recipe
 from bagel_mot.tiny.trainer import Loss, Schedule, Stage
 from bagel_mot.tiny.training import Plan, train
@@ -40,6 +41,8 @@ PLAN = Plan(
     samples=12,
     vae=Schedule(4, 1e-3, warmup=2),
     model=Schedule(8, 3e-3, warmup=2),
+    practice=Schedule(3, 1e-3, warmup=2),
+    rounds=Rounds(captions=2, each=2, batch=3, steps=2, settings=ImageSettings(num_timesteps=3)),
     pixels=2 * 64 * 64,
     rows=(100, 150, 150),
 )
@@ -59,9 +62,11 @@ def test_train_from_nothing_to_a_checkpoint(tmp_path: Path) -> None:
     assert not train(tmp_path, PLAN, device=CPU, deadline=0, say=said.append)
     assert "time is up" in said[-1]
     assert train(tmp_path, PLAN, device=CPU, say=said.append)
-    assert "done: step 8 of 8" in said[-1]
-    assert [line["stage"] for line in lines(tmp_path)] == ["vae", "model"]
-    assert {"paint", "edit", "ask", "gradient", "rate", "seconds"} <= lines(tmp_path)[-1].keys()
+    assert "done: practice, step 3 of 3" in said[-1]
+    assert [line["stage"] for line in lines(tmp_path)] == ["vae", "model", "practice"]
+    losses = {"paint", "edit", "ask", "gradient", "rate", "seconds"}
+    assert losses <= lines(tmp_path)[-2].keys()
+    assert losses | {"practice", "right"} <= lines(tmp_path)[-1].keys()
     pipeline = BagelPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype="float32")
     settings = ImageSettings(num_timesteps=3)
     image = pipeline.generate("a circle", height=64, width=96, settings=settings, seed=0).image
@@ -80,7 +85,7 @@ def test_start_from_a_checkpoint(tmp_path: Path) -> None:
     schedule = replace(PLAN.model, steps=1, rate=0.0)
     said: list[str] = []
     for _ in range(2):  # and again, as a run that is resumed
-        plan = replace(PLAN, model=schedule)
+        plan = replace(PLAN, model=schedule, practice=replace(PLAN.practice, steps=0))
         assert train(second, plan, device=CPU, start_from=weights, say=said.append)
     assert not any(line.startswith("VAE") for line in said)
     with pytest.raises(ValueError, match="with starts_from True, not False"):
@@ -356,11 +361,13 @@ def test_replicas_share_the_samples(folder: Path) -> None:
 
 def test_two_replicas_train_on_the_command_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = "--device cpu --samples 4 --rows 0.01 --vae-steps 2 --steps 2 --workers 0 --nproc 2"
-    command = [sys.executable, "-m", "bagel_mot", "train-tiny", str(run), *options.split()]
+    options = "--device cpu --samples 4 --rows 0.01 --workers 0 --nproc 2"
+    steps = "--vae-steps 2 --steps 2 --practice-steps 2"
+    command = [sys.executable, "-m", "bagel_mot", "train-tiny", str(run), *steps.split()]
+    command += options.split()
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("done: step 2 of 2") == 1, done.stderr
+    assert done.stderr.count("done: practice, step 2 of 2") == 1, done.stderr
     assert json.loads((run / "run.json").read_text())["replicas"] == 2
     BagelPipeline.from_pretrained(run / "checkpoint", device="cpu", dtype="float32")
     # Half of them cannot go on alone.
@@ -373,6 +380,7 @@ def test_replayed_steps_are_those_that_were_launched(tmp_path: Path) -> None:
     """Through several sizes, so that graphs take turns, and resumed, so that states go round."""
     sizes = ((64, 64), (64, 96))
     plan = replace(PLAN, sizes=sizes, vae=Schedule(16, 1e-3), model=Schedule(16, 1e-3))
+    plan = replace(plan, practice=replace(PLAN.practice, steps=0))  # chance decides too much there
     found = []
     for cuda_graphs in (False, True):
         place = tmp_path / str(cuda_graphs)

@@ -59,24 +59,28 @@ def run_parts(
             file = Path(folder, RESULTS)
             file.unlink(missing_ok=True)
             python = [sys.executable, "-m", "mot_bench"]
-            code = run_ranks(
-                [*python, *arguments, *named, "--part", folder],
-                part[0].world_size,
-                seconds=seconds,
-            )
-            found = ParallelResults.read(file) if file.exists() else None
+            found: ParallelResults | None = None
+            try:
+                code = run_ranks(
+                    [*python, *arguments, *named, "--part", folder],
+                    part[0].world_size,
+                    seconds=seconds,
+                )
+            finally:  # also if this process is told to end
+                if file.exists():
+                    found = ParallelResults.read(file)
+                    results = found if results is None else results.joined([found])
+                if results is not None:
+                    results = dataclasses.replace(results, command=command, complete=False)
+                    on_part(results)
             if code or found is None:
                 cases = 0 if results is None else len(results.cases)
                 begun, to_come = _split_where_it_failed(part, found, cases)
                 failed.append("; ".join(map(words.name_of, begun)))
                 if to_come:
                     waiting.insert(0, to_come)
-            if found is not None:
-                results = found if results is None else results.joined([found])
             if results is None:
                 break
-            results = dataclasses.replace(results, command=command, complete=False)
-            on_part(results)
     if results is not None:
         results = dataclasses.replace(results, complete=not failed)
     return results, failed

@@ -88,6 +88,11 @@ def train_tiny(
             ),
             pixels=max(int(plan.pixels * rows), 1),
             rows=tuple(max(int(each * rows), 1) for each in plan.rows),
+            rounds=replace(
+                plan.rounds,
+                captions=max(int(plan.rounds.captions * rows), 1),
+                batch=max(int(plan.rounds.batch * rows), 1),
+            ),
         )
         train(
             run,

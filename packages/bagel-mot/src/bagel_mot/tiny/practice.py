@@ -45,7 +45,7 @@ class Rounds:
     Attributes:
         captions: of a round, on each replica.
         each: pictures of every caption.
-        batch: pictures that are painted, and learned from, together.
+        batch: pictures that a step learns from.
         steps: that learn from a round.
         settings: guidance and timesteps while practising; fewer timesteps than people use do.
     """
@@ -235,10 +235,7 @@ class Practice:
         h, w = self._painter.grid(asked.size)
         generator = torch.Generator(self._device).manual_seed(random.getrandbits(62))
         noise = torch.randn((len(asked), h * w, 64), generator=generator, device=self._device)
-        parts = torch.arange(len(asked), device=self._device).split(rounds.batch)
-        latents = torch.cat(
-            [self._painter.paint(asked.select(part), noise[part]) for part in parts]
-        )
+        latents = self._painter.paint(asked, noise)
         levels = to_levels(self._learner.decode(asked.size, latents)).cpu()
         return _Painted(size, asked, latents, self._grade(levels, captions))
 

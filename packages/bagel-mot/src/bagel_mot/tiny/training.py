@@ -57,7 +57,8 @@ class Plan:
         samples: per task and size, drawn before training; replicas divide them.
         vae, model, practice: schedules of the three stages. The average that the last one keeps
             is also the older model that paints: a few rounds old.
-        rounds: of the last stage.
+        rounds: of the last stage. It is short: going on at this rate it broke down after some 700
+            steps (docs/log.md).
         pixels: of a VAE step's batch, on each replica.
         rows: of a step's batch of each task, on each replica; as many samples as fill them.
         weights: of the tasks' losses.
@@ -72,7 +73,7 @@ class Plan:
     vae: Schedule = field(default_factory=lambda: Schedule(5_000, 1e-3))
     model: Schedule = field(default_factory=lambda: Schedule(100_000, 1e-3, warmup=500))
     practice: Schedule = field(
-        default_factory=lambda: Schedule(4_000, 3e-4, warmup=50, cooldown=0.5, average=0.9)
+        default_factory=lambda: Schedule(440, 1e-4, warmup=50, cooldown=0.5, average=0.9)
     )
     rounds: Rounds = field(default_factory=Rounds)
     pixels: int = 64 * 64 * 64
@@ -195,6 +196,9 @@ class _Run:
         for task in ("paint", "edit"):
             self.pools[task] = [self.objectives.encode(task, pool) for pool in self.pools[task]]
         stage = self._stage("model", leaves(model), self._model_loss())
+        if not stage.done and self.replicas.rank == 0:
+            # Who prolongs this stage practises anew, with what comes out of it.
+            (self.folder / "practice.pt").unlink(missing_ok=True)
         with reference.compiled() if model.device.type == "cuda" else nullcontext():
             stage.run(deadline)
         return stage
