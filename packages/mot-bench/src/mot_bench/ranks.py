@@ -88,7 +88,7 @@ def run_modes(
         for parallel in [pipeline.parallel, *others]
         for size, count in cases
     ]
-    done: list[tuple[_Run, list[ModeResult]]] = []
+    done: list[tuple[_Run, ModeResult]] = []
 
     def results(complete: bool) -> ParallelResults:
         return ParallelResults(
@@ -108,9 +108,7 @@ def run_modes(
                     batch=plan.batch,
                     rows=next(run.rows for run, _ in done if run.case == (size, count)),
                     prompt_tokens=len(pipeline.tokenizer.encode(prompt)),
-                    modes=tuple(
-                        mode for run, found in done if run.case == (size, count) for mode in found
-                    ),
+                    modes=tuple(mode for run, mode in done if run.case == (size, count)),
                 )
                 for size, count in cases
                 if any(run.case == (size, count) for run, _ in done)
@@ -119,14 +117,12 @@ def run_modes(
 
     known = _read(velocities) if modes[0].world_size > 1 else {}
     for run in runs:
-        found = run.timed(known)
-        done.append((run, found))
-        for mode in found:
-            on_case(results(False), run.describe(mode))
+        done.append((run, run.timed(known)))
+        on_case(results(False), run.describe(done[-1][1]))
     if velocities is not None and modes[0].world_size == 1:
         torch.save(known, velocities)
     # Last of all: once a profiler has been there, launches may take longer.
-    done[:] = [(run, run.observed(found)) for run, found in done]
+    done[:] = [(run, run.observed(mode)) for run, mode in done]
     return results(True)
 
 
@@ -157,8 +153,8 @@ class _Run:
             f"{mode.timing.median_us / 1e3:.2f} ms, {graphs} CUDA graphs"
         )
 
-    def timed(self, known: dict[str, torch.Tensor]) -> list[ModeResult]:
-        """Check, then time: with CUDA graphs, if the pipeline makes them, and without.
+    def timed(self, known: dict[str, torch.Tensor]) -> ModeResult:
+        """Check, then time.
 
         In the same rounds each rank makes the step by itself, if it has all weights: GPUs get
         slower as they warm up, and not all are equally fast, so that times of a single rank taken
@@ -167,22 +163,17 @@ class _Run:
         Args:
             known: the velocities of a single rank by case; a single rank puts its own there.
         """
-        case, captures = self._case(self._parallel)
+        case = self._case(self._parallel)
         self.rows = sum(rows for rows, _ in case.blocks())
-        # With graphs last: once captured, they would count as the memory of the other way.
-        ways = {graphs: not graphs for graphs in ([False, True] if captures else [False])}
-        uses, differences = {}, {}
-        for graphs, eagerly in ways.items():
-            gc.collect()
-            rows = self._rows(case, eagerly=eagerly)
-            velocities, memory = case.first_steps(OURS, eagerly=eagerly)
-            differences[graphs] = self._differences(velocities, known)
-            model = self._loaded.model
-            uses[graphs] = RankUse(self._parallel.rank, rows, parameter_bytes(model), memory)
+        rows = self._rows(case)
+        gc.collect()  # its workspace, which would count as memory of what comes now
+        velocities, memory = case.first_steps(OURS)
+        of_one, of_ranks = self._differences(velocities, known)
+        use = RankUse(self._parallel.rank, rows, parameter_bytes(self._loaded.model), memory)
         case.sets = max(self._ranks.everyone(case.settle(OURS)))
-        steps = {str(graphs): case.start(OURS, eagerly=eagerly) for graphs, eagerly in ways.items()}
+        steps = {self.name: case.start(OURS)}
         if self._splits_no_weights:
-            single, _ = self._case(bagel_parallel.ALONE)
+            single = self._case(bagel_parallel.ALONE)
             single.sets = case.sets
             steps[ALONE] = single.start(OURS)
         timings = measure(
@@ -191,35 +182,23 @@ class _Run:
             self._plan.rounds,
             stopwatch=_Together(case.stopwatch, self._ranks),
         )
-        alone = self._ranks.everyone(timings.get(ALONE))
-        found = []
-        for graphs in reversed(ways):  # what users get comes first
-            everyone = self._ranks.everyone((timings[str(graphs)], uses[graphs]))
-            slowest = max((timing for timing, _ in everyone), key=lambda each: each.median_us)
-            of_one, of_ranks = differences[graphs]
-            users = tuple(use for _, use in everyone)
-            found.append(
-                ModeResult(
-                    self.name,
-                    graphs,
-                    slowest,
-                    of_one,
-                    of_ranks,
-                    users,
-                    tuple(timing for timing in alone if timing is not None),
-                )
-            )
-        return found
+        everyone = self._ranks.everyone((timings, use))
+        own = [of_rank[self.name] for of_rank, _ in everyone]
+        return ModeResult(
+            self.name,
+            self._loaded.workspace.capture,
+            max(own, key=lambda each: each.median_us),
+            of_one,
+            of_ranks,
+            tuple(each for _, each in everyone),
+            tuple(of_rank[ALONE] for of_rank, _ in everyone) if self._splits_no_weights else (),
+        )
 
-    def observed(self, found: list[ModeResult]) -> list[ModeResult]:
-        """The results with what each rank spends on exchanges."""
-        seen = []
-        case, _ = self._case(self._parallel)
-        for mode in found:
-            repeat = case.warm(OURS, eagerly=not mode.cuda_graphs)
-            use = self._observe(repeat, mode.ranks[self._parallel.rank])
-            seen.append(dataclasses.replace(mode, ranks=tuple(self._ranks.everyone(use))))
-        return seen
+    def observed(self, mode: ModeResult) -> ModeResult:
+        """The result with what each rank spends on exchanges."""
+        repeat = self._case(self._parallel).warm(OURS)
+        use = self._observe(repeat, mode.ranks[self._parallel.rank])
+        return dataclasses.replace(mode, ranks=tuple(self._ranks.everyone(use)))
 
     def _observe(self, repeat: Callable[[], None], use: RankUse) -> RankUse:
         def together() -> None:
@@ -253,19 +232,21 @@ class _Run:
         config = self._parallel.config
         return config.world_size > 1 and config.tensor == 1
 
-    def _case(self, parallel: Parallel) -> tuple[Case, bool]:
-        """A case with a workspace of its own, and whether it captures steps in CUDA graphs."""
+    def _case(self, parallel: Parallel) -> Case:
+        """A case with a workspace of its own, which captures steps if that of the model does."""
         gc.collect()  # the last case's workspace, in which things refer to each other
-        captures = self._loaded.workspace.capture
         pipeline = BagelPipeline(
-            self._loaded.model, self._loaded.tokenizer, parallel, cuda_graphs=captures
+            self._loaded.model,
+            self._loaded.tokenizer,
+            parallel,
+            cuda_graphs=self._loaded.workspace.capture,
         )
         (size, branches), plan = self.case, self._plan
-        return Case(pipeline, size, branches, plan.batch, self._prompt, plan.rounds), captures
+        return Case(pipeline, size, branches, plan.batch, self._prompt, plan.rounds)
 
-    def _rows(self, case: Case, *, eagerly: bool) -> int:
+    def _rows(self, case: Case) -> int:
         """Packed rows that this rank takes through the layers in a step."""
-        step = case.start(OURS, eagerly=eagerly)
+        step = case.start(OURS, eagerly=True)  # a replayed graph calls no module
         with _rows_of(self._loaded.model) as rows:
             step()
         return sum(rows)

@@ -219,9 +219,9 @@ class Case:
         torch.cuda.synchronize(self._device)
         return steps_per_sample(time.perf_counter() - begin)
 
-    def warm(self, name: str, *, eagerly: bool = False) -> Callable[[], None]:
+    def warm(self, name: str) -> Callable[[], None]:
         """What makes `STEPS_OBSERVED` steps, which have been made once already; see `start`."""
-        repeat = functools.partial(_repeat, self.start(name, eagerly=eagerly))
+        repeat = functools.partial(_repeat, self.start(name))
         repeat()
         return repeat
 
@@ -271,14 +271,12 @@ class Case:
 
         return step
 
-    def first_steps(
-        self, name: str, *, eagerly: bool = False
-    ) -> tuple[torch.Tensor, Memory | None]:
+    def first_steps(self, name: str) -> tuple[torch.Tensor, Memory | None]:
         """The velocities of the first step, and the peak memory of the first two."""
         found: list[torch.Tensor] = []
 
         def run() -> None:
-            step = self.start(name, eagerly=eagerly)
+            step = self.start(name)
             found.extend(each.clone() for made in step() for each in made.velocities)
             step()
 
