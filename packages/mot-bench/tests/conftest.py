@@ -1,15 +1,18 @@
-"""Shared by all tests: the command line in this process, and a tiny model's folder."""
+"""Shared by all tests: the command line, a tiny model's folder, a server for `serve`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 from samples import TINY
+
+if TYPE_CHECKING:
+    from fake_server import Fake
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,3 +65,36 @@ def model_folder(tmp_path: Path) -> Path:
     }
     (folder / "llm_config.json").write_text(json.dumps(sizes))
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_server() -> Iterator[Fake]:
+    from fake_server import serving  # fastapi: for these tests alone
+
+    with serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(one_server: Fake, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    one_server.reset()
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return one_server
+
+
+@pytest.fixture
+def bench(fake: Fake, mot_bench: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Run the command on the fake server with given prompts; return its answer and results."""
+    from mot_bench.serve.results import ServeResults
+
+    def run(prompts: list[str] | None, *arguments: object, url: str = "") -> Any:
+        output = tmp_path / "results.json"
+        options: list[object] = ["--base-url", url or fake.url, "--output", output]
+        if prompts is not None:
+            file = tmp_path / "prompts.txt"
+            file.write_text("\n".join(prompts))
+            options += ["--prompts", file]
+        answer = mot_bench("serve", *options, *arguments)
+        return answer, ServeResults.read(output) if output.exists() else None
+
+    return run

@@ -21,6 +21,8 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 
+from mot_bench.serve.results import ServeResults
+
 MODEL = "tiny/BAGEL"
 
 
@@ -244,3 +246,11 @@ def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+# For `bench`: the first request counts.
+COLD = ("--warmup-requests", 0)
+
+
+def failures(results: ServeResults) -> list[str]:
+    return [each.failure for each in results.requests]
