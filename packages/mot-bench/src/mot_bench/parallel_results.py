@@ -113,7 +113,7 @@ class ParallelCase:
     def alone_us(self) -> float | None:
         """Microseconds of a step made by one rank; None if that was not measured.
 
-        Beside the modes, if any was measured so; a rank measured before them had a cooler GPU.
+        Beside the modes, if any was measured so, rather than before them.
         """
         beside = [each.median_us for mode in self.modes for each in mode.alone]
         before = [each.timing.median_us for each in self.modes if each.mode == ALONE]
