@@ -361,6 +361,24 @@ def test_find_config_finds_what_its_command_tunes(
     assert find_config(problem, GPU).block_n == 16
 
 
+def test_find_config_refuses_tiles_that_do_not_fit_this_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They fit a larger one, so the file as such is sound."""
+    large = FIELDS | {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 4}
+    path = write(tmp_path / "mine", entry(config=large), name="NVIDIA_GeForce_RTX_4090")
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 * KB)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setenv("MOT_TUNED_CONFIG_DIR", str(tmp_path / "mine"))
+    with pytest.raises(ValueError, match="bytes of shared memory; a block has 101376") as error:
+        find_config(PROBLEM, GPU)
+    for part in (str(path), "K=3584, N=4608, bfloat16", "RTX 4090", "mot-bench tune"):
+        assert part in str(error.value)
+    properties.shared_memory_per_block_optin = 227 * KB
+    assert find_config(PROBLEM, GPU).block_n == 256
+
+
 def test_find_config_without_gpu_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
     find_config(PROBLEM, torch.device("cpu"))
     assert not caplog.records

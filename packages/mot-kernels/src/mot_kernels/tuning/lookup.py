@@ -88,15 +88,23 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
         hopper: the schedule "hopper" is possible: for this GPU and for these tensors.
 
     Raises:
-        ValueError: a tuned file is broken; the message names the file and the key.
+        ValueError: a tuned file is broken, or has tiles that do not fit this GPU; the message
+            names the file and the key.
     """
     if device.type != "cuda":
         return default_config(problem, _LEAST_SHARED_MEMORY)
     name = torch.cuda.get_device_name(device)
+    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     for path in config_files(name):
         best = _nearest(load_entries(path), problem, hopper)
-        if best is not None:
-            return best
+        if best is None:
+            continue
+        if (why := _why_illegal(problem, best, shared_memory)) is not None:
+            raise ValueError(
+                f"tuned config {path}: K={problem.k}, N={problem.n}, {problem.dtype_name}, "
+                f"epilogue {problem.epilogue}: {why} on {name}; tune it there, with mot-bench tune"
+            )
+        return best
     counts = _first_misses.setdefault((name, replace(problem, counts=())), problem.counts)
     rows = ",".join(map(str, counts))
     has_format = "" if problem.format is None else f", format {problem.format}"
@@ -108,8 +116,7 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
         f"--epilogue {problem.epilogue} {with_format}--rows {rows} --output DIR   and then "
         f"export {_FOLDER_VARIABLES[0]}=DIR"
     )
-    properties = torch.cuda.get_device_properties(device)
-    return default_config(problem, properties.shared_memory_per_block_optin, hopper)
+    return default_config(problem, shared_memory, hopper)
 
 
 def config_files(device_name: str) -> list[Path]:
@@ -179,19 +186,23 @@ def _parse_entry(entry: Any) -> tuple[Problem, TileConfig]:
     if entry["epilogue"] not in ("none", "silu_mul", "add_residual"):
         raise ValueError(f"key 'epilogue' is {entry['epilogue']!r}")
     config = TileConfig.from_dict(entry["config"])
-    most = HOPPER_SHARED_MEMORY  # no GPU has more
-    epilogue, format = entry["epilogue"], entry.get("format")
-    if format is None:
-        silu_mul = epilogue == "silu_mul"
-        why = why_illegal(config, dtype, silu_mul=silu_mul, shared_memory=most)
-    elif isinstance(format, str) and format in FORMATS:
-        why = why_illegal_format(config, FORMATS[format], dtype, epilogue, most)
-    else:
+    format = entry.get("format")
+    if format is not None and not (isinstance(format, str) and format in FORMATS):
         raise ValueError(f"key 'format' is {format!r}; expected one of {sorted(FORMATS)}")
-    if why is not None:
+    problem = Problem(entry["n"], entry["k"], dtype, entry["epilogue"], tuple(rows), format)
+    # No GPU has more; whether it fits the one at hand is asked when it is chosen.
+    if (why := _why_illegal(problem, config, HOPPER_SHARED_MEMORY)) is not None:
         raise ValueError(why)
-    problem = Problem(entry["n"], entry["k"], dtype, epilogue, tuple(rows), format)
     return problem, config
+
+
+def _why_illegal(problem: Problem, config: TileConfig, shared_memory: int) -> str | None:
+    """Why a config does not fit a GPU with `shared_memory` bytes a block; None if it does."""
+    dtype, epilogue = problem.dtype, problem.epilogue
+    if problem.format is not None:
+        return why_illegal_format(config, FORMATS[problem.format], dtype, epilogue, shared_memory)
+    silu_mul = epilogue == "silu_mul"
+    return why_illegal(config, dtype, silu_mul=silu_mul, shared_memory=shared_memory)
 
 
 def _nearest(
