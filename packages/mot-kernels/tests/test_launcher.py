@@ -472,3 +472,18 @@ def test_memory_of_the_first_call_is_not_kept(fake: FakeDriver) -> None:
     gc.collect()
     assert [r() for r in refs] == [None] * 3
     assert len(plan.replays) == 1
+
+
+def test_launches_keep_the_kernel_that_they_launch(fake: FakeDriver) -> None:
+    """One that goes away unloads its function."""
+    from mot_kernels._triton.norm import _mot_rms_norm_kernel as kernel
+
+    call = rms_norm(make_plan())
+    call()
+    compiled = [each for cache in kernel.device_caches.values() for each in cache[0].values()]
+    refs = [weakref.ref(each) for each in compiled]
+    del compiled
+    kernel.device_caches.clear()
+    gc.collect()
+    assert any(ref() is not None for ref in refs)
+    assert recorded(fake, call)[1] == 0

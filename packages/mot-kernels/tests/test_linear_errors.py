@@ -46,6 +46,12 @@ PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
             id="float64_off_the_cpu",
         ),
         pytest.param(
+            {"weight": WEIGHT[:0], "plan": None},
+            ValueError,
+            "weight has 0 experts; expected at least 1",
+            id="no_experts",
+        ),
+        pytest.param(
             {"weight": WEIGHT.half()},
             TypeError,
             "weight has dtype torch.float16 but x has torch.float32; convert one",

@@ -197,13 +197,13 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
         pytest.param(
             {"qkv": torch.zeros(3, 32).half()},
             TypeError,
-            "q_weight has dtype torch.float32 but x has torch.float16",
+            "q_weight has dtype torch.float32 but qkv has torch.float16",
             id="weight_dtype",
         ),
         pytest.param(
             {"k_weight": torch.zeros(2, 4, device="meta")},
             ValueError,
-            "k_weight is on meta but x is on cpu",
+            "k_weight is on meta but qkv is on cpu",
             id="k_weight_device",
         ),
         pytest.param(
@@ -218,13 +218,13 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
         pytest.param(
             {"plan": RoutePlan.from_runs([(0, 4)], num_experts=2)},
             ValueError,
-            "plan routes 4 rows but x has 3",
+            "plan routes 4 rows but qkv has 3",
             id="plan_rows",
         ),
         pytest.param(
             {"plan": RoutePlan.from_runs([(0, 3)], num_experts=1)},
             ValueError,
-            "plan has 1 experts but weight has 2",
+            "plan has 1 experts but q_weight has 2",
             id="plan_experts",
         ),
         pytest.param({"plan": PLAN.to("meta")}, ValueError, "plan is on meta", id="plan_device"),
@@ -290,6 +290,19 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
             id="q_out_strided",
         ),
         pytest.param(
+            {"qkv": torch.zeros(3, 32, dtype=torch.int32)},
+            TypeError,
+            "qkv has dtype torch.int32; supported are",
+            id="qkv_integer",
+        ),
+        pytest.param(
+            {"q_weight": torch.zeros(3, 4), "k_weight": torch.zeros(3, 4)},
+            ValueError,
+            "plan has 2 experts but q_weight has 3",
+            id="other_experts",
+        ),
+        pytest.param({"num_kv_heads": 0}, ValueError, "num_kv_heads is 0; expected", id="no_heads"),
+        pytest.param(
             {"k_out": heads(9, 2), "v_out": heads(9, 2)},
             ValueError,
             r"k_out has shape \(9, 2, 4\); expected \(3, 2, 4\)",
@@ -335,6 +348,25 @@ def test_mot_qk_norm_rope_errors(
         "rope": torch.zeros(9, 4),
         "positions": torch.arange(3),
         "plan": PLAN,
+        "num_heads": 4,
+        "num_kv_heads": 2,
     } | changes
     with pytest.raises(error, match=message):
-        mot_qk_norm_rope(**arguments, num_heads=4, num_kv_heads=2)
+        mot_qk_norm_rope(**arguments)
+
+
+def test_heads_too_far_apart() -> None:
+    """What the kernel would address in 32 bits; memory that is never touched is not taken."""
+    far = torch.empty_strided((3, 4, 4), (4, 2**29, 1), dtype=torch.float16)
+    weight = torch.zeros(1, 4, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"q_out has strides .*: dimension 1 reaches over 2\*\*31"):
+        mot_qk_norm_rope(
+            torch.zeros(3, 32, dtype=torch.float16),
+            weight,
+            weight,
+            torch.zeros(9, 4),
+            torch.arange(3),
+            num_heads=4,
+            num_kv_heads=2,
+            q_out=far,
+        )

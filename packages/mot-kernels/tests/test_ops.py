@@ -349,6 +349,28 @@ def test_compile(step: Step, device: torch.device) -> None:
     assert_same(compiled(tensors, tensors.y, other), step(tensors, tensors.y, other))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.parametrize("route", ["gen16", "every_second_row"])
+def test_compile_with_gradients(route: str) -> None:
+    """Through the differentiable path, whether the rows have to be grouped or are."""
+    torch._dynamo.reset()
+    plan = ROUTES[route].plan(torch.device("cpu"))
+    x = torch.randn(plan.num_rows, 16)
+    weight = torch.randn(2, 8, 16, requires_grad=True)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return mot_linear(x, weight, plan)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (step, compiled):
+        run(x).square().sum().backward()
+        assert weight.grad is not None
+        found.append(weight.grad)
+        weight.grad = None
+    torch.testing.assert_close(*found)
+
+
 # --- CUDA graphs
 
 

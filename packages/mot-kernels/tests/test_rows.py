@@ -7,6 +7,7 @@ worth in a product is tested in test_linear_formats.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -335,6 +336,19 @@ def errors() -> list[tuple[type[Exception], Callable[[], object], str]]:
             ValueError,
             lambda: quantize_rows(x.requires_grad_(), fp8),
             "requires grad, but rounding has no backward",
+        ),
+        *(
+            (
+                ValueError,
+                partial(quantize_rows, x, fp8, activation_scale=scale),
+                rf"activation_scale has shape {shape}; expected \({max(scale.numel(), 1)},\)",
+            )
+            for scale, shape in ((torch.tensor(0.1), r"\(\)"), (torch.empty(0), r"\(0,\)"))
+        ),
+        (
+            ValueError,
+            lambda: mot_linear(x, torch.ones(2, 8, 32, requires_grad=True), quantize=fp8),
+            "an input requires grad, but quantize rounds the result",
         ),
         (
             ValueError,

@@ -15,35 +15,49 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_same_dtype(x: torch.Tensor | QuantizedRows, **others: torch.Tensor | None) -> None:
+def check_same_dtype(
+    x: torch.Tensor | QuantizedRows, x_name: str = "x", /, **others: torch.Tensor | None
+) -> None:
     """x has a supported dtype, and the others share its dtype and device."""
     # float64 is not computed by any kernel, but the reference path takes it (gradient checks).
     if x.dtype not in DTYPES and not (x.dtype is torch.float64 and x.device.type == "cpu"):
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise TypeError(f"x has dtype {x.dtype}; supported are {names}")
+        raise TypeError(f"{x_name} has dtype {x.dtype}; supported are {names}")
     for name, other in others.items():
         if other is None:
             continue
         if other.dtype is not x.dtype:
-            raise TypeError(f"{name} has dtype {other.dtype} but x has {x.dtype}; convert one")
+            raise TypeError(
+                f"{name} has dtype {other.dtype} but {x_name} has {x.dtype}; convert one"
+            )
         if other.device != x.device:
-            raise ValueError(f"{name} is on {other.device} but x is on {x.device}; move one")
+            raise ValueError(f"{name} is on {other.device} but {x_name} is on {x.device}; move one")
 
 
-def check_plan(plan: RoutePlan | None, rows: int, experts: int, device: torch.device) -> None:
+def check_plan(
+    plan: RoutePlan | None,
+    rows: int,
+    experts: int,
+    device: torch.device,
+    x_name: str = "x",
+    weight_name: str = "weight",
+) -> None:
     """The plan routes exactly these rows to exactly these experts, on this device."""
+    if experts < 1:
+        raise ValueError(f"{weight_name} has {experts} experts; expected at least 1")
     if plan is None:
         return
     if plan.num_rows != rows:
         raise ValueError(
-            f"plan routes {plan.num_rows} rows but x has {rows}; was the plan built for another "
-            "layout?"
+            f"plan routes {plan.num_rows} rows but {x_name} has {rows}; was the plan built for "
+            "another layout?"
         )
     if plan.num_experts != experts:
-        raise ValueError(f"plan has {plan.num_experts} experts but weight has {experts}")
+        raise ValueError(f"plan has {plan.num_experts} experts but {weight_name} has {experts}")
     if plan.device != device:
         raise ValueError(
-            f"plan is on {plan.device} but x is on {device}; build it there or use plan.to(device)"
+            f"plan is on {plan.device} but {x_name} is on {device}; build it there or use "
+            "plan.to(device)"
         )
 
 
@@ -72,6 +86,15 @@ def check_quantize(
     if out is not None:
         raise ValueError("out is given along with quantize, whose result is no single tensor")
     check_activation_scale(activation_scale, experts, device)
+
+
+def check_reach(name: str, t: torch.Tensor | None, dim: int) -> None:
+    """The kernels address a dimension, rows aside, in 32 bits."""
+    if t is not None and t.shape[dim] * t.stride(dim) >= 2**31:
+        raise ValueError(
+            f"{name} has strides {t.stride()}: dimension {dim} reaches over 2**31 elements or "
+            "more, which the kernels do not address; call .contiguous()"
+        )
 
 
 def check_row_contiguous(name: str, t: torch.Tensor) -> None:

@@ -45,7 +45,10 @@ _forced: Path | None = None
 
 @contextmanager
 def use_path(path: Path) -> Iterator[None]:
-    """Run every operation inside the block on `path` (for baselines, tests and training)."""
+    """Run every operation inside the block on `path` (for baselines, tests and training).
+
+    It holds for the whole process, other threads included: do not enter it in several at once.
+    """
     global _forced
     previous, _forced = _forced, path
     try:

@@ -126,6 +126,12 @@ def mot_linear(
     if out is not None:
         check_out("out", out, shape, x)
     check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
+    given = (each for each in (x, weight, bias, residual) if isinstance(each, torch.Tensor))
+    if quantize is not None and needs_grad(*given):
+        raise ValueError(
+            "an input requires grad, but quantize rounds the result, which has no backward; use "
+            "torch.no_grad()"
+        )
     if isinstance(weight, ExpertWeight):
         if needs_grad(x if isinstance(x, torch.Tensor) else None, bias, residual):
             raise ValueError(

@@ -12,6 +12,7 @@ from mot_kernels.checks import (
     check_out,
     check_plan,
     check_quantize,
+    check_reach,
     check_row_contiguous,
     check_same_dtype,
     needs_grad,
@@ -220,7 +221,8 @@ def mot_qk_norm_rope(
         key = (mot_qk_norm_rope, seen, num_heads, num_kv_heads, eps, dispatch.forced_path())
     if key is None or key not in replays_of(plan):
         _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
-        check_plan(plan, qkv.shape[0], q_weight.shape[0], qkv.device)
+        experts = q_weight.shape[0]
+        check_plan(plan, qkv.shape[0], experts, qkv.device, "qkv", "q_weight")
         heads = (num_heads, num_kv_heads, q_weight.shape[1])
         _check_qk_out(qkv, heads, q_out, k_out, v_out, kv_rows)
     if differentiable:
@@ -269,6 +271,9 @@ def _check_qk(
             f"q_weight has shape {tuple(q_weight.shape)} and k_weight {tuple(k_weight.shape)}; "
             "expected the same (experts, head size)"
         )
+    for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if heads < 1:
+            raise ValueError(f"{name} is {heads}; expected at least 1")
     head_dim = q_weight.shape[1]
     columns = (num_heads + 2 * num_kv_heads) * head_dim
     if qkv.dim() != 2 or qkv.shape[1] != columns or head_dim % 2:
@@ -284,7 +289,7 @@ def _check_qk(
     if rope.device != qkv.device:
         raise ValueError(f"rope is on {rope.device} but qkv is on {qkv.device}; move one")
     _check_index("positions", positions, qkv)
-    check_same_dtype(qkv, q_weight=q_weight, k_weight=k_weight)
+    check_same_dtype(qkv, "qkv", q_weight=q_weight, k_weight=k_weight)
     for name, t in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight), ("rope", rope)):
         check_row_contiguous(name, t)
     if not (rope.is_contiguous() and q_weight.is_contiguous() and k_weight.is_contiguous()):
@@ -316,11 +321,13 @@ def _check_qk_out(
     if q_out is not None:
         check_out("q_out", q_out, (rows, num_heads, head_dim), qkv)
         check_row_contiguous("q_out", q_out)
+        check_reach("q_out", q_out, 1)
     for name, kv_out in (("k_out", k_out), ("v_out", v_out)):
         if kv_out is not None:
             slots = rows if kv_rows is None else kv_out.shape[0]
             check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
             check_row_contiguous(name, kv_out)
+            check_reach(name, kv_out, 1)
 
 
 def _check_index(name: str, index: torch.Tensor, qkv: torch.Tensor) -> None:

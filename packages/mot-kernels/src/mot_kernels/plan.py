@@ -63,6 +63,7 @@ class RoutePlan:
             Hopper GPUs, and with few rows on any). So launches that use one plan must not run at
             the same time: use a plan on one stream.
         flat_offsets: `tile_offsets` as one tuple.
+        is_grouped: whether rows are grouped by expert as they are: `row_ids` counts up.
         replays: what operations keep of calls with this plan, to do them again faster.
     """
 
@@ -74,11 +75,15 @@ class RoutePlan:
     tile_offsets: tuple[tuple[int, ...], ...]
     flags: torch.Tensor
     flat_offsets: tuple[int, ...] = field(init=False, repr=False)
+    is_grouped: bool = field(init=False)
     replays: Replays = field(init=False, repr=False, default_factory=Replays)
 
     def __post_init__(self) -> None:
         flat = tuple(offset for table in self.tile_offsets for offset in table)
         object.__setattr__(self, "flat_offsets", flat)
+        # Once: torch.compile cannot look into it.
+        is_grouped = bool((np.diff(self.runs[:, 0]) > 0).all())
+        object.__setattr__(self, "is_grouped", is_grouped)
 
     @property
     def num_rows(self) -> int:
@@ -89,11 +94,6 @@ class RoutePlan:
     def num_experts(self) -> int:
         """E, the number of experts (some may have no rows)."""
         return len(self.counts)
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether rows are grouped by expert as they are: `row_ids` counts up."""
-        return bool((np.diff(self.runs[:, 0]) > 0).all())
 
     @property
     def device(self) -> torch.device:

@@ -46,7 +46,7 @@ def quantize_rows(
     if plan is not None:
         check_plan(plan, x.shape[0], plan.num_experts, x.device)
     if activation_scale is not None:
-        experts = activation_scale.shape[0] if plan is None else plan.num_experts
+        experts = max(activation_scale.numel(), 1) if plan is None else plan.num_experts
         check_activation_scale(activation_scale, experts, x.device)
     if needs_grad(x):
         raise ValueError("x requires grad, but rounding has no backward; use torch.no_grad()")

@@ -15,6 +15,7 @@ from mot_kernels._triton.launcher import EPILOGUES, LINEAR_PLACES, launch, on_de
 from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels._triton.rounding import _E4M3, _INT8, _KEEP
+from mot_kernels.checks import check_reach
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.plan import tile_range
 from mot_kernels.replay import Keep
@@ -63,10 +64,9 @@ def launch_linear(
 
     Returns how to do it again with other out, x, weight, bias and residual.
     """
-    rows, k = x.shape
-    if rows == 0:
+    k, n = x.shape[1], weight.shape[1]
+    if out.numel() == 0:
         return None
-    n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
     no_hopper = why_not_hopper(out, x, weight, bias, residual)
     if config is None:
@@ -92,6 +92,9 @@ def launch_linear(
                 config,
                 LINEAR_PLACES,
             )
+    for name, t, dim in (("x", x, 1), ("weight", weight, 2), ("out", out, 1)):
+        check_reach(name, t, dim)
+    check_reach("residual", residual, 1)
     num_tiles = table.end - table.start
     grid = (num_tiles * triton.cdiv(out.shape[1], config.block_n),)
     with on_device(x.device):
@@ -107,7 +110,7 @@ def launch_linear(
             row_ids_ptr=row_ids,
             tiles_ptr=tiles[table.start : table.end],
             num_tiles=num_tiles,
-            num_rows=rows,
+            num_rows=x.shape[0],
             w_rows=n,
             N_OUT=out.shape[1],
             K=k,
@@ -133,8 +136,9 @@ def launch_linear(
 def launch_silu_mul(out: torch.Tensor, x: torch.Tensor) -> None:
     """out (M, F) = SiLU(gate) * up, where x (M, 2 F), rows contiguous, is gate | up."""
     rows, columns = out.shape
-    if rows == 0:
+    if out.numel() == 0:
         return
+    check_reach("out", out, 1)
     block = min(triton.next_power_of_2(columns), 1024)
     with on_device(x.device):
         _silu_mul_kernel[(rows, triton.cdiv(columns, block))](
@@ -165,7 +169,7 @@ def launch_rms_norm(
     Returns how to do it again with other tensors: the arguments before `expert_ids`.
     """
     rows, width = x.shape
-    if rows == 0:
+    if x.numel() == 0:
         return None
     block = triton.next_power_of_2(width)
     units = dispatch.has_fp8_units(x.device)

@@ -18,6 +18,7 @@ from mot_kernels._triton.launcher import EPILOGUES, FORMAT_PLACES, launch, on_de
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels._triton.rounding import _quantize_rows_kernel
+from mot_kernels.checks import check_reach
 from mot_kernels.dispatch import why_not_hopper_format
 from mot_kernels.formats import ExpertWeight, Int4W4A16, QuantizedRows
 from mot_kernels.plan import expert_tiles, tile_range
@@ -105,6 +106,10 @@ def launch_linear_format(
                 config,
                 FORMAT_PLACES,
             )
+    if isinstance(x, torch.Tensor):
+        check_reach("x", x, 1)
+    check_reach("out", out, 1)
+    check_reach("residual", residual, 1)
     if tiles is None or table is None:
         num_tiles = triton.cdiv(rows, config.block_m)
     else:

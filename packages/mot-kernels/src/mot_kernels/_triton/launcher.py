@@ -162,6 +162,7 @@ class Launch:
             self._get_device = torch._C._cuda_getDevice  # CUDA need not be initialised any more
         self._get_stream = driver.active.get_current_stream
         self._grid = (*grid, 1, 1)[:3]
+        self._compiled = compiled  # which unloads its function when it goes
         self._function = compiled.function
         self._metadata = compiled.packed_metadata
         self._arguments: list[Any] = []
