@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bagel_mot import checkpoint
+from bagel_mot.cli_io import open_images
 
 pytestmark = pytest.mark.usefixtures("working_folder")
 
@@ -242,6 +243,36 @@ def test_huge_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     message = refused(run(*EDIT, "-i", STREET))
     assert re.search(r"--image .*street\.png: not a picture that can be read \(Image size", message)
+
+
+def test_pictures_as_they_are_to_be_seen(tmp_path: Path) -> None:
+    """As a camera says that they are to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    file = tmp_path / "photo.jpg"
+    Image.new("RGB", (120, 40)).save(file, exif=exif)
+    (image,) = open_images([file])
+    assert image.size == (40, 120)
+
+
+def test_pictures_of_16_bits(tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    Image.new("I;16", (8, 8)).save(file)
+    with pytest.raises(ValueError, match=r"deep\.png: has mode I;16, more than 8 bits a channel"):
+        open_images([file])
+
+
+def test_damaged_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Pillow raises: one line that names the file."""
+    file = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(file)
+
+    def fail(*_: object) -> None:
+        raise SyntaxError("broken PNG file")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    with pytest.raises(ValueError, match=r"photo\.png: not a picture that can be read \(broken"):
+        open_images([file])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,14 @@ def test_overwrite() -> None:
     assert written() == ["fox.png"]
 
 
+def test_a_folder_of_this_name_is_found_before_painting() -> None:
+    Path("fox-1.png").mkdir()
+    result = run("generate", "a fox", *SMALL, "-o", "fox.png", "-n", "2", "--overwrite")
+    assert result.exit_code == 2
+    assert said(result) == "error: --output fox.png: fox-1.png is a folder"
+    assert not Path("fox-0.png").exists()
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "overwriting"])
 def test_failing_save_leaves_nothing(

@@ -36,6 +36,28 @@ def test_on_step(cpu: BagelPipeline, num_images: int) -> None:
         assert step.latents.dtype == step.velocity.dtype == torch.float32
 
 
+def test_on_step_may_use_the_pipeline(cpu: BagelPipeline) -> None:
+    """Requests of one size share buffers with what the callback paints."""
+    settings = ImageSettings(num_timesteps=4)
+    requests = [
+        Request([text], "image", settings=settings, seed=i, **SMALL)
+        for i, text in enumerate(("a fox", "a dog"))
+    ]
+    plain: list[Step] = []
+    nested: list[Step] = []
+    cpu.run(requests, on_step=plain.append)
+
+    def paint_others(step: Step) -> None:
+        nested.append(step)
+        cpu.run([Request(["a cat"], "image", settings=settings, seed=9, **SMALL)] * 2)
+
+    cpu.run(requests, on_step=paint_others)
+    assert len(nested) == len(plain) == 6
+    for one, other in zip(plain, nested, strict=True):
+        torch.testing.assert_close(one.latents, other.latents)
+        torch.testing.assert_close(one.velocity, other.velocity)
+
+
 @pytest.mark.parametrize(
     ("question", "limit"),
     [

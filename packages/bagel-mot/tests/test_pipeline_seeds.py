@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pictures import GUIDED, PORTRAIT, QUICK, SMALL, STREET, assert_same_picture, small_image
@@ -29,6 +30,16 @@ def test_same_seed_same_image(cpu: BagelPipeline) -> None:
     cpu.edit(STREET, "x", settings=QUICK, seed=7)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert small_image(cpu, seed=8).tobytes() != first.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_seed_whatever_the_default_dtype(cpu: BagelPipeline, dtype: torch.dtype) -> None:
+    first = small_image(cpu, seed=7)
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same_picture(small_image(cpu, seed=np.int64(7)), first)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_no_seed_draws_one(cpu: BagelPipeline) -> None:

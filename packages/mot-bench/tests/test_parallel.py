@@ -123,14 +123,14 @@ def test_speed_up_is_over_what_ran_in_the_same_rounds() -> None:
         return tuple(Timing(1e3 * ms, 1.0, 1.0, 1, "stream") for ms in milliseconds)
 
     (case,) = some_run("1 rank", "cfg:2", "ring:2", "tp:2").cases  # 1, 2, 4 and 8 ms
-    assert case.alone_us == 1e3
+    assert case.alone_us() == 1e3
     assert [case.speed_up(mode) for mode in case.modes] == [1, 1 / 2, 1 / 4, 1 / 8]
     alone, cfg, ring, tp = case.modes
     cfg = dataclasses.replace(cfg, alone=times(3.0, 5.0))
     ring = dataclasses.replace(ring, alone=times(7.0, 9.0))
     case = dataclasses.replace(case, modes=(alone, cfg, ring, tp))
-    assert case.alone_us == 6e3
-    assert [case.speed_up(mode) for mode in case.modes] == [6, 4 / 2, 8 / 4, 6 / 8]
+    assert case.alone_us() == 6e3
+    assert [case.speed_up(mode) for mode in case.modes] == [1, 4 / 2, 8 / 4, 6 / 8]
 
 
 def test_ranks_that_were_started(
@@ -260,8 +260,9 @@ def test_report_of_a_gpu(tmp_path: Path) -> None:
     some_run("1 rank", "cfg:2").write(path)
     lines = report([(path, read(path))]).splitlines()
     assert "## Denoising step on several GPUs, Some GPU" in lines
-    assert "| 64x48, 2 branches | 1 rank | on | 1.00 | 1.00 | 25.0 | 3.00 | 9 | 1.0e-06 |" in lines
-    cells = "off | 2.00 | 0.50 | 10.0-25.0 | 3.00 | 7-9 | 1.0e-06 |"
+    cells = "on | 1.00 | 1.00 | 1.00 | 25.0 | 3.00 | 9 | 1.0e-06 |"
+    assert f"| 64x48, 2 branches | 1 rank | {cells}" in lines
+    cells = "off | 2.00 | 0.50 | 1.00 | 10.0-25.0 | 3.00 | 7-9 | 1.0e-06 |"
     assert f"| 64x48, 2 branches | cfg:2 | {cells}" in lines
 
 

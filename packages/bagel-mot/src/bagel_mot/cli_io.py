@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 from rich.console import Console
@@ -49,12 +49,17 @@ def open_images(paths: list[Path]) -> list[Image.Image]:
     for path in paths:
         try:
             with Image.open(path) as image:
-                image.load()
-                images.append(image)
+                # Cameras write pictures as their sensor lies, and say how to turn them.
+                images.append(ImageOps.exif_transpose(image))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--image {path}: no such file") from error
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's readers raise all kinds for damaged files
             raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
+        if images[-1].mode.startswith(("I", "F")):
+            raise ValueError(
+                f"--image {path}: has mode {images[-1].mode}, more than 8 bits a channel, of which "
+                "all above 255 would be white; save it with 8 bits"
+            )
     return images
 
 
@@ -84,6 +89,8 @@ def output_files(
     if numbered or count > 1:
         files = [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     for file in files:
+        if file.is_dir():
+            raise ValueError(f"--output {output}: {file} is a folder")
         if file.exists() and not overwrite:
             raise ValueError(f"{file} exists; choose another --output or pass --overwrite")
     existing = next(path for path in (output.parent, *output.parent.parents) if path.exists())

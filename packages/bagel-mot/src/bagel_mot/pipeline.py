@@ -270,9 +270,11 @@ class BagelPipeline:
             )
             while not all(job.done for job in together):
                 self._stop_if(cancel)
-                for step in denoising.step():
-                    if on_step is not None:
-                        on_step(step.kept())
+                steps = denoising.step()
+                if on_step is not None:
+                    # All before the first call, which may use the pipeline: its buffers are shared.
+                    for step in [each.kept() for each in steps]:
+                        on_step(step)
 
     @torch.no_grad()
     def finish(self, prepared: Prepared, *, cancel: threading.Event | None = None) -> Result:

@@ -34,7 +34,7 @@ def read_prompts(file: Path, make: Callable[..., Any]) -> list[Any]:
             Or there is none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--prompts {file}: no such file") from error
     except UnicodeDecodeError as error:
@@ -44,7 +44,7 @@ def read_prompts(file: Path, make: Callable[..., Any]) -> list[Any]:
         if not line.strip():
             continue
         try:
-            given = PromptLine.model_validate_json(line).model_dump(exclude_unset=True)
+            given = PromptLine.model_validate_json(line).model_dump(exclude_none=True)
             made.append(make(given.pop("prompt"), **given))
         except ValidationError as error:
             raise ValueError(f"--prompts {file}, line {number}: {_first_of(error)}") from error

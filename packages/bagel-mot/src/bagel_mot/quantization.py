@@ -202,5 +202,5 @@ class LayerFormats:
                 raise ValueError(
                     f"w4a16 with groups of {group} does not divide the {have} columns "
                     f"of {projection}" + (" on a rank" if tensor > 1 else "") + f"; {others}"
-                    f"keep it in 16 bits (keep {projection})"
+                    f"keep it in 16 bits (--keep-bf16 {projection})"
                 )

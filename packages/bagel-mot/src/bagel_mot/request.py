@@ -113,11 +113,13 @@ class Noise:
     """
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(int(seed))
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers, float32 on the CPU."""
-        return torch.randn(*shape, generator=self.generator)
+        return torch.randn(
+            *shape, generator=self.generator, dtype=torch.float32, device=torch.device("cpu")
+        )
 
 
 def image_size(

@@ -73,7 +73,8 @@ class ImageSettings(BaseModel):
 
     def timesteps(self) -> torch.Tensor:
         """t_0 = 1 .. t_(T-1) = 0, (T,) float32 on the CPU."""
-        s = torch.linspace(1, 0, self.num_timesteps)
+        cpu = torch.device("cpu")
+        s = torch.linspace(1, 0, self.num_timesteps, dtype=torch.float32, device=cpu)
         return self.timestep_shift * s / (1 + (self.timestep_shift - 1) * s)
 
     def guided(self, timesteps: torch.Tensor) -> list[bool]:

@@ -186,6 +186,14 @@ def test_a_crash_while_saving_keeps_the_old_state(
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
+def test_a_state_past_the_end_is_refused(stage_of: Callable[[Path], Stage], tmp_path: Path) -> None:
+    stage = stage_of(tmp_path)
+    stage.run()
+    other = Schedule(5, 1e-3)
+    with pytest.raises(ValueError, match=r"model\.pt is at step 6, past the 5 steps that are "):
+        Stage("model", stage.leaves, each_step(lambda _: {}), other, tmp_path)
+
+
 def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     weight = torch.ones(1, requires_grad=True)
     stage = Stage(

@@ -194,18 +194,20 @@ class CostModel:
         self._measured: dict[tuple[ParallelConfig, Shape], float] = {}
         for run in runs:
             for case in run.cases:
-                if case.alone_us is not None:
-                    self._measured.setdefault((words.ALONE, Shape.of(case)), case.alone_us)
+                if (alone := case.alone_us()) is not None:
+                    self._measured.setdefault((words.ALONE, Shape.of(case)), alone)
                 for each in case.modes:
                     mode = words.ALONE if each.mode == ALONE else words.parse(each.mode)[0]
                     # Of two ways, with and without CUDA graphs, the first is what users get.
                     self._measured.setdefault((mode, Shape.of(case)), each.timing.median_us)
-        alone = {s: us for (mode, s), us in self._measured.items() if mode == words.ALONE}
-        if not alone:
+        singles = {s: us for (mode, s), us in self._measured.items() if mode == words.ALONE}
+        if not singles:
             raise UsageError("the results have no step of a single rank, which all is reckoned by")
         # Relative errors count, so that short steps are met as well as long ones.
-        self.step = fit([[x / us for x in s.work] for s, us in alone.items()], [1.0] * len(alone))
-        self.overhead = {kind: found for kind in KINDS if (found := self._overhead(kind, alone))}
+        self.step = fit(
+            [[x / us for x in s.work] for s, us in singles.items()], [1.0] * len(singles)
+        )
+        self.overhead = {kind: found for kind in KINDS if (found := self._overhead(kind, singles))}
 
     def _overhead(self, kind: str, alone: dict[Shape, float]) -> list[float] | None:
         features, values = [], []

@@ -17,7 +17,7 @@ from mot_bench.model_results import (
     StepResults,
     Subject,
 )
-from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, span
+from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, ms, span
 from mot_bench.results import Environment, rate
 
 _GIB = 1 << 30
@@ -98,9 +98,9 @@ def parallel_heading(results: ParallelResults) -> str:
     """Where the run took place, on which model, and what the columns mean."""
     return (
         f"{_where(results.environment, results.subject)}\n"
-        "speed-up: times the speed of one rank with its own choice of CUDA graphs, measured on "
-        "all ranks in the same rounds (where they split the weights: beside other modes, or "
-        "before, on the first one). exchange %: of "
+        "speed-up: times the speed of one rank with its own choice of CUDA graphs, whose time is "
+        "behind it; measured on all ranks in the same rounds (where they split the weights: "
+        "beside other modes, or before, on the first one). exchange %: of "
         "the time that a rank's GPU works (on a CPU: of a step), in exchanges with other ranks, "
         "waiting for them included. GiB: peak of what torch takes of a rank's GPU, weights "
         "included, NCCL's buffers not. difference: of the velocities to those of one rank, "
@@ -111,8 +111,8 @@ def parallel_heading(results: ParallelResults) -> str:
 def parallel_table(case: ParallelCase) -> Group:
     """All modes on one case."""
     table = _table(
-        *("CUDA graphs", "ms / step", "20-80 %", "speed-up", "exchange %", "GiB", "rows of a rank"),
-        "difference",
+        *("CUDA graphs", "ms / step", "20-80 %", "speed-up", "of ms", "exchange %", "GiB"),
+        *("rows of a rank", "difference"),
     )
     for mode in case.modes:
         table.add_row(*_mode_cells(case, mode))
@@ -129,6 +129,7 @@ def _mode_cells(case: ParallelCase, mode: ModeResult) -> list[str]:
         f"{timing.median_us / 1e3:.2f}",
         f"{timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f}",
         "-" if speed_up is None else f"{speed_up:.2f}",
+        ms(case.alone_us(mode)),
         span([None if share is None else 100 * share for share in shares], "{:.1f}"),
         span([None if each is None else each.reserved / _GIB for each in memory], "{:.2f}"),
         span([rank.rows for rank in mode.ranks], "{:,}"),

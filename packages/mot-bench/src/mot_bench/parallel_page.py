@@ -33,13 +33,16 @@ def modes_page(
         "Written by `mot-bench modes` from results of `mot-bench step`; do not edit. Modes are "
         "written as `--modes` takes them; a comma is a product of several. Times without a mark "
         "were measured; **≈ is a model's**, which the measured ones calibrate (below). Measured: "
-        "[performance.md](performance.md), with memory and shares of exchanges.",
+        "[performance.md](performance.md), with memory and shares of exchanges. `bagel-mot` takes "
+        "`allgather:4,cfg:2` as `--sp allgather:4 --cfg-parallel 2 --nproc 8`, `tp:2` as `--tp 2 "
+        "--nproc 2`.",
         table(["", ""], [[key, value] for key, value in facts.items()]),
         "## What to choose",
-        "Milliseconds of one denoising step, and times the speed of one GPU. Within 2 % of each "
-        f"other, prefer {_preference(model)}.",
+        "The fastest and the next, with milliseconds of one denoising step and times the speed of "
+        "one GPU. If they are within 2 % of each other, take the one that needs "
+        f"{_preference(model)}.",
         table(
-            ["step", "GPUs", "choose", "ms", "speed-up", "else", "ms"],
+            ["step", "GPUs", "fastest", "ms", "speed-up", "next", "ms"],
             [
                 row
                 for shape, title in titles.items()
@@ -59,10 +62,10 @@ def modes_page(
 
 def _preference(model: CostModel) -> str:
     """What decides between modes that are about as fast: nothing that was not measured."""
-    steady = "what depends less on the request (CFG parallelism is idle where nothing guides)"
+    steady = "less of the request (CFG parallelism is idle where nothing guides)"
     if "tp" in model.unknown():
         return steady
-    return f"what needs less memory (tensor parallelism splits the weights) or {steady}"
+    return f"less memory (tensor parallelism splits the weights) or {steady}"
 
 
 def _not_considered(model: CostModel) -> list[str]:

@@ -101,22 +101,21 @@ class ParallelCase:
         )
 
     def speed_up(self, mode: ModeResult) -> float | None:
-        """How many times the speed of one rank with its own choice of CUDA graphs.
-
-        Of the GPUs' own times in the same rounds the mean counts; see `alone_us` for others.
-        """
-        beside = [each.median_us for each in mode.alone]
-        alone = statistics.mean(beside) if beside else self.alone_us
+        """How many times the speed of one rank with its own choice of CUDA graphs."""
+        alone = self.alone_us(mode)
         return None if alone is None else alone / mode.timing.median_us
 
-    @property
-    def alone_us(self) -> float | None:
-        """Microseconds of a step made by one rank; None if that was not measured.
+    def alone_us(self, mode: ModeResult | None = None) -> float | None:
+        """Microseconds of the step made by one rank; None if that was not measured.
 
-        Beside the modes, if any was measured so, rather than before them.
+        For a mode as it was measured in the same rounds: of the GPUs' own times the mean. Where
+        there is none, or for no mode, beside any mode; else before them all, as for `ALONE` itself.
         """
-        beside = [each.median_us for mode in self.modes for each in mode.alone]
         before = [each.timing.median_us for each in self.modes if each.mode == ALONE]
+        if mode is not None and mode.mode == ALONE:
+            return before[0]
+        some = self.modes if mode is None or not mode.alone else (mode,)
+        beside = [each.median_us for one in some for each in one.alone]
         if beside:
             return statistics.mean(beside)
         return before[0] if before else None
@@ -153,6 +152,11 @@ def span(values: Sequence[float | None], form: str) -> str:
         return "-"
     least, most = form.format(min(known)), form.format(max(known))
     return least if least == most else f"{least}-{most}"
+
+
+def ms(us: float | None) -> str:
+    """Milliseconds; "-" if it is not known."""
+    return "-" if us is None else f"{us / 1e3:.2f}"
 
 
 def _key(case: ParallelCase) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from mot_bench.model_results import (
     StepResults,
     Subject,
 )
-from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, span
+from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, ms, span
 from mot_bench.results import rate
 
 
@@ -43,17 +43,17 @@ def step_sections(path: PurePath, results: StepResults) -> list[str]:
 
 def parallel_sections(path: PurePath, results: ParallelResults) -> list[str]:
     """One run of `mot-bench step` on several ranks."""
-    header = ["step", "mode", "CUDA graphs", "ms", "speed-up", "exchange, %", "GiB of a GPU"]
+    header = ["step", "mode", "CUDA graphs", "ms", "speed-up", "of ms", "exchange, %"]
     return [
         *_opening(f"Denoising step on several GPUs, {results.environment.device}", path, results),
-        "Speed-up: times the speed of one GPU, measured on all GPUs in the same rounds (where they "
-        "split the weights: beside other modes, or before, on the first one; so are all of results "
-        "that are older than 2026-11-29). Exchange: of the time that a GPU "
-        "works, in exchanges with others, waiting included. Memory is what torch reserved, weights "
-        "included, and NCCL's buffers not. Where GPUs differ: the least to the most. Difference: "
-        "of the velocities to one GPU's, relative L2.",
+        "Speed-up: times the speed of one GPU, whose time is behind it; measured on all GPUs in "
+        "the same rounds (where they split the weights: beside other modes, or before, on the "
+        "first one; so are all of results that are older than 2026-11-29). Exchange: of the time "
+        "that a GPU works, in exchanges with others, waiting included. Memory is what torch "
+        "reserved, weights included, and NCCL's buffers not. Where GPUs differ: the least to the "
+        "most. Difference: of the velocities to one GPU's, relative L2.",
         table(
-            [*header, "rows of a GPU", "difference"],
+            [*header, "GiB of a GPU", "rows of a GPU", "difference"],
             [_mode_row(case, mode) for case in results.cases for mode in case.modes],
         ),
     ]
@@ -70,6 +70,7 @@ def _mode_row(case: ParallelCase, mode: ModeResult) -> list[str]:
         "on" if mode.cuda_graphs else "off",
         f"{mode.timing.median_us / 1e3:.2f}",
         "-" if speed_up is None else f"{speed_up:.2f}",
+        ms(case.alone_us(mode)),
         span(shares, "{:.1f}"),
         span(memory, "{:.2f}"),
         span([each.rows for each in ranks], "{:,}"),

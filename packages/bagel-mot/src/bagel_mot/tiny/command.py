@@ -23,17 +23,24 @@ def train_tiny(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the model; may be changed in the first quarter."),
+        typer.Option(
+            min=0, help="Of the model; may be changed in the first quarter. Default: 100,000."
+        ),
     ] = None,
     practice_steps: Annotated[
-        int | None, typer.Option(min=0, help="Of learning from its own paintings, after that.")
+        int | None,
+        typer.Option(min=0, help="Of learning from its own paintings, after that. Default: 440."),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0, help="Highest learning rate of the model.")
+        float | None,
+        typer.Option(min=0, help="Highest learning rate of the model. Default: 0.001."),
     ] = None,
-    vae_steps: Annotated[int | None, typer.Option(min=1, help="Of the VAE, before that.")] = None,
+    vae_steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the VAE, before that. Default: 5,000.")
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples drawn per task and size of picture.")
+        int | None,
+        typer.Option(min=1, help="Samples drawn per task and size of picture. Default: 25,000."),
     ] = None,
     rows: Annotated[
         float, typer.Option(min=0, max=100, help="Scales the batches; 1 is meant for a large GPU.")

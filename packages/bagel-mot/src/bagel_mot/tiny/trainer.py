@@ -180,6 +180,11 @@ class Stage:
         self._step_graphs = StepGraphs(loss.generator) if on_gpu and cuda_graphs else None
         if self._state.is_file():
             self._resume()
+            if self.step > schedule.steps:
+                raise ValueError(
+                    f"{self._state} is at step {self.step}, past the {schedule.steps} steps that "
+                    "are wanted: give as many or more, or choose another folder"
+                )
 
     @property
     def done(self) -> bool:

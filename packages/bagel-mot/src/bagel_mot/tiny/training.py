@@ -112,7 +112,8 @@ def train(
 
     Raises:
         FileNotFoundError, ValueError: `start_from` holds no checkpoint of this recipe, or the
-            folder a run with another recipe, seed, samples or batches. Nothing is written then.
+            folder a run with another recipe, seed, samples or batches, or one that is past the
+            plan's steps. Nothing is written then.
     """
     if start_from is not None:
         _check_start(plan.recipe, start_from)
@@ -196,9 +197,10 @@ class _Run:
         for task in ("paint", "edit"):
             self.pools[task] = [self.objectives.encode(task, pool) for pool in self.pools[task]]
         stage = self._stage("model", leaves(model), self._model_loss())
-        if not stage.done and self.replicas.rank == 0:
-            # Who prolongs this stage practises anew, with what comes out of it.
-            (self.folder / "practice.pt").unlink(missing_ok=True)
+        practised = self.folder / "practice.pt"
+        if not stage.done and self.replicas.rank == 0 and practised.exists():
+            self.say(f"the model goes on, and practises anew after that: {practised} is discarded")
+            practised.unlink()
         with reference.compiled() if model.device.type == "cuda" else nullcontext():
             stage.run(deadline)
         return stage
