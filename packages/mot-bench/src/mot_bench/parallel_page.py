@@ -39,7 +39,7 @@ def modes_page(
         table(["", ""], [[key, value] for key, value in facts.items()]),
         "## What to choose",
         "The fastest and the next, with milliseconds of one denoising step and times the speed of "
-        "one GPU. If they are within 2 % of each other, take the one that needs "
+        "one GPU. If they are within 2 % of each other, take the one that "
         f"{_preference(model)}.",
         table(
             ["step", "GPUs", "fastest", "ms", "speed-up", "next", "ms"],
@@ -62,10 +62,10 @@ def modes_page(
 
 def _preference(model: CostModel) -> str:
     """What decides between modes that are about as fast: nothing that was not measured."""
-    steady = "less of the request (CFG parallelism is idle where nothing guides)"
+    steady = "depends less on the request (CFG parallelism is idle where nothing guides)"
     if "tp" in model.unknown():
         return steady
-    return f"less memory (tensor parallelism splits the weights) or {steady}"
+    return f"needs less memory (tensor parallelism splits the weights) or {steady}"
 
 
 def _not_considered(model: CostModel) -> list[str]:
