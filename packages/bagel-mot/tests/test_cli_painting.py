@@ -125,6 +125,15 @@ def test_edit(cpu: BagelPipeline) -> None:
     assert (found["prompt"], found["seed"]) == ("at night", "5")
 
 
+def test_several_of_an_edit_tell_how_to_make_them_again() -> None:
+    """They share the first one's encoding of the picture: alone, its seed makes another one."""
+    words = ["edit", "at night", *ON_CPU, "-i", STREET, "--num-timesteps", "3", "-n", "2"]
+    succeed(*words, "--seed", "5", "-o", "night.png")
+    for i in range(2):
+        found = metadata(Path(f"night-{i}.png"))
+        assert (found["seed"], found["num_images"]) == ("5", f"2, of which this is number {i}")
+
+
 @pytest.mark.parametrize("command", ["generate", "edit"])
 def test_negative_prompt(cpu: BagelPipeline, command: str) -> None:
     words = ["--negative-prompt", "a dog", "--num-timesteps", "3", "--seed", "5", "-o", "fox.png"]

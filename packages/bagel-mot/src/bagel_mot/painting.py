@@ -91,9 +91,9 @@ class Painting:
             return
         with user_errors():
             for request, result in zip(requests, results, strict=True):
-                for image, seed in zip(result.images, result.seeds, strict=True):
+                for i, image in enumerate(result.images):
                     file = next(files)
-                    save_png(image, file, _metadata(request, seed, result.text))
+                    save_png(image, file, _metadata(request, result, i))
                     typer.echo(file.resolve())
 
 
@@ -101,14 +101,19 @@ def _steps(request: Request) -> int:
     return (request.settings.num_timesteps - 1) * request.num_images
 
 
-def _metadata(request: Request, seed: int, thought: str | None) -> dict[str, Any]:
-    """What a picture is to tell, so that it can be painted again."""
+def _metadata(request: Request, result: Result, i: int) -> dict[str, Any]:
+    """What image i is to tell, so that it can be painted again."""
+    thought, count = result.text, request.num_images
+    # They share what was drawn for the first one before its own noise: pictures, a thought.
+    is_shared = count > 1 and (len(request.parts) > 1 or thought is not None)
     found = {
         "prompt": request.parts[-1],
-        "seed": str(seed),
+        "seed": str(result.seeds[0 if is_shared else i]),
         "settings": request.settings.model_dump_json(),
         "software": f"bagel-mot {__version__}",
     }
+    if is_shared:
+        found["num_images"] = f"{count}, of which this is number {i}"
     if request.negative_prompt is not None:
         found["negative_prompt"] = request.negative_prompt
     if thought is not None:
