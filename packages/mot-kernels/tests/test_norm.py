@@ -9,13 +9,14 @@ in float32 one or two rows measure luck, not the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from mot_kernels import RoutePlan, mot_qk_norm_rope, mot_rms_norm
+from mot_kernels import RoutePlan, mot_linear, mot_qk_norm_rope, mot_rms_norm
 from mot_kernels.testing import (
     ROUTES,
     Route,
@@ -189,6 +190,20 @@ def test_mot_rms_norm_bad_row_stays_alone(dtype: torch.dtype, device: torch.devi
     assert y[70].isnan().all()
     y[70] = clean[70]
     assert torch.equal(y, clean)
+
+
+def test_forward_mode_is_not_lost() -> None:
+    """A tangent of zeros would be a wrong derivative: it is right, or an error."""
+    plan = RoutePlan.from_runs([(0, 2), (1, 4)], num_experts=2)
+    x, weight, gamma = torch.randn(6, 16), torch.randn(2, 8, 16), torch.randn(2, 16)
+
+    def tangent(run: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(run, (at,), (torch.ones_like(at),))[1]
+
+    found = tangent(lambda g: mot_rms_norm(x, g, plan), gamma)
+    torch.testing.assert_close(found, mot_rms_norm(x, torch.ones_like(gamma), plan))
+    with pytest.raises(RuntimeError):
+        tangent(lambda w: mot_linear(x, w, plan), weight)
 
 
 @differentiable

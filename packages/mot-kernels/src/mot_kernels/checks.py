@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from mot_kernels.formats import Format, QuantizedRows, check_activation_scale, rows_dtype
 from mot_kernels.plan import RoutePlan
@@ -11,7 +12,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd wants to see this call; the kernels have no backward."""
+    """Whether autograd wants to see this call, backward or forward; the kernels have neither."""
+    if forward_ad._current_level >= 0:  # inside `dual_level` or `torch.func.jvp`
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
