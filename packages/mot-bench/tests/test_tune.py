@@ -145,7 +145,9 @@ def test_a_gpu_finds_its_file(
         **{"config": asdict(TileConfig(16, 32, 64)), "us": 1.0, "default_us": 1.5},
     }
     tuned.merge_entry(tuned.result_path(tmp_path, name), here, "a watch", entry)
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setenv("MOT_TUNED_CONFIG_DIR", str(tmp_path))
     find_config.cache_clear()
     found = find_config(Problem(16, 32, torch.bfloat16, "none", (2, 9)), torch.device("cuda"))
