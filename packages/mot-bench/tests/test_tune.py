@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -375,8 +376,6 @@ def test_the_command_in_the_lookups_warning_is_valid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`mot_kernels` tells users what to type; that has to work."""
-    from types import SimpleNamespace
-
     from mot_kernels.tuning import lookup
 
     said: list[str] = []
