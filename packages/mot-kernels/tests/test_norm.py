@@ -192,6 +192,7 @@ def test_mot_rms_norm_bad_row_stays_alone(dtype: torch.dtype, device: torch.devi
     assert torch.equal(y, clean)
 
 
+@differentiable
 def test_forward_mode_is_not_lost() -> None:
     """A tangent of zeros would be a wrong derivative: it is right, or an error."""
     plan = RoutePlan.from_runs([(0, 2), (1, 4)], num_experts=2)
