@@ -29,6 +29,7 @@ from bagel_mot.tiny.grading import are_right
 from bagel_mot.tiny.language import Caption, draw_painting
 from bagel_mot.tiny.objectives import draw_times
 from bagel_mot.tiny.policy import Asked, Policy
+from bagel_mot.tiny.scenes import draw_size
 from bagel_mot.tiny.weights import leaves
 from bagel_mot.tokenizer import BagelTokenizer
 
@@ -222,9 +223,8 @@ class Practice:
         """Paint the round that begins with this step, with the old model brought up to date."""
         rounds = self._rounds
         torch._foreach_copy_(list(self._old.values()), [self.follows[name] for name in self._old])
-        areas = [height * width for height, width in self._sizes]
         # All replicas paint pictures of one size.
-        (size,) = Random(f"{self._seed}/practice/{step}").choices(range(len(areas)), areas)
+        size = draw_size(Random(f"{self._seed}/practice/{step}"), self._sizes)
         random = self._random("captions", step)
         drawn = [
             draw_painting(random, size=self._sizes[size]).caption for _ in range(rounds.captions)

@@ -206,3 +206,9 @@ def _coordinate(random: Random, side: int, radius: float, cell: int | None) -> f
     low, high = max(low * side, margin), min(high * side, side - margin)
     # A big shape does not fit into the outer thirds: it then stands as far out as it can.
     return random.uniform(low, high) if low < high else (low if cell == 0 else high)
+
+
+def draw_size(random: Random, sizes: Sequence[tuple[int, int]]) -> int:
+    """The number of one of some (height, width), in proportion to their areas."""
+    areas = [height * width for height, width in sizes]
+    return random.choices(range(len(areas)), areas)[0]

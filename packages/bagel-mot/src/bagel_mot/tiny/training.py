@@ -32,7 +32,7 @@ from bagel_mot.tiny.pool import TASKS, Pool, make_pools
 from bagel_mot.tiny.practice import Practice, Rounds
 from bagel_mot.tiny.recipe import Recipe
 from bagel_mot.tiny.replicas import Replicas
-from bagel_mot.tiny.scenes import SIZES
+from bagel_mot.tiny.scenes import SIZES, draw_size
 from bagel_mot.tiny.trainer import Loss, Schedule, Stage
 from bagel_mot.tiny.vocabulary import write_tokenizer
 from bagel_mot.tiny.weights import initialise, leaves, save_checkpoint, vae_leaves
@@ -282,12 +282,11 @@ class _Run:
         Large pictures hold fewer to a batch and are harder, so their turn comes more often.
         """
         plan = self.plan
-        areas = [height * width for height, width in plan.sizes]
         generator = torch.Generator(self.objectives.model.device)
 
         def choose(step: int) -> int:
             self._seed(generator, "model", step)
-            (size,) = Random(f"{plan.seed}/model/{step}").choices(range(len(areas)), areas)
+            size = draw_size(Random(f"{plan.seed}/model/{step}"), plan.sizes)
             return 2 * size + (step % plan.every == 0)
 
         def compute(kind: int) -> dict[str, Tensor]:
