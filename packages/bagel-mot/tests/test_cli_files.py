@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import SMALL, run, said, succeed, written
-from pictures import opened
-from PIL import Image
+from command_line import SMALL, metadata, run, said, succeed, written
+from pictures import assert_same_picture, opened
+from PIL import Image, ImageChops
+
+from bagel_mot.cli_io import save_png
 
 pytestmark = pytest.mark.usefixtures("working_folder")
 
@@ -88,3 +91,16 @@ def test_files_are_readable_by_others() -> None:
     finally:
         os.umask(before)
     assert Path("fox.png").stat().st_mode == Path("plain").stat().st_mode
+
+
+def test_pngs_are_the_pictures_in_few_bytes() -> None:
+    """As a photo is: smooth, with noise. Fewer bytes than by Pillow's fastest level."""
+    smooth = Image.radial_gradient("L")
+    noise = [Image.effect_noise(smooth.size, 8) for _ in "RGB"]
+    image = Image.merge("RGB", [ImageChops.add(smooth, each, 1, -128) for each in noise])
+    save_png(image, Path("new/fox.png"), {"prompt": "ein Fuchs — 狐", "seed": "1"})
+    assert_same_picture(opened("new/fox.png"), image)
+    assert metadata(Path("new/fox.png")) == {"prompt": "ein Fuchs — 狐", "seed": "1"}
+    fast = io.BytesIO()
+    image.save(fast, format="PNG", compress_level=1)
+    assert Path("new/fox.png").stat().st_size < len(fast.getvalue())

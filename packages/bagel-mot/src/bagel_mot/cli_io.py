@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bagel_mot.images import PNG_LEVEL
+from bagel_mot.images import PNG_STRATEGY
 from bagel_mot.tiny import model_folder
 
 
@@ -110,7 +110,7 @@ def save_png(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".png")
     os.close(handle)
     try:
-        image.save(temporary, pnginfo=info, compress_level=PNG_LEVEL)
+        image.save(temporary, pnginfo=info, compress_type=PNG_STRATEGY)
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     except BaseException:

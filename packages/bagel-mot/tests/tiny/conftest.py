@@ -17,6 +17,12 @@ from bagel_mot.tokenizer import BagelTokenizer
 
 SMALL = Recipe(hidden=64, layers=2, mlp=128, vit_hidden=32, vit_layers=1, vit_mlp=64, vae_width=32)
 
+# Dynamo looks at the gradients of everything it is given, of what is no leaf, too. It keeps the
+# warning of that from being shown, which is too late where warnings are errors.
+compiles = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from alone import denoise
-from conftest import SMALL
+from conftest import SMALL, compiles
 
 from bagel_mot.context import Contexts
 from bagel_mot.model.bagel import Bagel
@@ -166,6 +166,7 @@ def test_workers_grade_alike(model: Bagel, tokenizer: BagelTokenizer, folder: Pa
 
 
 @pytest.mark.gpu
+@compiles
 def test_replayed_practice_is_what_was_launched(tmp_path: Path) -> None:
     """With a rate of 0, so that both paint the same."""
     rounds = Rounds(captions=2, each=2, batch=4, steps=2, settings=ImageSettings(num_timesteps=4))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from alone import denoise
-from conftest import SMALL
+from conftest import SMALL, compiles
 from golden_data import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
@@ -384,6 +384,7 @@ def test_two_replicas_train_on_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@compiles
 def test_replayed_steps_are_those_that_were_launched(tmp_path: Path) -> None:
     """Through several sizes, so that graphs take turns, and resumed, so that states go round."""
     sizes = ((64, 64), (64, 96))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from bagel_mot.images import PNG_LEVEL
+from bagel_mot.images import PNG_STRATEGY
 from bagel_mot.pipeline import BagelPipeline, Prepared
 from bagel_mot.request import Request
 from bagel_mot.sampling import ImageSettings
@@ -97,7 +97,7 @@ class Painting:
         laps.lap("denoise")
         image = self._pipeline.finish(prepared).image
         laps.lap("decode")
-        image.save(io.BytesIO(), format="PNG", compress_level=PNG_LEVEL)
+        image.save(io.BytesIO(), format="PNG", compress_type=PNG_STRATEGY)
         laps.lap("png")
         return laps.seconds
 
