@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bagel_mot.model import attention
 from bagel_mot.model.attention import Math
-from bagel_mot.model.layout import Segment
+from bagel_mot.model.layout import Segment, Span
 
 
 class _Recorded(ModuleType):
@@ -76,3 +76,17 @@ def test_flash_makes_one_call_for_all_branches(flash: _Recorded) -> None:
     roomy = [replace(segment, room=segment.prefix and 20) for segment in segments[:1]]
     attend(attention.FlashAttention2(), *random_rows(roomy, 4, 2), roomy)
     assert flash.calls[-1]["max_seqlen_k"] == 29  # whatever prefix comes in its place
+
+
+@pytest.mark.parametrize(
+    ("rows", "packs"),
+    [([1], True), ([1026], True), ([2050], False), ([4098, 4098], False), ([4098, 9], False)],
+    ids=str,
+)
+def test_heads_share_tiles_where_that_fills_them(rows: list[int], packs: bool) -> None:
+    """BAGEL has 7 query heads a KV head; FlashAttention-3's tiles are 128 rows high."""
+    own = [Segment(n, 9000 * i, 0, False) for i, n in enumerate(rows)]
+    bounds = torch.zeros(2 * len(own), dtype=torch.int32)
+    span = Span(tuple(own), 0, bounds, bounds)
+    fa3 = object.__new__(attention.FlashAttention3)  # its package is only on GPUs
+    assert fa3._options(span, 7) == {"pack_gqa": packs}

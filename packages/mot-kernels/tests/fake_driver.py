@@ -26,6 +26,7 @@ from mot_kernels._triton import (
     launch_few_rows,
     launch_formats,
     launch_hopper,
+    launch_rows,
     launcher,
 )
 
@@ -36,7 +37,8 @@ KERNELS = [
     launch_few_rows._mot_linear_few_rows_kernel,
     launch_formats._mot_linear_8bit_kernel,
     launch_formats._mot_linear_16bit_kernel,
-    launch_formats._quantize_rows_kernel,
+    launch_rows._quantize_rows_kernel,
+    launch_rows._quantize_groups_kernel,
     hopper._mot_linear_hopper_kernel,
 ]
 _ELEMENT = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "fp4_padded": False}

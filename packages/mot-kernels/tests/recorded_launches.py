@@ -15,6 +15,7 @@ import torch
 
 from mot_kernels import dispatch
 from mot_kernels.formats import (
+    BLOCK,
     DATA_DTYPES,
     FORMATS,
     ExpertWeight,
@@ -102,12 +103,14 @@ def linear(
     fp8_units: bool,
     ptx: bool = False,
     quantize: bool = False,
+    groups: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     odd: bool = False,
 ) -> Launch:
     """BAGEL's gate_up projection (down for other epilogues) with the tiles an untuned GPU gets.
 
-    Two und rows and `gen_rows`; `quantize` rounds the result with static scales to 8 bits. `odd`:
+    Two und rows and `gen_rows`; `quantize` rounds the result with static scales to 8 bits, `groups`
+    gives each 128 columns of a row of x a scale. `odd`:
     sizes that are no multiples of anything, where loads are masked.
     """
     from mot_kernels._triton import launch_formats
@@ -127,7 +130,8 @@ def linear(
     x: torch.Tensor | QuantizedRows = torch.empty(rows, k, dtype=dtype, device=_META)
     if quantizes_activations(format):
         x_data = torch.empty(rows, k, dtype=data.dtype, device=_META)
-        x = QuantizedRows(x_data, torch.empty(rows, device=_META), dtype)
+        x_scales = torch.empty((rows, -(-k // BLOCK)) if groups else rows, device=_META)
+        x = QuantizedRows(x_data, x_scales, dtype)
     out_dtype = data.dtype if quantize else dtype
     out = torch.empty(rows, columns, dtype=out_dtype, device=_META)
     problem = Problem(n, k, dtype, epilogue, plan.counts, format_name)
@@ -225,15 +229,17 @@ def dequantize(format_name: str) -> Launch:
     return caught[0]
 
 
-def quantize_rows(dtype: torch.dtype, *, fp8_units: bool) -> Launch:
-    """The inputs of BAGEL's down projection, a scale for each row."""
-    from mot_kernels._triton import launch_formats
+def quantize_rows(dtype: torch.dtype, *, fp8_units: bool, groups: bool = False) -> Launch:
+    """The inputs of BAGEL's down projection, a scale for each row or each 128 of its columns."""
+    from mot_kernels._triton import launch_rows
 
     x = torch.empty(64, 18_944, dtype=torch.bfloat16, device=_META)
-    with _caught(launch_formats, "_quantize_rows_kernel", fp8_units=fp8_units) as caught:
-        launch_formats.launch_quantize_rows(
+    scales = torch.empty(148, 64, device=_META).T if groups else torch.empty(64, device=_META)
+    kernel = "_quantize_groups_kernel" if groups else "_quantize_rows_kernel"
+    with _caught(launch_rows, kernel, fp8_units=fp8_units) as caught:
+        launch_rows.launch_quantize_rows(
             torch.empty(x.shape, dtype=dtype, device=_META),
-            torch.empty(64, device=_META),
+            scales,
             x,
             None,
             None,

@@ -195,7 +195,7 @@ KERNELS: dict[str, Callable[[Target], Compilation]] = {
 
 
 def linear_format(name: str) -> Callable[[Target], recorded_launches.Launch]:
-    """From "FORMAT-genROWS-EPILOGUE", with "-quantize", "-float32" or "-odd" as in `linear`."""
+    """From "FORMAT-genROWS-EPILOGUE", then what `recorded_launches.linear` is to vary."""
     format, rows, epilogue, *more = name.split("-")
 
     def launch(target: Target) -> recorded_launches.Launch:
@@ -207,6 +207,7 @@ def linear_format(name: str) -> Callable[[Target], recorded_launches.Launch]:
             fp8_units=target.fp8_units,
             ptx=target.backend == "cuda",
             quantize="quantize" in more,
+            groups="groups" in more,
             dtype=torch.float32 if "float32" in more else torch.bfloat16,
             odd="odd" in more,
         )
@@ -225,6 +226,7 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
     for name in (
         "fp8_w8a8_per_channel-gen4096-silu_mul-quantize",
         "fp8_w8a8_per_channel-gen14-none",
+        "fp8_w8a8_per_channel-gen4096-add_residual-groups",
         "fp8_w8a8_block-gen4096-add_residual",
         "int8_w8a8-gen4096-silu_mul",
         "int8_w8a16-gen4096-none",
@@ -246,6 +248,9 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
     "quantize_rows-fp8": lambda target: recorded_launches.quantize_rows(
         torch.float8_e4m3fn, fp8_units=target.fp8_units
     ),
+    "quantize_rows-fp8-groups": lambda target: recorded_launches.quantize_rows(
+        torch.float8_e4m3fn, fp8_units=target.fp8_units, groups=True
+    ),
     "few_rows-none": lambda target: few_rows(target, "none"),
     "few_rows-none-odd": lambda target: few_rows(target, "none", odd=True),
     "few_rows-silu_mul": lambda target: few_rows(target, "silu_mul"),
@@ -256,7 +261,7 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
 }
 
 # (dtype, epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90; "long" sums of FP8
-# leave the matrix unit.
+# leave the matrix unit. "xgroups" and "outgroups": scales of 128 columns of a row.
 HOPPER_KERNELS = {
     "hopper-none": ("bf16", 0, False, False),
     "hopper-none-bias-gathered": ("bf16", 0, True, True),
@@ -268,6 +273,10 @@ HOPPER_KERNELS = {
     "hopper-fp8-long-none": ("fp8e4nv", 0, False, False),
     "hopper-fp8-long-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
     "hopper-fp8-long-add_residual-gathered": ("fp8e4nv", 2, False, True),
+    "hopper-fp8-long-xgroups-add_residual": ("fp8e4nv", 2, False, False),
+    "hopper-fp8-long-xgroups-none-bias-gathered": ("fp8e4nv", 0, True, True),
+    "hopper-fp8-outgroups-silu_mul": ("fp8e4nv", 1, False, False),
+    "hopper-fp8-long-xgroups-outgroups-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
     "hopper-int8-none-bias-gathered": ("i8", 0, True, True),
     "hopper-int8-silu_mul": ("i8", 1, False, False),
 }
@@ -276,6 +285,7 @@ HOPPER_KERNELS = {
 def compile_hopper(name: str) -> dict[str, Any]:
     """As `Compilation.run`; Gluon has another kind of source."""
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -289,11 +299,14 @@ def compile_hopper(name: str) -> dict[str, Any]:
     config = default_config(problem, 227 * 1024, hopper=True)
     constants: dict[str, Any] = {
         "HAS_BIAS": has_bias,
-        "HAS_X_SCALES": bits == 8,
+        "HAS_X_SCALES": bits == 8 and "-xgroups" not in name,
+        "X_GROUPS": "-xgroups" in name,
         "HAS_W_SCALES": bits == 8,
         "EPILOGUE": epilogue,
         "HAS_GATHERED": has_gathered,
         "LEAVES_UNIT": "-long" in name,
+        "OUT_GROUPS": "-outgroups" in name,
+        "DTYPE": tl.bfloat16,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.num_stages,
@@ -301,6 +314,8 @@ def compile_hopper(name: str) -> dict[str, Any]:
     }
     if not has_bias:
         constants["bias_ptr"] = None
+    if not constants["OUT_GROUPS"]:
+        constants["out_scales_ptr"] = None
     if epilogue != 2:
         constants |= {"residual_ptr": None, "residual_desc": None}
     if bits == 16:
@@ -312,6 +327,8 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "residual_desc": ("bf16", config.block_m, 64, 16),
     }
     pointers = {
+        "out_ptr": dtype if constants["OUT_GROUPS"] else "bf16",
+        "out_scales_ptr": "fp32",
         "x_ptr": dtype,
         "x_scales_ptr": "fp32",
         "w_scales_ptr": "fp32",

@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +60,7 @@ FEW_ROWS = TileConfig(16, 64, 64, 1, 4, 3, "few_rows")
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     forget()
     monkeypatch.setattr(launch, "why_not_hopper", lambda *tensors: None)
-    monkeypatch.setattr(launch_formats, "why_not_hopper_format", lambda *tensors, has_plan: None)
+    monkeypatch.setattr(launch_formats, "why_not_hopper_format", lambda *tensors, **_: None)
     with faked() as driver:
         yield driver
     forget()
@@ -99,10 +100,12 @@ def linear(config: TileConfig, epilogue: str = "none", bias: bool = False) -> Ca
     return lambda: mot_linear(x, weight, PLAN, **options)
 
 
-def format_linear(format: Any, config: TileConfig | None = None) -> Callable[[], object]:
+def format_linear(
+    format: Any, config: TileConfig | None = None, group_size: int | None = None
+) -> Callable[[], object]:
     weight = quantize_weight(torch.randn(2, 128, 128), format)
     x = torch.randn(40, 128).to(HALF)
-    rows = x if format is W8A16 else quantize_rows(x, format)
+    rows = x if format is W8A16 else quantize_rows(x, format, group_size=group_size)
     out = half(40, 128)
     return lambda: mot_linear(rows, weight, PLAN, out=out, config=config)
 
@@ -128,6 +131,20 @@ def round_rows(format: Any) -> Callable[[], object]:
     return lambda: quantize_rows(x, format, PLAN, activation_scale=scale)
 
 
+def round_groups() -> Callable[[], object]:
+    x = half(40, 300)
+    return lambda: quantize_rows(x, FP8, PLAN, group_size=128)
+
+
+def round_in_passing() -> Callable[[], object]:
+    weight = quantize_weight(torch.randn(2, 512, 128), FP8)
+    rows = quantize_rows(torch.randn(40, 128).to(HALF), FP8)
+    config = replace(HOPPER_8BIT, block_n=256)
+    return lambda: mot_linear(
+        rows, weight, PLAN, epilogue=SILU_MUL, config=config, quantize=FP8, group_size=128
+    )
+
+
 CALLS: dict[str, Callable[[], Callable[[], object]]] = {
     "linear-portable": lambda: linear(PORTABLE),
     "linear-portable-silu_mul": lambda: linear(PORTABLE, "silu_mul", bias=True),
@@ -140,6 +157,8 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
     "linear-int8_w8a8": lambda: format_linear(INT8),
     "linear-int8_w8a8-hopper": lambda: format_linear(INT8, HOPPER_8BIT),
     "linear-fp8_w8a8-hopper": lambda: format_linear(FP8, HOPPER_8BIT),
+    "linear-fp8_w8a8-groups": lambda: format_linear(FP8, group_size=128),
+    "linear-fp8_w8a8-groups-hopper": lambda: format_linear(FP8, HOPPER_8BIT, 128),
     "linear-int8_w8a16-few_rows": lambda: format_linear(W8A16, FEW_ROWS),
     "linear-fp8_w8a8": lambda: format_linear(FP8),
     "linear-int8_w8a16": lambda: format_linear(W8A16),
@@ -162,9 +181,17 @@ def test_launch_again(name: str, fake: FakeDriver) -> None:
     assert got == wanted
 
 
-@pytest.mark.parametrize("format", [FP8, INT8], ids=str)
-def test_launch_again_writes_to_new_tensors(format: Any, fake: FakeDriver) -> None:
-    call = round_rows(format)
+ROUNDING: dict[str, Callable[[], Callable[[], object]]] = {
+    "fp8": lambda: round_rows(FP8),
+    "int8": lambda: round_rows(INT8),
+    "groups": round_groups,
+    "in passing": round_in_passing,
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_launch_again_writes_to_new_tensors(name: str, fake: FakeDriver) -> None:
+    call = ROUNDING[name]()
     call()
     (again,), public = recorded(fake, call)
     assert public == 0

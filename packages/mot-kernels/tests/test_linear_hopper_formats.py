@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from test_linear_hopper import LONG_ROUTES, epilogue_for, need_hopper
 
 from mot_kernels import (
+    SILU_MUL,
     ExpertWeight,
     Format,
     Fp8W8A8,
@@ -24,11 +25,12 @@ from mot_kernels import (
     WeightScales,
     dequantize,
     mot_linear,
+    quantize_rows,
     quantize_weight,
     reference_formats,
 )
 from mot_kernels.dispatch import choose_path
-from mot_kernels.formats import quantizes_activations
+from mot_kernels.formats import quantizes_activations, spread_scales
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 from mot_kernels.tuning.format_tiles import check_format_config, hopper_block_k
 
@@ -144,6 +146,64 @@ def test_mot_linear_hopper_formats(
             mot_linear(x, weight, plan, bias=bias, epilogue=chosen, out=out, config=config)
             assert_close(f"{route} {config}", out, truth, plan, baseline)
             assert not plan.flags.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul", "add_residual"])
+def test_hopper_groups_of_rows(epilogue: str, size: str, device: torch.device) -> None:
+    """Each 128 columns of a row have a scale; those of a row differ by more than FP8's range."""
+    need_hopper(device)
+    k, n = SIZES[size]
+    dtype = torch.float16 if size == "ragged" else torch.bfloat16
+    for route in (r for r in LONG_ROUTES if r.num_rows):
+        torch.manual_seed(0)
+        plan = route.plan(device)
+        x = torch.randn(route.num_rows, k, device=device)
+        x = (x * torch.logspace(-3, 1, k, device=device)).to(dtype)
+        weight = make_weight(Fp8W8A8(), n, k, device, route.num_experts)
+        columns = n // 2 if epilogue == "silu_mul" else n
+        residual = torch.randn(route.num_rows, columns, device=device).to(dtype)
+        chosen = epilogue_for(epilogue, residual)
+        rows = quantize_rows(x, Fp8W8A8(), group_size=128)
+        seen = rows.data.double() * spread_scales(rows.scales, k).double()
+        wide = dequantize(weight, torch.float64)
+        truth = looped_linear(seen, wide, plan.expert_ids, epilogue=chosen)
+        baseline = looped_linear(seen.to(dtype), wide.to(dtype), plan.expert_ids, epilogue=chosen)
+        for config in configs(Fp8W8A8()):
+            out = poisoned((route.num_rows, columns), dtype, device)
+            mot_linear(rows, weight, plan, epilogue=chosen, out=out, config=config)
+            assert_close(f"{route} {config}", out, truth, plan, baseline)
+            assert not plan.flags.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("groups_in", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_hopper_rounds_groups(size: str, groups_in: bool, device: torch.device) -> None:
+    """In the epilogue, or by a launch of its own where a program has half a group: the same."""
+    need_hopper(device)
+    k, n = SIZES[size]
+    dtype = torch.float16 if size == "ragged" else torch.bfloat16
+    for route in (r for r in LONG_ROUTES if r.num_rows):
+        torch.manual_seed(0)
+        plan = route.plan(device)
+        x = torch.randn(route.num_rows, k, device=device).to(dtype)
+        rows = quantize_rows(x, Fp8W8A8(), group_size=128 if groups_in else None)
+        weight = make_weight(Fp8W8A8(), n, k, device, route.num_experts)
+        for config in configs(Fp8W8A8()):
+            y = mot_linear(rows, weight, plan, epilogue=SILU_MUL, config=config)
+            wanted = quantize_rows(y, Fp8W8A8(), group_size=128)
+            for _ in range(2):  # and once more, replayed
+                got = mot_linear(
+                    rows, weight, plan, epilogue=SILU_MUL, config=config, quantize=Fp8W8A8(),
+                    group_size=128,
+                )  # fmt: skip
+                assert got.dtype is dtype
+                assert torch.equal(got.scales, wanted.scales), f"{route} {config}"
+                assert torch.equal(got.data.view(torch.uint8), wanted.data.view(torch.uint8))
+                assert not plan.flags.any()
 
 
 @pytest.mark.gpu

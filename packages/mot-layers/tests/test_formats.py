@@ -90,6 +90,38 @@ def test_rows_rounded_before(format: Any, kind: str) -> None:
         layer(rows)
 
 
+@pytest.mark.parametrize("kind", ["qkv", "gate_up"])
+@pytest.mark.parametrize("format", [Fp8W8A8(), Int8W8A8(), Int8W8A16(), None], ids=str)
+def test_rounds_its_result(format: Any, kind: str) -> None:
+    """For another layer, whatever its own format is."""
+    options = {"return_bias": False}
+    layer = build(kind, None, **options) if format is None else in_format(kind, format, **options)
+    if format is None:
+        for parameter in layer.parameters():
+            parameter.data.normal_()
+    x, epilogue = torch.randn(PLAN.num_rows, HIDDEN), SILU_MUL if kind == "gate_up" else None
+    y = layer(x, PLAN, epilogue=epilogue)
+    for to, group_size in ((Fp8W8A8(), 128), (Fp8W8A8(), None), (Int8W8A8(), None)):
+        rows = layer(x, PLAN, epilogue=epilogue, quantize=to, group_size=group_size)
+        want = quantize_rows(y, to, group_size=group_size)
+        assert torch.equal(rows.data.view(torch.uint8), want.data.view(torch.uint8))
+        assert torch.equal(rows.scales, want.scales)
+
+
+def test_refuses_to_round_its_result() -> None:
+    x, format = torch.randn(PLAN.num_rows, HIDDEN), Fp8W8A8()
+    layer = in_format("gate_up", format, return_bias=False)
+    with pytest.raises(ValueError, match="only routed rows are rounded in passing: give it a plan"):
+        layer(x, quantize=format)
+    with pytest.raises(ValueError, match="returns a bias beside y; build the layer with return_bi"):
+        in_format("gate_up", format)(x, PLAN, quantize=format)
+    row = in_format("row", format, return_bias=False)
+    with pytest.raises(ValueError, match="the ranks' outputs are still to be joined"):
+        row(torch.randn(PLAN.num_rows, in_features("row")), PLAN, quantize=format)
+    with pytest.raises(ValueError, match="group_size is 64; it can be 128"):
+        layer(x, PLAN, quantize=format, group_size=64)
+
+
 def test_plain_layers_round_nothing() -> None:
     layer = build("row", None)
     assert layer.rounds_to is None

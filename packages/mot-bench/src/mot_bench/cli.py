@@ -184,7 +184,7 @@ def tune(
             metavar="R0,R1", help="Rows per expert; repeat. Default: BAGEL's at 1024² and 512²."
         ),
     ] = None,
-    rounds: RoundsOption = 30,
+    rounds: RoundsOption = 5,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Threads that compile. Default: one per core, to 16.")
     ] = None,

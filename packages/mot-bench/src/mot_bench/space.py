@@ -60,7 +60,7 @@ def first_candidates(
         depth = HOPPER_ROW_BYTES // 2 if format is None else hopper_block_k(FORMATS[format])
         candidates += [
             TileConfig(128, n, depth, default.group_m, 4, stages, "hopper")
-            for n, stages in ((256, 4), (128, 4), (128, 6))
+            for n, stages in ((256, 4), (256, 3), (128, 4), (128, 6))
         ]
     if default.schedule == "few_rows":
         candidates += [

@@ -2,7 +2,7 @@
 
 Per problem: compile all candidates side by side, verify each against the truth, give each a
 quick time, vary the order of tiles for the best, then time the very best against the computed
-default with the full protocol. The state is saved after every candidate.
+default in samples as long as a model keeps a GPU busy. The state is saved after every candidate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from mot_bench.environment import environment
 from mot_bench.errors import MeasurementError
 from mot_bench.kernels import describe_protocol
 from mot_bench.linear import LinearProblem, make_problem, mot_variant
-from mot_bench.protocol import first_line, measure, rotation, stopwatch_for
+from mot_bench.protocol import (
+    SustainedStopwatch,
+    first_line,
+    measure,
+    rotation,
+    stopwatch_for,
+    sustained_stopwatch_for,
+)
 from mot_bench.registry import Gate, Ready
 from mot_bench.space import first_candidates, regrouped
 from mot_bench.tuned import State, config_key, merge_entry, result_path
@@ -35,7 +42,7 @@ from mot_bench.tuned import State, config_key, merge_entry, result_path
 # Rounds of the quick pass; candidates this many of which go on to the next step.
 _QUICK_ROUNDS = 5
 _BEST_REGROUPED = 4
-_FINALISTS = 8
+_FINALISTS = 6
 
 # Shared memory a block may have where no device can be asked (Triton's interpreter).
 _LEAST_SHARED_MEMORY = 99 * 1024
@@ -95,6 +102,8 @@ def tune(cases: Sequence[LinearCase], settings: Settings, progress: Progress) ->
     state = State.open(settings.output, conditions, resume=settings.resume)
     target = result_path(settings.output, conditions.device)
     protocol = describe_protocol(settings.device, settings.rounds)
+    if settings.device.type == "cuda":
+        protocol += f"; samples of {SustainedStopwatch.SECONDS} s, each after as long untimed"
     hopeless = []
     for case in cases:
         problem = problem_of(case)
@@ -184,7 +193,7 @@ class _Tuner:
             {config_key(each): mot_variant(self._inputs, each) for each in finalists},
             self._inputs.sets,
             self._settings.rounds,
-            stopwatch=stopwatch_for(self._settings.device),
+            stopwatch=sustained_stopwatch_for(self._settings.device),
         )
         best = min(finalists, key=lambda each: timings[config_key(each)].median_us)
         best_us = timings[config_key(best)].median_us

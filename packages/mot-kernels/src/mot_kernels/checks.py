@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from mot_kernels.formats import Format, QuantizedRows, check_activation_scale, rows_dtype
+from mot_kernels.formats import (
+    Format,
+    QuantizedRows,
+    check_activation_scale,
+    check_group_size,
+    rows_dtype,
+)
 from mot_kernels.plan import RoutePlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,13 +85,16 @@ def check_quantize(
     out: torch.Tensor | None,
     experts: int,
     device: torch.device,
+    group_size: int | None = None,
 ) -> None:
     """The arguments by which an operation is asked to round its result to 8 bits."""
     if quantize is None:
-        if activation_scale is not None:
-            raise ValueError("activation_scale is given, but quantize is not: what is it for?")
+        for name, value in (("activation_scale", activation_scale), ("group_size", group_size)):
+            if value is not None:
+                raise ValueError(f"{name} is given, but quantize is not: what is it for?")
         return
     rows_dtype(quantize)
+    check_group_size(group_size, quantize, activation_scale)
     if out is not None:
         raise ValueError("out is given along with quantize, whose result is no single tensor")
     check_activation_scale(activation_scale, experts, device)

@@ -130,10 +130,13 @@ def why_not_hopper(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    *,
+    rounds_groups: bool = False,
 ) -> str | None:
     """Why `mot_linear` cannot have schedule "hopper" for these tensors; None if it can.
 
     Args:
+        rounds_groups: whether out is rounded to e4m3fn in passing.
         x: (M, K) 16 bits, or the data of `QuantizedRows`.
         weight: (E, N, K) as x; None if it will be written anew for this product.
     """
@@ -148,7 +151,7 @@ def why_not_hopper(
         return why
     if x.dtype not in (*_HOPPER_DTYPES, torch.float8_e4m3fn, torch.int8):
         return f"it multiplies bfloat16 and float16, not {x.dtype}"
-    if out.dtype not in _HOPPER_DTYPES:
+    if out.dtype not in _HOPPER_DTYPES and not rounds_groups:
         return f"it writes bfloat16 and float16, not {out.dtype}"
     step = HOPPER_ROW_BYTES // x.element_size()
     if x.shape[1] == 0:
@@ -184,6 +187,7 @@ def why_not_hopper_format(
     residual: torch.Tensor | None,
     *,
     has_plan: bool,
+    rounds_groups: bool = False,
 ) -> str | None:
     """As `why_not_hopper`, for a weight in a format.
 
@@ -195,7 +199,7 @@ def why_not_hopper_format(
     if weight.format == Fp8W8A8(WeightScales.BLOCK):
         return f"it multiplies sums by scales after the last k, and {weight.format} has several"
     if isinstance(x, QuantizedRows):
-        return why_not_hopper(out, x.data, weight.data, bias, residual)
+        return why_not_hopper(out, x.data, weight.data, bias, residual, rounds_groups=rounds_groups)
     return why_not_hopper(out, x, None, bias, residual)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 128
-"""Rows and columns that share a scale under `WeightScales.BLOCK`."""
+"""Rows and columns that share a scale under `WeightScales.BLOCK`; columns in a group of a row."""
 
 FP8_MAX = 448.0
 INT8_MAX = 127.0
@@ -45,7 +45,8 @@ class WeightScales(enum.Enum):
 class Fp8W8A8:
     """float8_e4m3fn weights and activations, products added up in fp32.
 
-    Activations have one scale per token, or a static one per expert (`activation_scale`).
+    Activations have one scale per token, or one for each 128 columns of a token (`QuantizedRows`),
+    or a static one per expert (`activation_scale`).
     """
 
     scales: WeightScales = WeightScales.PER_CHANNEL
@@ -218,13 +219,18 @@ class ExpertWeight:
 class QuantizedRows:
     """Activations rounded to 8 bits: x[r] is about scales[r] * data[r].
 
+    FP8 rows may have a scale for each group of 128 columns instead, as the activations of
+    DeepSeek-V3 have (DeepSeek-AI, arXiv:2412.19437, section 3.3.2): x[r, k] is about
+    scales[r, k // 128] * data[r, k].
+
     `quantize_rows`, `mot_rms_norm(quantize=)` and `mot_linear(quantize=)` make them, `mot_linear`
     multiplies them by an `ExpertWeight`. Which format they are of is told by the data's dtype:
     FP8 formats differ in their weights only.
 
     Attributes:
         data: (M, K) float8_e4m3fn for `Fp8W8A8`, int8 for `Int8W8A8`; rows are contiguous.
-        scales: (M,) float32, contiguous; each multiplies its row.
+        scales: float32, (M,) contiguous; each multiplies its row. Or (M, ceil(K / 128)), FP8 only,
+            any strides.
         dtype: bfloat16, float16 or float32: that of the rows before, and of the product.
 
     Raises:
@@ -241,13 +247,22 @@ class QuantizedRows:
         _check_dtype("scales", self.scales, torch.float32)
         if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"dtype is {self.dtype}; rows were bfloat16, float16 or float32")
-        if self.data.dim() != 2 or self.scales.shape != self.data.shape[:1]:
+        if self.data.dim() != 2 or self.scales.shape not in (
+            self.data.shape[:1],
+            (self.data.shape[0], -(-self.data.shape[1] // BLOCK)),
+        ):
             raise ValueError(
                 f"data has shape {tuple(self.data.shape)} and scales {tuple(self.scales.shape)}; "
-                "expected (M, K) and (M,)"
+                "expected (M, K) and (M,), or (M, ceil(K / 128))"
+            )
+        if self.group_size is not None and self.data.dtype is not torch.float8_e4m3fn:
+            raise TypeError(
+                f"scales are of groups of {BLOCK} columns, but data is {self.data.dtype}; only "
+                "float8_e4m3fn rows have such"
             )
         for name, part in (("data", self.data), ("scales", self.scales)):
-            if part.shape[-1] > 1 and part.stride(-1) != 1:
+            free = name == "scales" and self.group_size is not None
+            if part.shape[-1] > 1 and part.stride(-1) != 1 and not free:
                 raise ValueError(
                     f"{name} has strides {part.stride()}; its last dimension must be contiguous"
                 )
@@ -260,13 +275,23 @@ class QuantizedRows:
         return self.data.shape
 
     @property
+    def group_size(self) -> int | None:
+        """Columns of a row that share a scale, 128; None if all do."""
+        return None if self.scales.dim() == 1 else BLOCK
+
+    @property
     def device(self) -> torch.device:
         """Where both parts live."""
         return self.data.device
 
     def float(self) -> torch.Tensor:
         """The rows the numbers stand for, (M, K) float32."""
-        return self.data.float() * self.scales[:, None]
+        return self.data.float() * spread_scales(self.scales, self.data.shape[1])
+
+
+def spread_scales(scales: torch.Tensor, k: int) -> torch.Tensor:
+    """Scales of `QuantizedRows` for multiplying (M, k): (M, 1), or of groups (M, k)."""
+    return scales[:, None] if scales.dim() == 1 else scales.repeat_interleave(BLOCK, 1)[:, :k]
 
 
 def quantizes_activations(format: Format) -> bool:
@@ -287,6 +312,26 @@ def rows_dtype(format: Format) -> torch.dtype:
             "round them"
         )
     return DATA_DTYPES[type(format)]
+
+
+def check_group_size(
+    group_size: int | None, format: Format, activation_scale: torch.Tensor | None
+) -> None:
+    """Groups of rows that are rounded have a size we know, and scales of their own."""
+    if group_size is None:
+        return
+    if group_size != BLOCK:
+        raise ValueError(f"group_size is {group_size}; it can be {BLOCK}, or None for whole rows")
+    if not isinstance(format, Fp8W8A8):
+        raise ValueError(
+            f"group_size is {group_size}, but the format is {format}, whose rows have one scale; "
+            "Fp8W8A8 can have groups"
+        )
+    if activation_scale is not None:
+        raise ValueError(
+            f"group_size is {group_size}, but activation_scale is given, too; groups find their "
+            "own scales"
+        )
 
 
 def check_activation_scale(scale: torch.Tensor | None, experts: int, device: torch.device) -> None:

@@ -41,6 +41,7 @@ def mot_linear(
     config: TileConfig | None = ...,
     quantize: None = ...,
     activation_scale: None = ...,
+    group_size: None = ...,
 ) -> torch.Tensor: ...
 @overload
 def mot_linear(
@@ -54,6 +55,7 @@ def mot_linear(
     config: TileConfig | None = ...,
     quantize: Format,
     activation_scale: torch.Tensor | None = ...,
+    group_size: int | None = ...,
 ) -> QuantizedRows: ...
 def mot_linear(
     x: torch.Tensor | QuantizedRows,
@@ -66,6 +68,7 @@ def mot_linear(
     config: TileConfig | None = None,
     quantize: Format | None = None,
     activation_scale: torch.Tensor | None = None,
+    group_size: int | None = None,
 ) -> torch.Tensor | QuantizedRows:
     """y[r] = epilogue(x[r] @ weight[e]^T + bias[e]), where e is the expert of row r.
 
@@ -86,10 +89,11 @@ def mot_linear(
         config: tile sizes; looked up if None (see `mot_kernels.tuning.lookup`). Only the Triton
             path has tiles.
         quantize: `Fp8W8A8` or `Int8W8A8`, to have y rounded as `quantize_rows` does, for the next
-            linear; not with `out`. Static scales cost no pass over y if weight's own format
-            rounds activations, too. A scale of each row cannot be known before the row is
-            complete: it takes one pass.
+            linear; not with `out`. If weight's own format rounds activations, too, static scales
+            cost no pass over y, nor do those of groups with `SILU_MUL` on Hopper GPUs. A scale of
+            each row cannot be known before the row is complete: it takes one pass.
         activation_scale: (E,) float32, static scales for `quantize`.
+        group_size: 128 gives each 128 columns of a row of y their own scale (FP8 only).
 
     Returns:
         (M, N_out) in x's dtype; N_out is N, or N / 2 for `SILU_MUL`. The Triton path accumulates
@@ -109,6 +113,7 @@ def mot_linear(
         plan is not None
         and quantize is None
         and activation_scale is None
+        and group_size is None
         and isinstance(x, torch.Tensor)
         and isinstance(weight, torch.Tensor)
         and is_unobserved(x, weight, bias, residual, out)
@@ -125,7 +130,7 @@ def mot_linear(
     shape = _check(x, weight, plan, bias, epilogue)
     if out is not None:
         check_out("out", out, shape, x)
-    check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
+    check_quantize(quantize, activation_scale, out, weight.shape[0], x.device, group_size)
     given = (each for each in (x, weight, bias, residual) if isinstance(each, torch.Tensor))
     if quantize is not None and needs_grad(*given):
         raise ValueError(
@@ -139,8 +144,9 @@ def mot_linear(
                 "torch.no_grad(), or dequantize(weight)"
             )
         narrow = quantizes_activations(weight.format)
-        if narrow and quantize is not None and activation_scale is not None:
-            rows = empty_rows(weight.data, shape, quantize, x.dtype)
+        in_passing = activation_scale is not None or group_size is not None
+        if narrow and quantize is not None and in_passing:
+            rows = empty_rows(weight.data, shape, quantize, x.dtype, group_size)
             _format_linear_(
                 rows.data, rows.scales, x, weight, plan, bias, epilogue, activation_scale, config
             )
@@ -152,7 +158,9 @@ def mot_linear(
         y = _plain_linear(x, weight, plan, bias, epilogue, shape, out, config, key)
     if quantize is None:
         return y
-    return quantize_rows(y, quantize, plan, activation_scale=activation_scale)
+    return quantize_rows(
+        y, quantize, plan, activation_scale=activation_scale, group_size=group_size
+    )
 
 
 def _plain_linear(
@@ -208,7 +216,7 @@ def _format_linear_(
     activation_scale: torch.Tensor | None,
     config: TileConfig | None,
 ) -> None:
-    """Write into out; with `out_scales` rounded to 8 bits by `activation_scale`."""
+    """Write into out; with `out_scales` rounded to 8 bits, by `activation_scale` or in groups."""
     if quantizes_activations(weight.format) and isinstance(x, torch.Tensor):
         x = quantize_rows(x, weight.format, plan, activation_scale=weight.activation_scale)
     tensors = (

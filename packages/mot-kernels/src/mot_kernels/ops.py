@@ -17,6 +17,7 @@ import torch
 from mot_kernels import dispatch, reference, reference_formats
 from mot_kernels.epilogue import SILU_MUL, AddResidual, Epilogue
 from mot_kernels.formats import (
+    BLOCK,
     FORMATS,
     ExpertWeight,
     Format,
@@ -175,7 +176,10 @@ def _linear_format(
     silu_mul: bool,
     config: Sequence[int],
 ) -> Keep | None:
-    """`activation_scale` is that of the rows written to out and `out_scales`, if they are 8-bit."""
+    """`activation_scale` is that of the rows written to out and `out_scales`, if they are 8-bit.
+
+    They have none if `out_scales` are of groups.
+    """
     kind = FORMATS[format]
     choice = dispatch.choose_format_path(kind, x.device, dtype)
     reference_path = choice.path is dispatch.Path.REFERENCE
@@ -225,7 +229,7 @@ def _quantize_rows(
     expert_ids: torch.Tensor | None,
 ) -> Keep | None:
     if dispatch.choose_path(x.device, x.dtype).path is dispatch.Path.TRITON:
-        from mot_kernels._triton.launch_formats import launch_quantize_rows
+        from mot_kernels._triton.launch_rows import launch_quantize_rows
 
         return launch_quantize_rows(data, scales, x, activation_scale, expert_ids)
     routing = None if expert_ids is None else _Routing((), expert_ids, expert_ids)
@@ -241,7 +245,10 @@ def _reference_quantize(
     routing: _Routing | None,
 ) -> None:
     format: Format = Int8W8A8() if data.dtype is torch.int8 else Fp8W8A8()
-    rows = reference_formats.quantize_rows(x, format, routing, activation_scale=activation_scale)
+    group_size = None if scales.dim() == 1 else BLOCK
+    rows = reference_formats.quantize_rows(
+        x, format, routing, activation_scale=activation_scale, group_size=group_size
+    )
     data.copy_(rows.data)
     scales.copy_(rows.scales)
 

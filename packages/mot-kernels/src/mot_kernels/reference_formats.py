@@ -2,7 +2,7 @@
 
 Only conversions, no arithmetic, happen in 8-bit floats, so GPUs without FP8 units compute the same.
 Per element of y, with a(r) the row as the format sees it and s(r) its scale (1 where the format
-keeps activations):
+keeps activations, and where groups of a row have scales: they are in a then):
 
     y = epilogue(sum_k a[r, k] w[n, k] * w_scale[n] * s(r) + bias[n])
 
@@ -27,6 +27,7 @@ from mot_kernels.formats import (
     WeightScales,
     quantizes_activations,
     rows_dtype,
+    spread_scales,
 )
 from mot_kernels.quantize import dequantize_rows, largest, round_to, row_amax, row_chunks, scale_of
 from mot_kernels.reference import Routing
@@ -38,16 +39,21 @@ def quantize_rows(
     plan: Routing | None = None,
     *,
     activation_scale: torch.Tensor | None = None,
+    group_size: int | None = None,
 ) -> QuantizedRows:
     """See `mot_kernels.quantize_rows`."""
     dtype, wide = rows_dtype(format), x.float().contiguous()
-    if activation_scale is None:
+    if group_size is not None:
+        groups = F.pad(wide, (0, -x.shape[1] % group_size)).unflatten(1, (-1, group_size))
+        scales = scale_of(row_amax(groups), largest(dtype))
+    elif activation_scale is None:
         scales = scale_of(row_amax(wide), largest(dtype))
     elif plan is None:
         scales = activation_scale[:1].repeat(x.shape[0])
     else:
         scales = activation_scale.index_select(0, plan.expert_ids.long())
-    return QuantizedRows(round_to(wide / scales[:, None], dtype), scales, x.dtype)
+    inverse = spread_scales(torch.ones_like(scales) / scales, x.shape[1])
+    return QuantizedRows(round_to(wide * inverse, dtype), scales, x.dtype)
 
 
 @torch.no_grad()
@@ -64,6 +70,8 @@ def mot_linear_(
     if quantizes_activations(weight.format) and isinstance(x, torch.Tensor):
         x = quantize_rows(x, weight.format, plan, activation_scale=weight.activation_scale)
     data, scales = (x.data, x.scales) if isinstance(x, QuantizedRows) else (x, None)
+    if isinstance(x, QuantizedRows) and x.group_size is not None:
+        data, scales = x.float(), None
     if plan is None:
         out.copy_(_one_expert(data, scales, weight, 0, bias, epilogue))
         return

@@ -6,7 +6,13 @@ import torch
 
 from mot_kernels import dispatch, ops
 from mot_kernels.checks import DTYPES, check_plan, needs_grad
-from mot_kernels.formats import Format, QuantizedRows, check_activation_scale, rows_dtype
+from mot_kernels.formats import (
+    Format,
+    QuantizedRows,
+    check_activation_scale,
+    check_group_size,
+    rows_dtype,
+)
 from mot_kernels.plan import RoutePlan, replays_of
 from mot_kernels.replay import is_unobserved, metadata
 
@@ -17,8 +23,9 @@ def quantize_rows(
     plan: RoutePlan | None = None,
     *,
     activation_scale: torch.Tensor | None = None,
+    group_size: int | None = None,
 ) -> QuantizedRows:
-    """Round activations to a format, saturating: q = round(x[r] / s[r]), ties to even.
+    """Round activations to a format, saturating: q = round(x[r] * (1 / s[r])), ties to even.
 
     `mot_linear` does it by itself where it gets other rows. Call it if several linears take the
     same x; or have `mot_rms_norm` or `mot_linear` do it to their results (`quantize=`), which
@@ -33,16 +40,19 @@ def quantize_rows(
             row's own, its largest magnitude over 448 (FP8) or 127 (INT8), never 0. An infinity or
             NaN then leaves no finite number in the row's product; INT8 with a static scale has no
             way to keep a NaN.
+        group_size: 128 gives each 128 columns of a row their own scale (FP8 only).
 
     Raises:
         TypeError: the format keeps activations as they are, or a dtype is not supported.
-        ValueError: shapes, devices or routing do not fit, or x requires grad: there is no backward.
+        ValueError: shapes, devices or routing do not fit, the format has no groups, or x requires
+            grad: there is no backward.
     """
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K)")
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; quantize_rows takes {DTYPES}")
     rows_dtype(format)
+    check_group_size(group_size, format, activation_scale)
     if plan is not None:
         check_plan(plan, x.shape[0], plan.num_experts, x.device)
     if activation_scale is not None:
@@ -50,7 +60,7 @@ def quantize_rows(
         check_activation_scale(activation_scale, experts, x.device)
     if needs_grad(x):
         raise ValueError("x requires grad, but rounding has no backward; use torch.no_grad()")
-    rows = empty_rows(x, x.shape, format, x.dtype)
+    rows = empty_rows(x, x.shape, format, x.dtype, group_size)
     tensors = (rows.data, rows.scales, x, activation_scale)
     expert_ids = None if plan is None else plan.expert_ids
     if is_unobserved(*tensors):
@@ -62,8 +72,17 @@ def quantize_rows(
 
 
 def empty_rows(
-    like: torch.Tensor, shape: tuple[int, ...], format: Format, dtype: torch.dtype
+    like: torch.Tensor,
+    shape: tuple[int, ...],
+    format: Format,
+    dtype: torch.dtype,
+    group_size: int | None = None,
 ) -> QuantizedRows:
     """Rows to write into: of `shape`, on the device of `like`, in place of rows of `dtype`."""
+    rows, k = shape
     data = like.new_empty(shape, dtype=rows_dtype(format))
-    return QuantizedRows(data, like.new_empty(shape[0], dtype=torch.float32), dtype)
+    if group_size is None:
+        return QuantizedRows(data, like.new_empty(rows, dtype=torch.float32), dtype)
+    # Rows next to each other: a product reads the scales of one group of many rows.
+    scales = like.new_empty(-(-k // group_size), rows, dtype=torch.float32).T
+    return QuantizedRows(data, scales, dtype)

@@ -29,6 +29,7 @@ from mot_kernels import (
     RoutePlan,
     SiluMul,
     mot_linear,
+    quantize_rows,
     stack_bias,
 )
 from mot_kernels.checks import check_out, check_plan
@@ -43,12 +44,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
+from mot_layers.asked import check_quantize, check_silu_mul
 from mot_layers.formats import WEIGHT, FormatLinearMethod
 from mot_layers.slow_ways import finish, warn_gathered
 from mot_layers.stacking import StackedExperts
 from mot_layers.vllm_formats import ConvertedLinearMethod, NotReadable, is_converted, reading_of
 
-Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
+Result: TypeAlias = torch.Tensor | QuantizedRows | tuple[torch.Tensor, torch.Tensor | None]
 
 
 class StackedLinearMethod(UnquantizedLinearMethod):
@@ -216,6 +218,8 @@ class _MoTLinear(StackedExperts, LinearBase):
         plan: RoutePlan | None = None,
         *,
         epilogue: Epilogue | None = None,
+        quantize: Format | None = None,
+        group_size: int | None = None,
     ) -> Result:
         """y[r] = epilogue(x[r] @ weight[e]^T + bias[e]), where e is the expert of row r.
 
@@ -227,17 +231,21 @@ class _MoTLinear(StackedExperts, LinearBase):
             epilogue: None, `SILU_MUL` (merged gate and up projection only) or
                 `AddResidual(residual)`. The residual has the shape of this rank's output; a row
                 layer, whose ranks sum their outputs, adds it on rank 0 only.
+            quantize: the format `rounds_to` of the layer that takes y, to have y rounded as
+                `mot_linear(quantize=)` does; with a plan, in a column layer that returns its own
+                shard and no bias.
+            group_size: 128 gives each 128 columns of a row their own scale (FP8 only).
 
         Returns:
             As vLLM: (y, output bias), or y alone with `return_bias=False`. y is (M, N) of this
             rank's shard, gathered or summed over the ranks where the layer does that. The output
             bias is None unless `skip_bias_add`; with a plan it is the rows' bias, so that
-            y + bias is right: (M, N) or None.
+            y + bias is right: (M, N) or None. With `quantize` y is `QuantizedRows`.
 
         Raises:
             TypeError: a dtype differs from x's, x is rounded but the layer takes no such rows, or
                 the epilogue is none of these.
-            ValueError: shapes do not fit, or `SILU_MUL` is not possible in this layer.
+            ValueError: shapes do not fit, or this layer cannot do `SILU_MUL` or `quantize`.
         """
         if isinstance(x, QuantizedRows) and (plan is None or self.rounds_to is None):
             raise TypeError(
@@ -246,7 +254,9 @@ class _MoTLinear(StackedExperts, LinearBase):
                 else f"x is QuantizedRows, but layer {self.prefix!r} does not round rows to 8 bits"
             )
         if isinstance(epilogue, SiluMul):
-            self._check_silu_mul()
+            check_silu_mul(self)
+        if quantize is not None:
+            check_quantize(self, plan)
         if plan is None and epilogue is None:
             return super().forward(x)
         adds = self._adds_bias_and_residual
@@ -260,7 +270,11 @@ class _MoTLinear(StackedExperts, LinearBase):
             plan,
             add_bias=adds and not self.skip_bias_add,
             epilogue=epilogue,
+            quantize=quantize,
+            group_size=group_size,
         )
+        if isinstance(y, QuantizedRows):
+            return y
         y = self._collect(y)
         if not self.return_bias:
             return y
@@ -278,17 +292,24 @@ class _MoTLinear(StackedExperts, LinearBase):
         *,
         add_bias: bool,
         epilogue: Epilogue | None,
-    ) -> torch.Tensor:
+        quantize: Format | None,
+        group_size: int | None,
+    ) -> torch.Tensor | QuantizedRows:
         """This rank's output for its shard of x, by the fastest way the weights allow."""
         if plan is None:
             y = self.quant_method.apply(self, x, self.bias if add_bias else None)
             return finish(y, epilogue)
         if not (self.shares_storage or isinstance(self.quant_method, FormatLinearMethod)):
             assert isinstance(x, torch.Tensor)
-            return finish(self._multiply_gathered(x, plan, add_bias), epilogue)
+            y = finish(self._multiply_gathered(x, plan, add_bias), epilogue)
+            return y if quantize is None else quantize_rows(y, quantize, group_size=group_size)
         weight = self.routed_weight
         bias = self._stacks[-1] if add_bias else None  # as new as the weight
-        return mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)
+        if quantize is None:
+            return mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)
+        return mot_linear(
+            x, weight, plan, bias=bias, epilogue=epilogue, quantize=quantize, group_size=group_size
+        )
 
     def _multiply_gathered(self, x: torch.Tensor, plan: RoutePlan, add_bias: bool) -> torch.Tensor:
         """Each expert's rows through its own quantisation method; (M, K) -> (M, N)."""
@@ -308,22 +329,6 @@ class _MoTLinear(StackedExperts, LinearBase):
             return x.new_empty(0, self.output_size_per_partition)
         y = torch.cat(parts)
         return torch.empty_like(y).index_copy_(0, plan.row_ids.long(), y)
-
-    def _check_silu_mul(self) -> None:
-        sizes = getattr(self, "output_sizes", [])
-        merged = isinstance(self, MergedColumnParallelLinear)
-        if not merged or len(sizes) != 2 or sizes[0] != sizes[1]:
-            raise ValueError(
-                f"SILU_MUL needs gate and up outputs of one size, so a "
-                f"MoTMergedColumnParallelLinear with two equal output_sizes; layer {self.prefix!r} "
-                f"is a {type(self).__name__}" + (f" with output_sizes {sizes}" if merged else "")
-            )
-        if self.skip_bias_add and any(e.bias is not None for e in self._experts):
-            raise ValueError(
-                f"SILU_MUL in layer {self.prefix!r}: with skip_bias_add the bias would be added "
-                "after the activation, but it belongs before; build the layer with "
-                "skip_bias_add=False"
-            )
 
     # What follows is how a column layer treats its shard; the row layer overrides it.
 

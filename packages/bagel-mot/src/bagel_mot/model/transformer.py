@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from mot_kernels import (
     SILU_MUL,
     AddResidual,
+    Fp8W8A8,
     QuantizedRows,
     RoutePlan,
     mot_qk_norm_rope,
     mot_rms_norm,
 )
+from mot_kernels.formats import BLOCK
 from mot_layers import (
     FormatConfig,
     MoTMergedColumnParallelLinear,
@@ -133,7 +135,16 @@ class MLP(nn.Module):
             gate, up = self.gate_up(x).chunk(2, dim=-1)
             h = F.silu(gate).mul_(up)
         else:
-            h = self.gate_up(x, layout.plan, epilogue=SILU_MUL)
+            rounds_to = self.down.rounds_to
+            # A row's scale would need the whole row; those of groups are found in the epilogue.
+            fp8 = rounds_to if isinstance(rounds_to, Fp8W8A8) else None
+            h = self.gate_up(
+                x,
+                layout.plan,
+                epilogue=SILU_MUL,
+                quantize=fp8,
+                group_size=None if fp8 is None else BLOCK,
+            )
         return self.down(h, layout.plan, epilogue=AddResidual(residual))
 
 

@@ -15,7 +15,8 @@ row or -1). Where the rows follow each other, x is loaded by TMA (rows past the 
 too, and not stored); otherwise it is gathered row by row (cp.async) into the very same ring. A
 group whose half of the rows is dead multiplies nothing.
 
-For SiLU*mul a unit's weight tile is half gate rows, half up rows of the same output columns.
+For SiLU*mul a unit's weight tile is half gate rows, half up rows of the same output columns; these
+may be rounded on to FP8, each 128 of a row by a scale of their own (OUT_GROUPS).
 x and weight are fp16 or bf16, or 8-bit numbers with scales (`linear_8bit.py` has that sum): a row
 of a tile is 128 bytes either way. Needs K % BLOCK_K == 0, 16-byte aligned rows, contiguous last
 dimensions.
@@ -34,13 +35,14 @@ from mot_kernels._triton.hopper_finish import (
     _CHUNK,
     _PART,
     _ROWS,
-    _STORED,
     _chunks_per_stage,
     _finish,
+    _round_group,
+    _stored,
     _trade,
 )
 from mot_kernels._triton.hopper_load import _loading_warps
-from mot_kernels._triton.hopper_sum import _start_sum, _sum_up
+from mot_kernels._triton.hopper_sum import _start_sum, _sum_layout, _sum_up
 from mot_kernels._triton.hopper_work import _extent, _first_unit, _place
 from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
@@ -62,23 +64,29 @@ def _registers(leaves, loading):
 
 @gluon.jit
 def _computing_group(
-    ring, wide_ring, shared_rows, out, bias, scales, partial, row_ids_ptr, tiles_ptr, work, N_OUT,
-    GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr, HAS_GATHERED: gl.constexpr,
-    LEAVES_UNIT: gl.constexpr,
+    ring, wide_ring, shared_rows, out, out_scales, bias, scales, partial, row_ids_ptr, tiles_ptr,
+    work, N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_X_SCALES: gl.constexpr, X_GROUPS: gl.constexpr, HAS_W_SCALES: gl.constexpr,
+    HAS_GATHERED: gl.constexpr, LEAVES_UNIT: gl.constexpr, OUT_GROUPS: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
     _, w_ring, full, empty = ring
     bias_row, scale_row = shared_rows
     bias_ptr, stride_bias_e = bias
-    x_scales_ptr, w_scales_ptr, stride_w_scales_e, stride_w_scales_n = scales
+    x_scales, w_scales = scales
+    x_scales_ptr, stride_x_scales_m, stride_x_scales_k = x_scales
+    w_scales_ptr, stride_w_scales_e, stride_w_scales_n = w_scales
     partials_ptr, flags_ptr = partial
     num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    NUM: gl.constexpr = OUT // _CHUNK
+    # Chunks finished by different parts of a cut unit: a group is finished by one.
+    NUM: gl.constexpr = 1 if OUT_GROUPS else OUT // _CHUNK
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    stored: gl.constexpr = _stored(OUT_GROUPS)
+    sums: gl.constexpr = _sum_layout(ring, LEAVES_UNIT)
     unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
     while unit < num_whole:
@@ -95,9 +103,11 @@ def _computing_group(
             expert = gl.load(tile_ptr)
             offset = gl.load(tile_ptr + 1)
             first = gl.load(tile_ptr + 3)
-            m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED)) + GROUP * _ROWS
+            m = gl.arange(0, _ROWS, gl.SliceLayout(1, stored)) + GROUP * _ROWS
             rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
-            x_scales = rows
+            part_rows = rows
+            row_scales = rows
+            group_ptrs = rows
             if HAS_BIAS or HAS_W_SCALES:
                 w_n = gl.arange(0, BLOCK_N, flat)
                 at = column + w_n % OUT
@@ -109,13 +119,19 @@ def _computing_group(
                 scale_ptrs = w_scales_ptr + expert * stride_w_scales_e
                 scale_ptrs += (at + up) * stride_w_scales_n
                 scale_values = gl.load(scale_ptrs, mask=at < N_OUT, other=0.0)
-            if HAS_X_SCALES:
+            if HAS_X_SCALES or OUT_GROUPS:
                 m = gl.arange(0, _ROWS, gl.SliceLayout(1, _PART)) + GROUP * _ROWS
                 part_rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0)
-                x_scales = gl.load(x_scales_ptr + part_rows)
+            if HAS_X_SCALES:
+                row_scales = gl.load(x_scales_ptr + part_rows)
+            if X_GROUPS:
+                m = gl.arange(0, _ROWS, gl.SliceLayout(1, sums)) + GROUP * _ROWS
+                sum_rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
+                group_ptrs = x_scales_ptr + sum_rows * stride_x_scales_m
+                group_ptrs += first_step * stride_x_scales_k
             chunks, step = _sum_up(
-                ring, started, step, last_step - first_step, GROUP, HAS_GATHERED & (first < 0),
-                LEAVES_UNIT,
+                ring, started, step, last_step - first_step, group_ptrs, stride_x_scales_k, GROUP,
+                HAS_GATHERED & (first < 0), LEAVES_UNIT, X_GROUPS,
             )  # fmt: skip
             if HAS_BIAS:
                 bias_row.store(bias_values.to(gl.float32))
@@ -124,26 +140,40 @@ def _computing_group(
             if is_cut:
                 _trade(chunks, partials_ptr, flags_ptr, parts, GROUP, NUM, BLOCK_N)
             place = (live, column, rows)
-            step = _finish(
-                chunks, ring, wide_ring, step, place, x_scales, shared_rows, out, partials_ptr,
-                is_cut, parts, N_OUT, GROUP, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES,
-            )  # fmt: skip
+            if OUT_GROUPS:
+                _round_group(
+                    chunks, place, part_rows, row_scales, shared_rows, out, out_scales,
+                    partials_ptr, is_cut, parts, N_OUT, GROUP, BLOCK_N, HAS_BIAS, HAS_X_SCALES,
+                    HAS_W_SCALES, DTYPE,
+                )  # fmt: skip
+            else:
+                step = _finish(
+                    chunks, ring, wide_ring, step, place, row_scales, shared_rows, out,
+                    partials_ptr, is_cut, parts, N_OUT, GROUP, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
+                    HAS_W_SCALES,
+                )  # fmt: skip
         else:  # the other group alone
             num_stages = last_step - first_step
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
-                num_stages += gl.cdiv(NUM, _chunks_per_stage(w_ring))
+                num_stages += gl.cdiv(OUT // _CHUNK, _chunks_per_stage(w_ring))
             for _k in range(num_stages):
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(step % STAGES))
                 step += 1
 
 
-@gluon.jit(do_not_specialize=("num_tiles", "num_whole", "parts", "group_m", "first_expert"))
+@gluon.jit(
+    do_not_specialize=(
+        "num_tiles", "num_whole", "parts", "group_m", "first_expert", "stride_out_scales_k",
+        "stride_x_scales_k",
+    )
+)  # fmt: skip
 def _mot_linear_hopper_kernel(
     out_ptr,  # (M, N_OUT) output
+    out_scales_ptr,  # (M, cdiv(N_OUT, 128)) fp32 output with OUT_GROUPS, or unused
     x_desc,  # (M, K) 16 bits, e4m3fn or int8
     x_ptr,
-    x_scales_ptr,  # (M,) fp32, for 8 bits, or unused
+    x_scales_ptr,  # for 8 bits, fp32: (M,), or (M, K / 128) with X_GROUPS
     w_desc,  # (experts * N, K) as x, from first_expert on
     w_scales_ptr,  # (E, N) or (E,) by strides, fp32, or unused
     bias_ptr,  # (E, N) or unused
@@ -162,17 +192,24 @@ def _mot_linear_hopper_kernel(
     N_OUT,
     K,
     stride_out_m,
+    stride_out_scales_m,
+    stride_out_scales_k,
     stride_x_m,
+    stride_x_scales_m,
+    stride_x_scales_k,
     stride_w_scales_e,
     stride_w_scales_n,
     stride_bias_e,
     stride_residual_m,
     HAS_BIAS: gl.constexpr,
-    HAS_X_SCALES: gl.constexpr,
+    HAS_X_SCALES: gl.constexpr,  # of whole rows
+    X_GROUPS: gl.constexpr,
     HAS_W_SCALES: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
-    LEAVES_UNIT: gl.constexpr,  # long sums of FP8
+    LEAVES_UNIT: gl.constexpr,  # long sums of FP8, and with X_GROUPS
+    OUT_GROUPS: gl.constexpr,
+    DTYPE: gl.constexpr,  # of the result, before it is rounded to 8 bits
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
@@ -180,7 +217,6 @@ def _mot_linear_hopper_kernel(
 ):
     """Grid: (number of SMs,); every unit whose number is the program's modulo the grid."""
     dtype: gl.constexpr = x_desc.dtype
-    wide: gl.constexpr = out_ptr.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     wide_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -188,8 +224,8 @@ def _mot_linear_hopper_kernel(
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], shared)
     # The same memory, for the residual.
     wide_ring = (
-        _reinterpret(x_ring, wide, [STAGES, 2 * _ROWS, _CHUNK], wide_shared),
-        _reinterpret(w_ring, wide, [STAGES, BLOCK_N, _CHUNK], wide_shared),
+        _reinterpret(x_ring, DTYPE, [STAGES, 2 * _ROWS, _CHUNK], wide_shared),
+        _reinterpret(w_ring, DTYPE, [STAGES, BLOCK_N, _CHUNK], wide_shared),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -214,7 +250,11 @@ def _mot_linear_hopper_kernel(
     weight = (w_desc, w_rows, first_expert)
     out = (out_ptr, stride_out_m)
     bias = (bias_ptr, stride_bias_e)
-    scales = (x_scales_ptr, w_scales_ptr, stride_w_scales_e, stride_w_scales_n)
+    out_scales = (out_scales_ptr, stride_out_scales_m, stride_out_scales_k)
+    scales = (
+        (x_scales_ptr, stride_x_scales_m, stride_x_scales_k),
+        (w_scales_ptr, stride_w_scales_e, stride_w_scales_n),
+    )
     residual = (residual_desc, residual_ptr, stride_residual_m)
     partial = (partials_ptr, flags_ptr)
     gl.warp_specialize(
@@ -222,17 +262,17 @@ def _mot_linear_hopper_kernel(
             (
                 _computing_group,
                 (
-                    ring, wide_ring, rows_0, out, bias, scales, partial, row_ids_ptr, tiles_ptr,
-                    work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES, HAS_GATHERED,
-                    LEAVES_UNIT,
+                    ring, wide_ring, rows_0, out, out_scales, bias, scales, partial, row_ids_ptr,
+                    tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
+                    HAS_W_SCALES, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
                 ),
             ),
             (
                 _computing_group,
                 (
-                    ring, wide_ring, rows_1, out, bias, scales, partial, row_ids_ptr, tiles_ptr,
-                    work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES, HAS_GATHERED,
-                    LEAVES_UNIT,
+                    ring, wide_ring, rows_1, out, out_scales, bias, scales, partial, row_ids_ptr,
+                    tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
+                    HAS_W_SCALES, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
                 ),
             ),
             (

@@ -2,7 +2,8 @@
 
 A computing group has 64 rows x BLOCK_N columns of sums in registers and finishes them in chunks of
 64 columns, so that what it holds beside the sums stays small. The residual has come through the
-ring, behind the unit's last products: no load is waited for. See `hopper.py` for the rest.
+ring, behind the unit's last products: no load is waited for. SiLU*mul may be rounded on to FP8, its
+128 columns by a scale of each row. See `hopper.py` for the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from mot_kernels._triton.rounding import _LEAST_SCALE
 from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed this.
@@ -30,6 +32,21 @@ _STORED = gl.constexpr(
         shape=[64, 64],
     )
 )
+# The same of a chunk in 8 bits: 16 consecutive columns of two rows.
+_STORED_8BIT = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
+        lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 64],
+    )
+)
+
+
+@gluon.constexpr_function
+def _stored(out_groups):
+    return _STORED_8BIT if out_groups else _STORED
 
 
 @gluon.constexpr_function
@@ -124,6 +141,93 @@ def _chunk_of(row, C: gl.constexpr):
 
 
 @gluon.jit
+def _silu_mul(
+    chunks, C: gl.constexpr, x_scales, shared_rows, partials_ptr, is_cut, parts,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr,
+):  # fmt: skip
+    """Chunk C of SiLU(gate) * up, fp32, from the sums of both; cut units' parts are added up."""
+    NUM: gl.constexpr = len(chunks) // 2
+    gate = gl.convert_layout(chunks[C], _PART)
+    up = gl.convert_layout(chunks[C + NUM], _PART)
+    if is_cut:
+        gate = _add_up(gate, partials_ptr, parts, GROUP, C, BLOCK_N)
+        up = _add_up(up, partials_ptr, parts, GROUP, C + NUM, BLOCK_N)
+    gate = _scaled(gate, C, x_scales, shared_rows, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES)
+    up = _scaled(up, C + NUM, x_scales, shared_rows, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES)
+    return gate * up / (1.0 + gl.exp(-gate))
+
+
+@gluon.jit
+def _scaled(
+    y, C: gl.constexpr, x_scales, shared_rows,
+    HAS_BIAS: gl.constexpr, HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr,
+):  # fmt: skip
+    """A chunk of sums times its scales, plus bias, fp32."""
+    bias_row, scale_row = shared_rows
+    z = y.to(gl.float32)
+    if HAS_W_SCALES:
+        z *= _chunk_of(scale_row, C)
+    if HAS_X_SCALES:
+        z *= x_scales[:, None]
+    if HAS_BIAS:
+        z += _chunk_of(bias_row, C)
+    return z
+
+
+@gluon.jit
+def _round_group(
+    chunks, place, part_rows, x_scales, shared_rows, out, out_scales, partials_ptr, is_cut, parts,
+    N_OUT, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """As `_finish`, of SiLU*mul whose 128 columns are rounded to e4m3fn by a scale of each row.
+
+    They are rounded to DTYPE first: the bits of `rounding._quantize_groups_kernel`.
+    """
+    live, column, rows = place
+    out_ptr, stride_out_m = out
+    out_scales_ptr, stride_out_scales_m, stride_out_scales_k = out_scales
+    gl.static_assert(len(chunks) == 4)
+    if not is_cut or gl.program_id(0) % parts == 0:
+        n = column + gl.arange(0, _CHUNK, gl.SliceLayout(0, _PART))[None, :]
+        left = _silu_mul(
+            chunks, 0, x_scales, shared_rows, partials_ptr, is_cut, parts, GROUP, BLOCK_N, HAS_BIAS,
+            HAS_X_SCALES, HAS_W_SCALES,
+        )  # fmt: skip
+        right = _silu_mul(
+            chunks, 1, x_scales, shared_rows, partials_ptr, is_cut, parts, GROUP, BLOCK_N, HAS_BIAS,
+            HAS_X_SCALES, HAS_W_SCALES,
+        )  # fmt: skip
+        left = gl.where(n < N_OUT, left, 0.0).to(DTYPE)
+        right = gl.where(n + _CHUNK < N_OUT, right, 0.0).to(DTYPE)
+        # As integers, of which NaN is the largest.
+        bits = gl.maximum(_largest_bits(left), _largest_bits(right))
+        scale = gl.div_rn(bits.to(gl.float32, bitcast=True), 448.0)
+        scale = gl.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
+        inverse = gl.div_rn(1.0, scale)[:, None]
+        m = gl.arange(0, _ROWS, gl.SliceLayout(1, _PART)) + GROUP * _ROWS
+        scale_ptrs = out_scales_ptr + part_rows.to(gl.int64) * stride_out_scales_m
+        scale_ptrs += column // (2 * _CHUNK) * stride_out_scales_k
+        gl.store(scale_ptrs, scale, mask=m < live)
+        m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED_8BIT)) + GROUP * _ROWS
+        for c in gl.static_range(2):
+            half = left if c == 0 else right
+            rounded = (half.to(gl.float32) * inverse).to(out_ptr.dtype.element_ty)
+            n = column + c * _CHUNK + gl.arange(0, _CHUNK, gl.SliceLayout(0, _STORED_8BIT))
+            mask = (m < live)[:, None] & (n < N_OUT)[None, :]
+            ptrs = out_ptr + rows[:, None] * stride_out_m + n[None, :]
+            gl.store(ptrs, gl.convert_layout(rounded, _STORED_8BIT), mask=mask)
+
+
+@gluon.jit
+def _largest_bits(x):
+    """Of each row the largest magnitude, as the bits of fp32."""
+    bits = x.to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF
+    return gl.max(bits, axis=1)
+
+
+@gluon.jit
 def _finish(
     chunks, ring, wide_ring, step, place, x_scales, shared_rows, out, partials_ptr, is_cut, parts,
     N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
@@ -131,7 +235,6 @@ def _finish(
 ):  # fmt: skip
     """Finish and store the chunks that are this program's; returns the moved `step`."""
     x_ring, w_ring, full, empty = ring
-    bias_row, scale_row = shared_rows
     live, column, rows = place
     out_ptr, stride_out_m = out
     STAGES: gl.constexpr = x_ring.shape[0]
@@ -147,33 +250,17 @@ def _finish(
         at = step + c // EACH
         if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and c % EACH == 0:
             mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1)
-        y = gl.convert_layout(chunks[c], _PART)
-        if SILU:
-            up_y = gl.convert_layout(chunks[c + NUM], _PART)
-        mine = True
-        if is_cut:
-            mine = c * parts // NUM == part
-            if mine:
-                y = _add_up(y, partials_ptr, parts, GROUP, c, BLOCK_N)
-                if SILU:
-                    up_y = _add_up(up_y, partials_ptr, parts, GROUP, c + NUM, BLOCK_N)
-        if mine:
-            z = y.to(gl.float32)
-            if HAS_W_SCALES:
-                z *= _chunk_of(scale_row, c)
-            if HAS_X_SCALES:
-                z *= x_scales[:, None]
-            if HAS_BIAS:
-                z += _chunk_of(bias_row, c)
+        if not is_cut or c * parts // NUM == part:
             if SILU:
-                up_z = up_y.to(gl.float32)
-                if HAS_W_SCALES:
-                    up_z *= _chunk_of(scale_row, c + NUM)
-                if HAS_X_SCALES:
-                    up_z *= x_scales[:, None]
-                if HAS_BIAS:
-                    up_z += _chunk_of(bias_row, c + NUM)
-                z = z * up_z / (1.0 + gl.exp(-z))
+                z = _silu_mul(
+                    chunks, c, x_scales, shared_rows, partials_ptr, is_cut, parts, GROUP, BLOCK_N,
+                    HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES,
+                )  # fmt: skip
+            else:
+                y = gl.convert_layout(chunks[c], _PART)
+                if is_cut:
+                    y = _add_up(y, partials_ptr, parts, GROUP, c, BLOCK_N)
+                z = _scaled(y, c, x_scales, shared_rows, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES)
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
                 chunk = _residual_chunk(wide_ring, step, c).slice(GROUP * _ROWS, _ROWS)
                 z += chunk.load(_PART).to(gl.float32)

@@ -5,7 +5,8 @@ FP8 sums leave it after every k step (BLOCK_K = 128) and go on in fp32, since th
 products up with about 14 bits (see `linear_8bit.py`). Registers do not hold two sums of 64 x 256,
 so the products of a step are made 128 columns at a time; while one group adds, the other
 multiplies. Sums of up to `IN_UNIT` products are spared that: their error is at most about a quarter
-larger for it (docs/log.md, 2026-11-25).
+larger for it (docs/log.md, 2026-11-25). Where each 128 columns of a row of x have a scale, every
+sum leaves the unit, since it is there that the scale is multiplied.
 """
 
 from __future__ import annotations
@@ -35,21 +36,32 @@ def _columns_at_once(ring, leaves):
     return 128 if leaves or x_ring.dtype.is_int8() else w_ring.shape[1]
 
 
+@gluon.constexpr_function
+def _sum_layout(ring, leaves):
+    """Of the sums of one product."""
+    k = 256 // ring[0].dtype.primitive_bitwidth
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _columns_at_once(ring, leaves), k])
+
+
 @gluon.jit
 def _start_sum(ring, step, GROUP: gl.constexpr, is_gathered, LEAVES: gl.constexpr):
     """Begin a unit's first products, those of stage `step`; `_sum_up` takes what it returns."""
     dtype: gl.constexpr = ring[0].dtype
     WIDTH: gl.constexpr = _columns_at_once(ring, LEAVES)
-    K: gl.constexpr = 256 // dtype.primitive_bitwidth
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, K])
-    zeros = gl.zeros((_ROWS, WIDTH), gl.int32 if dtype == gl.int8 else gl.float32, mma)
+    layout: gl.constexpr = _sum_layout(ring, LEAVES)
+    zeros = gl.zeros((_ROWS, WIDTH), gl.int32 if dtype == gl.int8 else gl.float32, layout)
     _wait(ring, step, is_gathered)
     return zeros, _multiply(ring, zeros, step, GROUP, 0, False)
 
 
 @gluon.jit
-def _sum_up(ring, started, step, num_steps, GROUP: gl.constexpr, is_gathered, LEAVES: gl.constexpr):
+def _sum_up(
+    ring, started, step, num_steps, group_ptrs, stride_group, GROUP: gl.constexpr, is_gathered,
+    LEAVES: gl.constexpr, X_GROUPS: gl.constexpr,
+):  # fmt: skip
     """Add up `num_steps` k steps from stage `step` on, of which the first has been started.
+
+    With X_GROUPS `group_ptrs` (64,) point to the rows' scales of the first step.
 
     Returns:
         The sums in chunks of columns, and the moved `step`.
@@ -60,15 +72,19 @@ def _sum_up(ring, started, step, num_steps, GROUP: gl.constexpr, is_gathered, LE
     HALVES: gl.constexpr = ring[1].shape[1] // _columns_at_once(ring, LEAVES)
     end = step + num_steps
     if LEAVES:
-        left = warpgroup_mma_wait(num_outstanding=0, deps=[left])
+        scale = gl.load(group_ptrs)[:, None] if X_GROUPS else 1.0
+        left = warpgroup_mma_wait(num_outstanding=0, deps=[left]) * scale
         if HALVES == 2:
-            right = _product(ring, zeros, step, GROUP, 1)
+            right = _product(ring, zeros, step, GROUP, 1) * scale
         mbarrier.arrive(empty.index(step % STAGES))
         for k in range(step + 1, end):
+            if X_GROUPS:  # there when the products are
+                group_ptrs += stride_group
+                scale = gl.load(group_ptrs)[:, None]
             _wait(ring, k, is_gathered)
-            left += _product(ring, zeros, k, GROUP, 0)
+            left += _product(ring, zeros, k, GROUP, 0) * scale
             if HALVES == 2:
-                right += _product(ring, zeros, k, GROUP, 1)
+                right += _product(ring, zeros, k, GROUP, 1) * scale
             mbarrier.arrive(empty.index(k % STAGES))
     else:
         if HALVES == 2:

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from mot_kernels import dispatch
 from mot_kernels._triton.dequantize import _dequantize_kernel
 from mot_kernels._triton.launch import kernel_view, out_kind
 from mot_kernels._triton.launch_few_rows import launch_linear_few_rows
 from mot_kernels._triton.launch_hopper import launch_linear_hopper
-from mot_kernels._triton.launcher import EPILOGUES, FORMAT_PLACES, launch, on_device, strides
+from mot_kernels._triton.launch_rows import launch_quantize_rows
+from mot_kernels._triton.launcher import (
+    EPILOGUES,
+    FORMAT_PLACES,
+    TRITON_DTYPES,
+    launch,
+    on_device,
+    strides,
+)
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
-from mot_kernels._triton.rounding import _quantize_rows_kernel
 from mot_kernels.checks import check_reach
 from mot_kernels.dispatch import why_not_hopper_format
-from mot_kernels.formats import ExpertWeight, Int4W4A16, QuantizedRows
+from mot_kernels.formats import BLOCK, ExpertWeight, Int4W4A16, QuantizedRows
 from mot_kernels.plan import expert_tiles, tile_range
-from mot_kernels.replay import Keep
+from mot_kernels.replay import Again, Keep
 from mot_kernels.tuning.config import FEW_ROWS, HOPPER_SHARED_MEMORY, TileConfig
 from mot_kernels.tuning.format_tiles import check_format_config, default_format_config
 from mot_kernels.tuning.lookup import Problem, find_config
-
-# Elements of a row that is rounded in one go: of a wider one few programs would fit side by side.
-_WIDEST_ROW = 4096
-
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def launch_linear_format(
@@ -61,12 +63,46 @@ def launch_linear_format(
         return None
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
-    no_hopper = why_not_hopper_format(out, x, weight, bias, residual, has_plan=tiles is not None)
+    rounds_groups = out_scales is not None and out_scales.dim() == 2
+    no_hopper = why_not_hopper_format(
+        out,
+        x,
+        weight,
+        bias,
+        residual,
+        has_plan=tiles is not None,
+        rounds_groups=rounds_groups and silu_mul,
+    )
+    given = config
     if config is None:
         problem = Problem(n, k, x.dtype, epilogue, counts, str(weight.format))
         config = find_config(problem, x.device, hopper=no_hopper is None)
+        if rounds_groups and config.schedule == "hopper":  # no pass of its own is worth more
+            config = replace(config, block_n=2 * BLOCK, num_stages=min(config.num_stages, 4))
     else:
         check_format_config(config, weight.format)
+    # A program has whole groups of SiLU*mul where it has gate and up of 128 columns.
+    in_passing = silu_mul and config.schedule == "hopper" and config.block_n == 2 * BLOCK
+    if rounds_groups and not (in_passing and no_hopper is None):
+        assert out_scales is not None
+        y = out.new_empty(out.shape, dtype=x.dtype)
+        first = launch_linear_format(
+            y,
+            None,
+            x,
+            weight,
+            bias,
+            residual,
+            None,
+            row_ids,
+            tiles,
+            flags,
+            counts,
+            tile_offsets,
+            silu_mul,
+            given,
+        )
+        return _in_two(first, launch_quantize_rows(out, out_scales, y, None, None), x.dtype)
     if config.schedule == "hopper":
         if no_hopper is not None:
             raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
@@ -85,6 +121,8 @@ def launch_linear_format(
                     FORMAT_PLACES,
                     x_scales=x.scales,
                     w_scales=weight.scales,
+                    out_scales=out_scales,
+                    dtype=x.dtype,
                 )
             _launch_written_out(out, x, weight, rest, counts, tile_offsets, epilogue, config)
             return None  # the weight is to be written out each time
@@ -145,6 +183,27 @@ def launch_linear_format(
         if isinstance(x, QuantizedRows):
             return _launch_8bit(grid, common, out, out_scales, x, weight, activation_scale)
         return _launch_16bit(grid, common, out, x, weight)
+
+
+def _in_two(product: Keep | None, rounding: Keep | None, dtype: torch.dtype) -> Keep | None:
+    """A product whose result, of `dtype`, is rounded by a launch of its own."""
+    if product is None or rounding is None:
+        return None
+
+    def keep() -> Again | None:
+        multiply, round_rows = product(), rounding()
+        if multiply is None or round_rows is None:
+            return None
+
+        def again(
+            out: torch.Tensor, out_scales: torch.Tensor, *others: torch.Tensor | None
+        ) -> bool:
+            y = out.new_empty(out.shape, dtype=dtype)
+            return multiply(y, None, *others) and round_rows(out, out_scales, y, None)
+
+        return again
+
+    return keep
 
 
 def _launch_written_out(
@@ -244,11 +303,13 @@ def _launch_8bit(
         w_scales_ptr=scales,
         static_ptr=activation_scale,
         stride_x_m=x.data.stride(0),
+        **strides("x_scales", x.scales, "mk"),
         **strides("w_scales", scales, "enk"),
         **strides("static", activation_scale, "e"),
         BLOCK_SCALES=scales.dim() == 3,
+        X_GROUPS=x.scales.dim() == 2,
         UNITS=units,
-        DTYPE=_DTYPES[x.dtype],
+        DTYPE=TRITON_DTYPES[x.dtype],
         OUT_KIND=out_kind(out),
         **common,
     )
@@ -281,45 +342,3 @@ def _launch_16bit(
         PRECISION="ieee" if x.dtype is torch.float32 else None,
         **common,
     )
-
-
-def launch_quantize_rows(
-    data: torch.Tensor,
-    scales: torch.Tensor,
-    x: torch.Tensor,
-    activation_scale: torch.Tensor | None,
-    expert_ids: torch.Tensor | None,
-) -> Keep | None:
-    """One row per program; see `mot_kernels.quantize_rows` for shapes.
-
-    Returns how to do it again with other tensors: the arguments before `expert_ids`.
-    """
-    rows, k = x.shape
-    if rows == 0:
-        return None
-    block = min(triton.next_power_of_2(max(k, 1)), _WIDEST_ROW)
-    units = dispatch.has_fp8_units(x.device)
-    with on_device(x.device):
-        return launch(
-            _quantize_rows_kernel,
-            (rows,),
-            {"data_ptr": 0, "scales_ptr": 1, "x_ptr": 2, "static_ptr": 3},
-            data_ptr=kernel_view(data, units),
-            scales_ptr=scales,
-            x_ptr=x,
-            static_ptr=activation_scale,
-            expert_ids_ptr=expert_ids,
-            K=k,
-            stride_data_m=data.stride(0),
-            stride_x_m=x.stride(0),
-            stride_x_k=x.stride(1),
-            **strides("static", activation_scale, "e"),
-            KIND=out_kind(data),
-            HAS_STATIC=activation_scale is not None,
-            HAS_PLAN=expert_ids is not None,
-            UNITS=units,
-            FITS=k <= block,
-            BLOCK_K=block,
-            # 16 bytes a thread of a 16-bit row: 8 elements, 256 a warp.
-            num_warps=min(max(block // 512, 1), 16),
-        )

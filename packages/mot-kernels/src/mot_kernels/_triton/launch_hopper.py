@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from mot_kernels._triton.launcher import count_multiprocessors, launch, strides, with_partials
+from mot_kernels._triton.launcher import (
+    TRITON_DTYPES,
+    count_multiprocessors,
+    launch,
+    strides,
+    with_partials,
+)
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
 from mot_kernels.plan import MOST_PROGRAMS, TileRange
@@ -55,12 +61,16 @@ def launch_linear_hopper(
     x_scales: torch.Tensor | None = None,
     w_scales: torch.Tensor | None = None,
     first_expert: int = 0,
+    out_scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Keep | None:
     """One launch for the tiles of a range; see `mot_kernels.mot_linear` for shapes.
 
     x and weight are of 16 bits, or e4m3fn, or int8. Each sum is multiplied by its row's x_scales
-    (M,) and its channel's w_scales (E, N) or (E,), both float32, if they are given. Of weight there
-    may be the experts that the tiles are of only, from `first_expert` on.
+    (M,), or for each 128 products by those of (M, K / 128), and by its channel's w_scales (E, N) or
+    (E,), all float32, if they are given. Of weight there may be the experts that the tiles are of
+    only, from `first_expert` on. With `out_scales` (M, cdiv(N_OUT, 128)) SiLU*mul's result, first
+    rounded to `dtype`, is rounded on to `out`, e4m3fn.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -68,6 +78,7 @@ def launch_linear_hopper(
     from mot_kernels._triton.hopper_sum import IN_UNIT
 
     experts, n, k = weight.shape
+    has_groups = x_scales is not None and x_scales.dim() == 2
     start, gathered, end = tile_range
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
@@ -102,6 +113,7 @@ def launch_linear_hopper(
         (programs,),
         places if num_partials else {k: v for k, v in places.items() if k != "partials_ptr"},
         out_ptr=out,
+        out_scales_ptr=out_scales,
         x_desc=x_desc,
         x_ptr=x,
         x_scales_ptr=x_scales,
@@ -123,16 +135,21 @@ def launch_linear_hopper(
         N_OUT=out.shape[1],
         K=k,
         stride_out_m=out.stride(0),
+        **strides("out_scales", out_scales, "mk"),
         stride_x_m=x.stride(0),
+        **strides("x_scales", x_scales, "mk"),
         **strides("w_scales", w_scales, "en"),
         **strides("bias", bias, "e"),
         **strides("residual", residual, "m"),
         HAS_BIAS=bias is not None,
-        HAS_X_SCALES=x_scales is not None,
+        HAS_X_SCALES=x_scales is not None and x_scales.dim() == 1,
+        X_GROUPS=has_groups,
         HAS_W_SCALES=w_scales is not None,
         EPILOGUE=epilogue,
         HAS_GATHERED=gathered < end,
-        LEAVES_UNIT=x.dtype is torch.float8_e4m3fn and k > IN_UNIT,
+        LEAVES_UNIT=has_groups or (x.dtype is torch.float8_e4m3fn and k > IN_UNIT),
+        OUT_GROUPS=out_scales is not None,
+        DTYPE=TRITON_DTYPES[dtype or out.dtype],
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,

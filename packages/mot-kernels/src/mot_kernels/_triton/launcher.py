@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -46,6 +47,8 @@ EPILOGUES = {
     "add_residual": _EPILOGUE_ADD_RESIDUAL.value,
 }
 """What kernels take for the name of an epilogue."""
+
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 # Which tensor a parameter of the kernels of `mot_linear` points to: of out, x, weight, bias and
 # residual, or of the first ten arguments of the operator for formats; then scratch, if any.

@@ -3,7 +3,8 @@
     y[r, n] = epilogue(s_x[r] * sum_k x[r, k] * w[e, n, k] * s_w + b[e, n]),  e the expert of row r
 
 s_w is one scale of the expert or of the channel n, applied after the sum, or that of a 128x128
-block, applied in fp32 to the sum over the block's 128 k. Bias, epilogue and the one rounding are
+block, applied in fp32 to the sum over the block's 128 k; so is s_x where each 128 columns of a row
+have their own. Bias, epilogue and the one rounding are
 as in linear.py.
 
 int8 adds up in int32, exactly. FP8 products are exact, too, but Hopper's units add them up with
@@ -24,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mot_kernels._triton.rounding import _KEEP, _fp16_of_e4m3_bits, _round
+from mot_kernels._triton.rounding import _KEEP, _fp16_of_e4m3_bits, _inverse, _round
 from mot_kernels._triton.tile import (
     _EPILOGUE_SILU_MUL,
     _find_tile,
@@ -40,7 +41,7 @@ def _mot_linear_8bit_kernel(
     out_ptr,  # (M, N_OUT) output
     out_scales_ptr,  # (M,) fp32 contiguous output with OUT_KIND, or unused
     x_ptr,  # (M, K) e4m3fn (or its bits, uint8) or int8, rows contiguous
-    x_scales_ptr,  # (M,) fp32 contiguous
+    x_scales_ptr,  # fp32: (M,), or (M, K / 128) if X_GROUPS
     w_ptr,  # (E, N, K) as x, rows contiguous; N = N_OUT, or 2 * N_OUT for SiLU*mul
     w_scales_ptr,  # fp32: (E,) or (E, N) by strides, or (E, N / 128, K / 128) if BLOCK_SCALES
     bias_ptr,  # (E, N) or unused
@@ -56,6 +57,8 @@ def _mot_linear_8bit_kernel(
     stride_out_m,
     stride_out_n,
     stride_x_m,
+    stride_x_scales_m,
+    stride_x_scales_k,
     stride_w_e,
     stride_w_n,
     stride_w_scales_e,
@@ -70,6 +73,7 @@ def _mot_linear_8bit_kernel(
     HAS_BIAS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     BLOCK_SCALES: tl.constexpr,
+    X_GROUPS: tl.constexpr,
     UNITS: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_KIND: tl.constexpr,
@@ -93,6 +97,7 @@ def _mot_linear_8bit_kernel(
     w_ptrs = w_base + cols[None, :] * stride_w_n + offs_k[:, None]
     up_ptrs = w_base + up[None, :] * stride_w_n + offs_k[:, None]
     w_scales_ptr += expert * stride_w_scales_e
+    x_scale_ptrs = x_scales_ptr + rows.to(tl.int64) * stride_x_scales_m
 
     WIDE: tl.constexpr = tl.float32 if tl.float32 == DTYPE else tl.float16
     SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
@@ -103,29 +108,37 @@ def _mot_linear_8bit_kernel(
         x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
         if not UNITS and tl.float32 == SUM:
             x = _fp16_of_e4m3_bits(x).to(WIDE)
+        group_ptrs = x_scale_ptrs + k // _BLOCK * tl.cast(stride_x_scales_k, tl.int64)
         block_ptr = w_scales_ptr + k // _BLOCK * stride_w_scales_k
         scale_ptrs = block_ptr + cols // _BLOCK * stride_w_scales_n
-        acc = _add_product(acc, x, w_ptrs, scale_ptrs, mask_k, BLOCK_SCALES, UNITS, EVEN_K, BLOCK_K)
+        acc = _add_product(
+            acc, x, w_ptrs, group_ptrs, scale_ptrs, mask_k, X_GROUPS, BLOCK_SCALES, UNITS, EVEN_K,
+            BLOCK_K,
+        )  # fmt: skip
         if SILU_MUL:
             scale_ptrs = block_ptr + up // _BLOCK * stride_w_scales_n
             acc_up = _add_product(
-                acc_up, x, up_ptrs, scale_ptrs, mask_k, BLOCK_SCALES, UNITS, EVEN_K, BLOCK_K
-            )
+                acc_up, x, up_ptrs, group_ptrs, scale_ptrs, mask_k, X_GROUPS, BLOCK_SCALES, UNITS,
+                EVEN_K, BLOCK_K,
+            )  # fmt: skip
             up_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 
-    x_scales = tl.load(x_scales_ptr + rows)[:, None]
     acc = acc.to(tl.float32)
     acc_up = acc_up.to(tl.float32)
     if not BLOCK_SCALES:
         acc *= tl.load(w_scales_ptr + cols * stride_w_scales_n)[None, :]
         if SILU_MUL:
             acc_up *= tl.load(w_scales_ptr + up * stride_w_scales_n)[None, :]
+    if not X_GROUPS:
+        x_scales = tl.load(x_scale_ptrs)[:, None]
+        acc *= x_scales
+        acc_up *= x_scales
     mask = mask_m[:, None] & mask_n[None, :]
     y = _finish_tile(
-        acc * x_scales,
-        acc_up * x_scales,
+        acc,
+        acc_up,
         bias_ptr,
         residual_ptr,
         expert,
@@ -147,7 +160,8 @@ def _mot_linear_8bit_kernel(
         tl.store(out_ptrs, y, mask=mask)
     else:
         scale = tl.load(static_ptr + expert * stride_static_e)
-        tl.store(out_ptrs, _round(y.to(tl.float32), scale, OUT_KIND, UNITS), mask=mask)
+        rounded = _round(y.to(tl.float32), _inverse(scale), OUT_KIND, UNITS)
+        tl.store(out_ptrs, rounded, mask=mask)
         # Every block of columns writes the same.
         tl.store(out_scales_ptr + rows, scale + tl.zeros((BLOCK_M,), tl.float32), mask=mask_m)
 
@@ -157,8 +171,10 @@ def _add_product(
     acc,
     x,
     w_ptrs,
+    group_ptrs,
     scale_ptrs,
     mask_k,
+    X_GROUPS: tl.constexpr,
     BLOCK_SCALES: tl.constexpr,
     UNITS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -174,6 +190,8 @@ def _add_product(
             product = tl.dot(x, w, max_num_imprecise_acc=BLOCK_K)
         else:
             product = tl.dot(x, _fp16_of_e4m3_bits(w).to(x.dtype), input_precision="ieee")
+        if X_GROUPS:
+            product *= tl.load(group_ptrs)[:, None]
         if BLOCK_SCALES:
             product *= tl.load(scale_ptrs)[None, :]
         acc += product

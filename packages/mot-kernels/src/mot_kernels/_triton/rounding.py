@@ -1,8 +1,11 @@
 """Rounding to e4m3fn and int8, and e4m3fn back, with the same bits on every GPU.
 
 To the nearest, ties to even, saturating at 448 or 127, as `reference_formats.quantize_rows` does
-in PyTorch. Only GPUs with FP8 units have instructions for e4m3fn (UNITS); elsewhere, and in the
-interpreter, its bits are worked out in integers, and tensors of it are passed as uint8.
+in PyTorch. Numbers are multiplied by the inverse of their scale, rounded once to fp32: a division
+for each would cost more than reading it.
+
+Only GPUs with FP8 units have instructions for e4m3fn (UNITS); elsewhere, and in the interpreter,
+its bits are worked out in integers, and tensors of it are passed as uint8.
 """
 
 from __future__ import annotations
@@ -29,8 +32,11 @@ def _magnitude_bits(y):
 
 @triton.jit
 def _row_scale(bits, KIND: tl.constexpr):
-    """The scale of a row, fp32: its largest magnitude over 448 or 127, never 0."""
-    amax = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
+    """The scale of a row, fp32: its largest magnitude over 448 or 127, never 0.
+
+    Of (groups, columns), those of the groups.
+    """
+    amax = tl.max(bits, axis=len(bits.shape) - 1).to(tl.float32, bitcast=True)
     if KIND == _E4M3:
         scale = tl.div_rn(amax, 448.0)
     else:
@@ -39,9 +45,14 @@ def _row_scale(bits, KIND: tl.constexpr):
 
 
 @triton.jit
-def _round(y, scale, KIND: tl.constexpr, UNITS: tl.constexpr):
-    """y / scale in the format KIND, both fp32. E4M3 without UNITS: its bits as uint8."""
-    scaled = tl.div_rn(y, scale)
+def _inverse(scale):
+    return tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def _round(y, inverse, KIND: tl.constexpr, UNITS: tl.constexpr):
+    """y * inverse in the format KIND, both fp32. E4M3 without UNITS: its bits as uint8."""
+    scaled = y * inverse
     if KIND == _INT8:
         clamped = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
         # fp32 numbers about 1.5 * 2^23 are integers apart: the addition rounds.
@@ -96,7 +107,7 @@ def _store_quantized_row(
     else:
         scale = _row_scale(_magnitude_bits(y), KIND)
     tl.store(scales_ptr, scale)
-    tl.store(data_ptr + offs, _round(y, scale, KIND, UNITS), mask=mask)
+    tl.store(data_ptr + offs, _round(y, _inverse(scale), KIND, UNITS), mask=mask)
 
 
 @triton.jit
@@ -150,7 +161,38 @@ def _quantize_rows_kernel(
                 bits = tl.maximum(bits, _magnitude_bits(y.to(tl.float32)))
             scale = _row_scale(bits, KIND)
         tl.store(scales_ptr + row, scale)
+        inverse = _inverse(scale)
         for k in range(0, K, BLOCK_K):
             mask = offs < K - k
             y = tl.load(x_ptrs + k * stride_x_k, mask=mask, other=0.0).to(tl.float32)
-            tl.store(data_ptr + k + offs, _round(y, scale, KIND, UNITS), mask=mask)
+            tl.store(data_ptr + k + offs, _round(y, inverse, KIND, UNITS), mask=mask)
+
+
+@triton.jit
+def _quantize_groups_kernel(
+    data_ptr,  # (M, K) e4m3fn output (or its bits), rows contiguous
+    scales_ptr,  # (M, cdiv(K, GROUP)) fp32 output
+    x_ptr,  # (M, K)
+    K,
+    stride_data_m,
+    stride_scales_m,
+    stride_scales_k,
+    stride_x_m,
+    stride_x_k,
+    UNITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Grid: (M, cdiv(K, GROUPS * GROUP)); GROUPS times GROUP columns of a row, a scale for each."""
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    k = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = k < K
+    x_ptrs = x_ptr + row * stride_x_m + k * tl.cast(stride_x_k, tl.int64)
+    y = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    scale = _row_scale(_magnitude_bits(y), _E4M3)
+    scales_ptr += row * stride_scales_m
+    at = groups.to(tl.int64) * stride_scales_k
+    tl.store(scales_ptr + at, scale, mask=groups * GROUP < K)
+    rounded = _round(y, _inverse(scale)[:, None], _E4M3, UNITS)
+    tl.store(data_ptr + row * stride_data_m + k, rounded, mask=mask)
