@@ -261,7 +261,8 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
 }
 
 # (dtype, epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90; "long" sums of FP8
-# leave the matrix unit. "xgroups" and "outgroups": scales of 128 columns of a row.
+# leave the matrix unit. "xgroups" and "outgroups": scales of 128 columns of a row;
+# "wblocks": of blocks of the weight.
 HOPPER_KERNELS = {
     "hopper-none": ("bf16", 0, False, False),
     "hopper-none-bias-gathered": ("bf16", 0, True, True),
@@ -275,6 +276,9 @@ HOPPER_KERNELS = {
     "hopper-fp8-long-add_residual-gathered": ("fp8e4nv", 2, False, True),
     "hopper-fp8-long-xgroups-add_residual": ("fp8e4nv", 2, False, False),
     "hopper-fp8-long-xgroups-none-bias-gathered": ("fp8e4nv", 0, True, True),
+    "hopper-fp8-long-wblocks-add_residual": ("fp8e4nv", 2, False, False),
+    "hopper-fp8-long-wblocks-xgroups-none-bias-gathered": ("fp8e4nv", 0, True, True),
+    "hopper-fp8-long-wblocks-xgroups-outgroups-silu_mul": ("fp8e4nv", 1, False, False),
     "hopper-fp8-outgroups-silu_mul": ("fp8e4nv", 1, False, False),
     "hopper-fp8-long-xgroups-outgroups-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
     "hopper-int8-none-bias-gathered": ("i8", 0, True, True),
@@ -301,7 +305,8 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "HAS_BIAS": has_bias,
         "HAS_X_SCALES": bits == 8 and "-xgroups" not in name,
         "X_GROUPS": "-xgroups" in name,
-        "HAS_W_SCALES": bits == 8,
+        "HAS_W_SCALES": bits == 8 and "-wblocks" not in name,
+        "W_BLOCKS": "-wblocks" in name,
         "EPILOGUE": epilogue,
         "HAS_GATHERED": has_gathered,
         "LEAVES_UNIT": "-long" in name,

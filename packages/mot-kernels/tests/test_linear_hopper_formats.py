@@ -34,7 +34,8 @@ from mot_kernels.formats import quantizes_activations, spread_scales
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 from mot_kernels.tuning.format_tiles import check_format_config, hopper_block_k
 
-NARROW: list[Format] = [Fp8W8A8(), Fp8W8A8(WeightScales.PER_TENSOR), Int8W8A8()]
+BLOCKS = Fp8W8A8(WeightScales.BLOCK)
+NARROW: list[Format] = [Fp8W8A8(), Fp8W8A8(WeightScales.PER_TENSOR), BLOCKS, Int8W8A8()]
 WIDE: list[Format] = [
     Int8W8A16(),
     Int4W4A16(128),
@@ -45,10 +46,8 @@ WIDE: list[Format] = [
 
 def configs(format: Format) -> list[TileConfig]:
     depth = hopper_block_k(format)
-    return [
-        TileConfig(128, 256, depth, 8, 4, 4, "hopper"),
-        TileConfig(128, 128, depth, 4, 4, 3, "hopper"),
-    ]
+    wide = TileConfig(128, 256, depth, 8, 4, 4, "hopper")
+    return [wide] if format == BLOCKS else [wide, TileConfig(128, 128, depth, 4, 4, 3, "hopper")]
 
 
 def make_weight(
@@ -93,9 +92,12 @@ def test_check_config(format: Format) -> None:
         check_format_config(TileConfig(128, 256, wrong, 8, 4, 4, "hopper"), format)
 
 
-def test_block_scales_are_refused() -> None:
-    with pytest.raises(ValueError, match="'hopper', which format fp8_w8a8_block has no kernel for"):
-        check_format_config(configs(Fp8W8A8())[0], Fp8W8A8(WeightScales.BLOCK))
+def test_narrow_tiles_have_no_block_scales() -> None:
+    """A program has gate rows and up rows, and products of 128 columns at a time."""
+    wide, narrow = configs(Fp8W8A8())
+    check_format_config(wide, BLOCKS)
+    with pytest.raises(ValueError, match="block_n=128; schedule 'hopper' has 256 with format fp8"):
+        check_format_config(narrow, BLOCKS)
 
 
 # --- what it computes

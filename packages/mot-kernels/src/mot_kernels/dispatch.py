@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mot_kernels.formats import ExpertWeight, Format, Fp8W8A8, QuantizedRows, WeightScales
+from mot_kernels.formats import BLOCK, ExpertWeight, Format, Fp8W8A8, QuantizedRows, WeightScales
 
 logger = logging.getLogger("mot_kernels")
 
@@ -196,8 +196,9 @@ def why_not_hopper_format(
     """
     if not has_plan:
         return "there is no plan"
-    if weight.format == Fp8W8A8(WeightScales.BLOCK):
-        return f"it multiplies sums by scales after the last k, and {weight.format} has several"
+    n, columns = weight.shape[1], out.shape[1]
+    if weight.format == Fp8W8A8(WeightScales.BLOCK) and n != columns and columns % BLOCK:
+        return f"gate and up have {columns} columns each: a block of {BLOCK} has some of both"
     if isinstance(x, QuantizedRows):
         return why_not_hopper(out, x.data, weight.data, bias, residual, rounds_groups=rounds_groups)
     return why_not_hopper(out, x, None, bias, residual)

@@ -67,8 +67,8 @@ def _computing_group(
     ring, wide_ring, shared_rows, out, out_scales, bias, scales, partial, row_ids_ptr, tiles_ptr,
     work, N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, X_GROUPS: gl.constexpr, HAS_W_SCALES: gl.constexpr,
-    HAS_GATHERED: gl.constexpr, LEAVES_UNIT: gl.constexpr, OUT_GROUPS: gl.constexpr,
-    DTYPE: gl.constexpr,
+    W_BLOCKS: gl.constexpr, HAS_GATHERED: gl.constexpr, LEAVES_UNIT: gl.constexpr,
+    OUT_GROUPS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
     _, w_ring, full, empty = ring
@@ -76,7 +76,7 @@ def _computing_group(
     bias_ptr, stride_bias_e = bias
     x_scales, w_scales = scales
     x_scales_ptr, stride_x_scales_m, stride_x_scales_k = x_scales
-    w_scales_ptr, stride_w_scales_e, stride_w_scales_n = w_scales
+    w_scales_ptr, stride_w_scales_e, stride_w_scales_n, stride_w_scales_k = w_scales
     partials_ptr, flags_ptr = partial
     num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = w_ring.shape[0]
@@ -108,6 +108,8 @@ def _computing_group(
             part_rows = rows
             row_scales = rows
             group_ptrs = rows
+            left_ptr = rows
+            right_ptr = rows
             if HAS_BIAS or HAS_W_SCALES:
                 w_n = gl.arange(0, BLOCK_N, flat)
                 at = column + w_n % OUT
@@ -129,9 +131,18 @@ def _computing_group(
                 sum_rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
                 group_ptrs = x_scales_ptr + sum_rows * stride_x_scales_m
                 group_ptrs += first_step * stride_x_scales_k
+            if W_BLOCKS:
+                first_ptr = w_scales_ptr + expert * stride_w_scales_e
+                first_ptr += first_step * stride_w_scales_k
+                right = column + (N_OUT if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N // 2)
+                if EPILOGUE != _EPILOGUE_SILU_MUL:
+                    right = gl.minimum(right, N_OUT - 1)  # beyond it there may be no block
+                left_ptr = first_ptr + column // 128 * stride_w_scales_n
+                right_ptr = first_ptr + right // 128 * stride_w_scales_n
+            step_scales = (group_ptrs, left_ptr, right_ptr, stride_x_scales_k, stride_w_scales_k)
             chunks, step = _sum_up(
-                ring, started, step, last_step - first_step, group_ptrs, stride_x_scales_k, GROUP,
-                HAS_GATHERED & (first < 0), LEAVES_UNIT, X_GROUPS,
+                ring, started, step, last_step - first_step, step_scales, GROUP,
+                HAS_GATHERED & (first < 0), LEAVES_UNIT, X_GROUPS, W_BLOCKS,
             )  # fmt: skip
             if HAS_BIAS:
                 bias_row.store(bias_values.to(gl.float32))
@@ -175,7 +186,7 @@ def _mot_linear_hopper_kernel(
     x_ptr,
     x_scales_ptr,  # for 8 bits, fp32: (M,), or (M, K / 128) with X_GROUPS
     w_desc,  # (experts * N, K) as x, from first_expert on
-    w_scales_ptr,  # (E, N) or (E,) by strides, fp32, or unused
+    w_scales_ptr,  # fp32: (E, N) or (E,) by strides; (E, N / 128, K / 128) with W_BLOCKS; or unused
     bias_ptr,  # (E, N) or unused
     residual_desc,  # (M, N_OUT) or unused
     residual_ptr,
@@ -199,15 +210,17 @@ def _mot_linear_hopper_kernel(
     stride_x_scales_k,
     stride_w_scales_e,
     stride_w_scales_n,
+    stride_w_scales_k,
     stride_bias_e,
     stride_residual_m,
     HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr,  # of whole rows
     X_GROUPS: gl.constexpr,
-    HAS_W_SCALES: gl.constexpr,
+    HAS_W_SCALES: gl.constexpr,  # of whole rows or experts
+    W_BLOCKS: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
-    LEAVES_UNIT: gl.constexpr,  # long sums of FP8, and with X_GROUPS
+    LEAVES_UNIT: gl.constexpr,  # long sums of FP8, X_GROUPS and W_BLOCKS
     OUT_GROUPS: gl.constexpr,
     DTYPE: gl.constexpr,  # of the result, before it is rounded to 8 bits
     BLOCK_N: gl.constexpr,
@@ -219,6 +232,7 @@ def _mot_linear_hopper_kernel(
     dtype: gl.constexpr = x_desc.dtype
     shared: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     wide_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    gl.static_assert(BLOCK_N == 256 or not W_BLOCKS)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * _ROWS, BLOCK_K], shared)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], shared)
@@ -253,7 +267,7 @@ def _mot_linear_hopper_kernel(
     out_scales = (out_scales_ptr, stride_out_scales_m, stride_out_scales_k)
     scales = (
         (x_scales_ptr, stride_x_scales_m, stride_x_scales_k),
-        (w_scales_ptr, stride_w_scales_e, stride_w_scales_n),
+        (w_scales_ptr, stride_w_scales_e, stride_w_scales_n, stride_w_scales_k),
     )
     residual = (residual_desc, residual_ptr, stride_residual_m)
     partial = (partials_ptr, flags_ptr)
@@ -264,7 +278,7 @@ def _mot_linear_hopper_kernel(
                 (
                     ring, wide_ring, rows_0, out, out_scales, bias, scales, partial, row_ids_ptr,
                     tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
-                    HAS_W_SCALES, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
                 ),
             ),
             (
@@ -272,7 +286,7 @@ def _mot_linear_hopper_kernel(
                 (
                     ring, wide_ring, rows_1, out, out_scales, bias, scales, partial, row_ids_ptr,
                     tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
-                    HAS_W_SCALES, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
                 ),
             ),
             (

@@ -5,8 +5,8 @@ FP8 sums leave it after every k step (BLOCK_K = 128) and go on in fp32, since th
 products up with about 14 bits (see `linear_8bit.py`). Registers do not hold two sums of 64 x 256,
 so the products of a step are made 128 columns at a time; while one group adds, the other
 multiplies. Sums of up to `IN_UNIT` products are spared that: their error is at most about a quarter
-larger for it (docs/log.md, 2026-11-25). Where each 128 columns of a row of x have a scale, every
-sum leaves the unit, since it is there that the scale is multiplied.
+larger for it (docs/log.md, 2026-11-25). Where each 128 columns of a row of x have a scale, or each
+128 x 128 block of the weight, every sum leaves the unit, since it is then that they are multiplied.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def _start_sum(ring, step, GROUP: gl.constexpr, is_gathered, LEAVES: gl.constexp
 
 @gluon.jit
 def _sum_up(
-    ring, started, step, num_steps, group_ptrs, stride_group, GROUP: gl.constexpr, is_gathered,
-    LEAVES: gl.constexpr, X_GROUPS: gl.constexpr,
+    ring, started, step, num_steps, step_scales, GROUP: gl.constexpr, is_gathered,
+    LEAVES: gl.constexpr, X_GROUPS: gl.constexpr, W_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Add up `num_steps` k steps from stage `step` on, of which the first has been started.
 
-    With X_GROUPS `group_ptrs` (64,) point to the rows' scales of the first step.
+    `step_scales` is for `_scales_of_step`.
 
     Returns:
         The sums in chunks of columns, and the moved `step`.
@@ -72,19 +72,26 @@ def _sum_up(
     HALVES: gl.constexpr = ring[1].shape[1] // _columns_at_once(ring, LEAVES)
     end = step + num_steps
     if LEAVES:
-        scale = gl.load(group_ptrs)[:, None] if X_GROUPS else 1.0
-        left = warpgroup_mma_wait(num_outstanding=0, deps=[left]) * scale
+        SCALED: gl.constexpr = X_GROUPS or W_BLOCKS
+        if SCALED:
+            left_scale, right_scale = _scales_of_step(step_scales, 0, X_GROUPS, W_BLOCKS)
+        left = warpgroup_mma_wait(num_outstanding=0, deps=[left])
+        if SCALED:
+            left *= left_scale
         if HALVES == 2:
-            right = _product(ring, zeros, step, GROUP, 1) * scale
+            right = _product(ring, zeros, step, GROUP, 1)
+            if SCALED:
+                right *= right_scale
         mbarrier.arrive(empty.index(step % STAGES))
         for k in range(step + 1, end):
-            if X_GROUPS:  # there when the products are
-                group_ptrs += stride_group
-                scale = gl.load(group_ptrs)[:, None]
+            if SCALED:  # there when the products are
+                left_scale, right_scale = _scales_of_step(step_scales, k - step, X_GROUPS, W_BLOCKS)
             _wait(ring, k, is_gathered)
-            left += _product(ring, zeros, k, GROUP, 0) * scale
+            product = _product(ring, zeros, k, GROUP, 0)
+            left += product * left_scale if SCALED else product
             if HALVES == 2:
-                right += _product(ring, zeros, k, GROUP, 1) * scale
+                product = _product(ring, zeros, k, GROUP, 1)
+                right += product * right_scale if SCALED else product
             mbarrier.arrive(empty.index(k % STAGES))
     else:
         if HALVES == 2:
@@ -111,6 +118,26 @@ def _sum_up(
         return _chunks(left) + _chunks(right), end
     else:
         return _chunks(left), end
+
+
+@gluon.jit
+def _scales_of_step(step_scales, k, X_GROUPS: gl.constexpr, W_BLOCKS: gl.constexpr):
+    """What the products of the k-th step are multiplied by: the left 128 columns, the right ones.
+
+    `step_scales` points to the scales of step 0: with X_GROUPS those of the rows (64,), with
+    W_BLOCKS those of the two blocks of the weight; then how far apart those of two steps are.
+    """
+    group_ptrs, left_ptr, right_ptr, stride_group, stride_block = step_scales
+    if X_GROUPS:
+        scale = gl.load(group_ptrs + k * stride_group)[:, None]
+        if W_BLOCKS:
+            left = scale * gl.load(left_ptr + k * stride_block)
+            right = scale * gl.load(right_ptr + k * stride_block)
+            return left, right
+        else:
+            return scale, scale
+    else:
+        return gl.load(left_ptr + k * stride_block), gl.load(right_ptr + k * stride_block)
 
 
 @gluon.jit

@@ -68,9 +68,9 @@ def launch_linear_hopper(
 
     x and weight are of 16 bits, or e4m3fn, or int8. Each sum is multiplied by its row's x_scales
     (M,), or for each 128 products by those of (M, K / 128), and by its channel's w_scales (E, N) or
-    (E,), all float32, if they are given. Of weight there may be the experts that the tiles are of
-    only, from `first_expert` on. With `out_scales` (M, cdiv(N_OUT, 128)) SiLU*mul's result, first
-    rounded to `dtype`, is rounded on to `out`, e4m3fn.
+    (E,), or its blocks' (E, N / 128, K / 128), all float32, if they are given. Of weight there may
+    be the experts that the tiles are of only, from `first_expert` on. With `out_scales`
+    (M, cdiv(N_OUT, 128)) SiLU*mul's result, first rounded to `dtype`, is rounded on to e4m3fn.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -79,6 +79,7 @@ def launch_linear_hopper(
 
     experts, n, k = weight.shape
     has_groups = x_scales is not None and x_scales.dim() == 2
+    has_blocks = w_scales is not None and w_scales.dim() == 3
     start, gathered, end = tile_range
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
@@ -138,16 +139,17 @@ def launch_linear_hopper(
         **strides("out_scales", out_scales, "mk"),
         stride_x_m=x.stride(0),
         **strides("x_scales", x_scales, "mk"),
-        **strides("w_scales", w_scales, "en"),
+        **strides("w_scales", w_scales, "enk"),
         **strides("bias", bias, "e"),
         **strides("residual", residual, "m"),
         HAS_BIAS=bias is not None,
         HAS_X_SCALES=x_scales is not None and x_scales.dim() == 1,
         X_GROUPS=has_groups,
-        HAS_W_SCALES=w_scales is not None,
+        HAS_W_SCALES=w_scales is not None and not has_blocks,
+        W_BLOCKS=has_blocks,
         EPILOGUE=epilogue,
         HAS_GATHERED=gathered < end,
-        LEAVES_UNIT=has_groups or (x.dtype is torch.float8_e4m3fn and k > IN_UNIT),
+        LEAVES_UNIT=has_groups or has_blocks or (x.dtype is torch.float8_e4m3fn and k > IN_UNIT),
         OUT_GROUPS=out_scales is not None,
         DTYPE=TRITON_DTYPES[dtype or out.dtype],
         BLOCK_N=config.block_n,

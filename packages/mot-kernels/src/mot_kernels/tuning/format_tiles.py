@@ -38,9 +38,10 @@ def hopper_block_k(format: Format) -> int:
 def check_format_config(config: TileConfig, format: Format) -> None:
     """Raise a ValueError that says why a config does not fit a format."""
     if config.schedule == "hopper":
-        if format == Fp8W8A8(WeightScales.BLOCK):
+        if format == Fp8W8A8(WeightScales.BLOCK) and config.block_n != 2 * BLOCK:
             raise ValueError(
-                f"config has schedule 'hopper', which format {format} has no kernel for"
+                f"config has block_n={config.block_n}; schedule 'hopper' has {2 * BLOCK} with "
+                f"format {format}"
             )
         if config.block_k != hopper_block_k(format):
             raise ValueError(
