@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from mot_bench import protocol
-from mot_bench.protocol import CpuStopwatch, Prepared, Variant, measure, percentile, rotation
+from mot_bench.protocol import (
+    CpuStopwatch,
+    Prepared,
+    SustainedStopwatch,
+    Variant,
+    measure,
+    percentile,
+    rotation,
+)
 from mot_bench.results import Ceilings
 
 
@@ -216,3 +224,16 @@ def test_what_cannot_be_captured_is_timed_without_a_graph_and_marked(
     }
     assert cuda.sync_mode == 0
     assert len(cuda.restored) == 1, "a failed capture leaves its stream behind"
+
+
+def test_sustained_samples_settle_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay takes 1 ms here: a sample is what lasts 0.12 s, after as long untimed."""
+    cuda = FakeCuda(monkeypatch)
+    stopwatch = SustainedStopwatch(torch.device("cuda"))
+    (prepared,) = stopwatch.prepare({"graph": lambda index: None}, 4).values()
+    begin = cuda.milliseconds
+    reading = prepared.start()
+    assert (cuda.milliseconds - begin, prepared.method) == (240, "graph")
+    assert reading() == pytest.approx(1000)
+    timing = measure({"graph": lambda index: None}, 4, 3, stopwatch=stopwatch)["graph"]
+    assert (timing.median_us, timing.samples) == (pytest.approx(250), 3)
