@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from pictures import QUICK, STREET
 from watched import forwards
 
 from bagel_mot.pipeline import BagelPipeline
-from bagel_mot.request import Result
+from bagel_mot.request import Request, Result
+from bagel_mot.sampling import ImageSettings
 
 
 @pytest.mark.parametrize(
@@ -206,3 +209,22 @@ def test_from_pretrained_no_folder() -> None:
 def test_result_without_image() -> None:
     with pytest.raises(ValueError, match="holds 0 images"):
         _ = Result(text="hello").image
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"output": "text", "max_text_tokens": 1}, "no image is painted"),
+        ({"settings": ImageSettings(cfg_text_scale=1)}, "nothing guides away from it"),
+    ],
+    ids=["text", "unguided"],
+)
+def test_negative_prompt_in_vain(
+    cpu: BagelPipeline, changes: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = Request(["a fox"], **{"output": "image", "height": 64, "width": 64, **changes})
+    with caplog.at_level(logging.WARNING, logger="bagel_mot"):
+        cpu.prepare(replace(request, negative_prompt="blurred"))
+        assert caplog.messages == [f"negative_prompt has no effect: {why}"]
+        cpu.prepare(request)
+    assert len(caplog.messages) == 1

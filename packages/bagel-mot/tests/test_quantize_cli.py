@@ -8,6 +8,7 @@ import pytest
 from click.testing import Result
 from command_line import CHECKPOINT, run
 from golden_data import GOLDEN
+from safetensors import SafetensorError
 
 from bagel_mot import quantize
 
@@ -108,4 +109,18 @@ def test_quantize_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(quantize, "encode", interrupt)
     assert run("quantize", CHECKPOINT, str(tmp_path / "out"), "--format", "fp8").exit_code != 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantize_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what could not be written, and nothing left."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(quantize, "save_file", fails)
+    done = run("quantize", CHECKPOINT, str(tmp_path / "out"), "--format", "fp8")
+    assert done.exit_code == 2
+    said = done.stderr.replace("\n", " ")
+    assert "model-00001.safetensors cannot be written: I/O error: No space left" in said
     assert not list(tmp_path.iterdir())

@@ -17,8 +17,10 @@ from mot_kernels import (
     SILU_MUL,
     AddResidual,
     Epilogue,
+    Fp8W8A8,
     TileConfig,
     mot_linear,
+    quantize_weight,
     reference,
     stack_bias,
 )
@@ -462,6 +464,22 @@ def test_mot_linear_gradient_into_out(device: torch.device) -> None:
     (wanted,) = torch.autograd.grad(mot_linear(x, weight, plan).sum(), x)
     assert x.grad is not None
     assert torch.equal(x.grad, wanted)
+
+
+@pytest.mark.parametrize("stored", ["plain", "fp8"])
+def test_mot_linear_tells_autograd_what_it_overwrites(stored: str, device: torch.device) -> None:
+    """Also the second time, replayed: a backward that needs what was there must not run."""
+    torch.manual_seed(0)
+    plan = ROUTES["first_and_last_row"].plan(device)
+    x, w = torch.randn(plan.num_rows, 8, device=device), torch.randn(2, 6, 8, device=device)
+    weight = w if stored == "plain" else quantize_weight(w, Fp8W8A8())
+    for _ in range(2):
+        saved = torch.randn(plan.num_rows, 6, device=device)
+        factor = torch.ones_like(saved, requires_grad=True)
+        product = (factor * saved).sum()
+        mot_linear(x, weight, plan, out=saved)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
 
 
 def test_mot_linear_float64_takes_the_reference() -> None:

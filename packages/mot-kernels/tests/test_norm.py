@@ -417,6 +417,26 @@ def test_mot_qk_norm_rope_gradient_of_one_argument(leaf: str, device: torch.devi
     assert torch.equal(*gradients)
 
 
+def test_norms_tell_autograd_what_they_overwrite(device: torch.device) -> None:
+    """Also the second time, replayed."""
+    torch.manual_seed(0)
+    x, gamma = torch.randn(6, 16, device=device), torch.randn(1, 16, device=device)
+    qkv, rope = torch.randn(6, 64, device=device), torch.randn(6, 16, device=device)
+    positions = torch.arange(6, device=device)
+    for _ in range(2):
+        out, k, v = (torch.randn(6, *shape, device=device) for shape in ((16,), (1, 16), (1, 16)))
+        factors = [torch.ones_like(each, requires_grad=True) for each in (out, k, v)]
+        sums = [(f * each).sum() for f, each in zip(factors, (out, k, v), strict=True)]
+        mot_rms_norm(x, gamma, eps=1e-6, out=out)
+        mot_qk_norm_rope(
+            qkv, gamma, gamma, rope, positions, num_heads=2, num_kv_heads=1, eps=1e-6, k_out=k,
+            v_out=v,
+        )  # fmt: skip
+        for each in sums:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                each.backward()
+
+
 @differentiable
 def test_mot_qk_norm_rope_gradcheck() -> None:
     cpu, route = torch.device("cpu"), ROUTES["first_and_last_row"]

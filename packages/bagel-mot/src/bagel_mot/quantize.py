@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bagel_mot import checkpoint
@@ -120,7 +120,10 @@ class _Shards:
     def _write(self) -> None:
         name = f"model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
         tensors = {key: tensor.contiguous() for key, tensor in self.waiting.items()}
-        save_file(tensors, self.folder / name, metadata=self.metadata)
+        try:
+            save_file(tensors, self.folder / name, metadata=self.metadata)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{self.folder / name} cannot be written: {error}") from error
         (self.folder / name).chmod(0o644)  # safetensors lets only its owner read
         self.weight_map |= dict.fromkeys(tensors, name)
         self.total += sum(tensor.nbytes for tensor in tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from bagel_mot.request import Noise, Request, image_size
 from bagel_mot.sampling import ImageJob
 from bagel_mot.text import TextJob
 from bagel_mot.tokenizer import BagelTokenizer
+
+logger = logging.getLogger(__name__)
 
 # The model's own interface texts for think mode, exactly as it was trained with them.
 SYSTEM_PROMPT_UNDERSTANDING = (
@@ -165,8 +168,12 @@ def read_prompt(
         picture = next(remaining)
         latent = _encoded(model, config, picture, noise) if wants_image else None
         contexts.add_picture(latent, to_tensor(resize(picture, config.vit_transform)))
-    if request.negative_prompt and wants_image and guided:
-        contexts.add_negative(request.negative_prompt)
+    if request.negative_prompt:
+        if wants_image and guided:
+            contexts.add_negative(request.negative_prompt)
+        else:
+            why = "no image is painted" if not wants_image else "nothing guides away from it"
+            logger.warning("negative_prompt has no effect: %s", why)
     return Reading(request, contexts, noise, seed, size, on_text)
 
 

@@ -79,6 +79,15 @@ def check_out(
     check_same_dtype(x, **{name: out})
 
 
+def note_written(*tensors: torch.Tensor | None) -> None:
+    """Tell autograd that a caller's tensors were written to, which kernels do behind its back.
+
+    A backward that needs what was there then raises, instead of taking what is there now.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+
+
 def check_quantize(
     quantize: Format | None,
     activation_scale: torch.Tensor | None,

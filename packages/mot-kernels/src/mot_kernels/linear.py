@@ -15,6 +15,7 @@ from mot_kernels.checks import (
     check_quantize,
     check_same_dtype,
     needs_grad,
+    note_written,
 )
 from mot_kernels.epilogue import AddResidual, Epilogue, SiluMul
 from mot_kernels.formats import (
@@ -126,6 +127,8 @@ def mot_linear(
             n = weight.shape[1] // 2 if isinstance(epilogue, SiluMul) else weight.shape[1]
             y = x.new_empty(x.shape[0], n) if out is None else out
             if again(y, x, weight, bias, residual):
+                if out is not None:
+                    note_written(out)
                 return y
     shape = _check(x, weight, plan, bias, epilogue)
     if out is not None:
@@ -156,6 +159,8 @@ def mot_linear(
     else:
         assert isinstance(x, torch.Tensor)
         y = _plain_linear(x, weight, plan, bias, epilogue, shape, out, config, key)
+    if out is not None:
+        note_written(out)
     if quantize is None:
         return y
     return quantize_rows(

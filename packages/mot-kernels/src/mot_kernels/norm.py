@@ -16,6 +16,7 @@ from mot_kernels.checks import (
     check_row_contiguous,
     check_same_dtype,
     needs_grad,
+    note_written,
 )
 from mot_kernels.formats import Format, QuantizedRows
 from mot_kernels.plan import RoutePlan, replays_of
@@ -140,6 +141,8 @@ def mot_rms_norm(
         ops.rms_norm_(*tensors, expert_ids, eps)
     else:
         replays_of(plan).run(key, ops.rms_norm, tensors, expert_ids, float(eps))
+    if out is not None:
+        note_written(out)
     normed = y if rows is None else rows
     return normed if summed is None else (normed, summed)
 
@@ -254,6 +257,8 @@ def mot_qk_norm_rope(
     else:
         tensors = (q, k, v, *inputs)
         replays_of(plan).run(key, ops.qk_norm_rope, tensors, expert_ids, float(eps))
+    if not (q_out is None and k_out is None and v_out is None):
+        note_written(q_out, k_out, v_out)
     return q, k, v
 
 
