@@ -15,7 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, dispatch, mot_linear
-from mot_kernels._triton.launch_hopper import deal
+from mot_kernels._triton.launch_hopper import deal, even_groups
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 
@@ -54,6 +54,32 @@ def test_deal_cuts_where_that_is_shorter() -> None:
     assert deal(2 * 132, 56, 132, 4) == (264, 1)
     assert deal(4, 12, 132, 2) == (4, 1)  # 6 steps saved, as many as trading sums costs
     assert deal(4, 14, 132, 2) == (0, 2)
+
+
+@pytest.mark.parametrize("columns", [1, 14, 148])
+@pytest.mark.parametrize("group_m", [1, 4, 8, 16, 64])
+@pytest.mark.parametrize("tiles", [1, 2, 9, 33, 65, 97])
+def test_walk(tiles: int, group_m: int, columns: int) -> None:
+    """Every unit once; a tile that the walk begins with is never long without others."""
+    hopper_work = pytest.importorskip("mot_kernels._triton.hopper_work")
+    group = even_groups(tiles, group_m)
+    for first in {0, tiles - 1}:
+        walk = [
+            hopper_work._place.fn(unit, tiles, first, columns, group)
+            for unit in range(tiles * columns)
+        ]
+        assert sorted(walk) == [(tile, n) for tile in range(tiles) for n in range(columns)]
+        at = [unit for unit, (tile, _) in enumerate(walk) if tile == first]
+        assert at == list(range(0, columns * group, group))
+
+
+@pytest.mark.parametrize("tiles", range(1, 200))
+def test_groups_are_even(tiles: int) -> None:
+    for group_m in (1, 2, 4, 8, 16, 32, 64):
+        group = even_groups(tiles, group_m)
+        last = tiles - (-(-tiles // group) - 1) * group
+        assert 1 <= group <= max(1.5 * group_m + 1, 1) and group <= tiles
+        assert last >= group / 2 or group <= 2 * -(-tiles // group)  # many groups: a row short each
 
 
 # --- when it may run

@@ -78,7 +78,7 @@ def _computing_group(
     x_scales_ptr, stride_x_scales_m, stride_x_scales_k = x_scales
     w_scales_ptr, stride_w_scales_e, stride_w_scales_n, stride_w_scales_k = w_scales
     partials_ptr, flags_ptr = partial
-    num_tiles, num_n, num_whole, parts, steps, group_m = work
+    num_tiles, first_tile, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
@@ -93,7 +93,7 @@ def _computing_group(
         is_cut = unit < 0
         index, first_step, last_step = _extent(unit, num_whole, parts, steps)
         unit += gl.num_programs(0)
-        tile, block_n = _place(index, num_tiles, num_n, group_m)
+        tile, block_n = _place(index, num_tiles, first_tile, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
         live = gl.load(tile_ptr + 2)
         if live > GROUP * _ROWS:
@@ -175,8 +175,8 @@ def _computing_group(
 
 @gluon.jit(
     do_not_specialize=(
-        "num_tiles", "num_whole", "parts", "group_m", "first_expert", "stride_out_scales_k",
-        "stride_x_scales_k",
+        "num_tiles", "first_tile", "num_whole", "parts", "group_m", "first_expert",
+        "stride_out_scales_k", "stride_x_scales_k",
     )
 )  # fmt: skip
 def _mot_linear_hopper_kernel(
@@ -195,6 +195,7 @@ def _mot_linear_hopper_kernel(
     row_ids_ptr,  # (M,) int32
     tiles_ptr,  # (T, 4) int32
     num_tiles,
+    first_tile,  # that begins the walk
     num_whole,
     parts,  # of each unit that is cut along K: the last ones, from num_whole on
     group_m,  # row tiles that walk the columns together
@@ -258,7 +259,8 @@ def _mot_linear_hopper_kernel(
         gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain),
     )
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, parts, K // BLOCK_K, group_m)
+    columns = gl.cdiv(N_OUT, OUT)
+    work = (num_tiles, first_tile, columns, num_whole, parts, K // BLOCK_K, group_m)
     ring = (x_ring, w_ring, full, empty)
     x = (x_desc, x_ptr, stride_x_m)
     weight = (w_desc, w_rows, first_expert)

@@ -95,7 +95,7 @@ def _loading_warps(
     x_desc, x_ptr, stride_x_m = x
     w_desc, w_rows, first_expert = weight
     residual_desc, residual_ptr, stride_residual_m = residual
-    num_tiles, num_n, num_whole, parts, steps, group_m = work
+    num_tiles, first_tile, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
@@ -109,7 +109,7 @@ def _loading_warps(
     while unit < num_whole:
         index, first_step, last_step = _extent(unit, num_whole, parts, steps)
         unit += gl.num_programs(0)
-        tile, block_n = _place(index, num_tiles, num_n, group_m)
+        tile, block_n = _place(index, num_tiles, first_tile, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
         first = gl.load(tile_ptr + 3)
         column = block_n * OUT

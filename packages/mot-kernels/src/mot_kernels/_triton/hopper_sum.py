@@ -83,9 +83,13 @@ def _sum_up(
             if SCALED:
                 right *= right_scale
         mbarrier.arrive(empty.index(step % STAGES))
+        if SCALED:
+            coming = _scales_of_step(step_scales, min(1, num_steps - 1), X_GROUPS, W_BLOCKS)
         for k in range(step + 1, end):
-            if SCALED:  # there when the products are
-                left_scale, right_scale = _scales_of_step(step_scales, k - step, X_GROUPS, W_BLOCKS)
+            if SCALED:  # asked for a step early: memory takes longer than the products
+                left_scale, right_scale = coming
+                after = min(k + 1, end - 1) - step
+                coming = _scales_of_step(step_scales, after, X_GROUPS, W_BLOCKS)
             _wait(ring, k, is_gathered)
             product = _product(ring, zeros, k, GROUP, 0)
             left += product * left_scale if SCALED else product

@@ -33,10 +33,13 @@ def _extent(unit, num_whole, parts, steps):
 
 
 @gluon.jit
-def _place(index, num_tiles, num_n, group_m):
-    """Unit -> (row tile, column block): group_m row tiles walk the columns together."""
+def _place(index, num_tiles, first_tile, num_n, group_m):
+    """Unit -> (row tile, column block): group_m row tiles walk the columns together.
+
+    Tiles are counted from `first_tile` on, and around.
+    """
     group = index // (group_m * num_n)
     first = group * group_m
     rows = min(num_tiles - first, group_m)
     within = index % (group_m * num_n)
-    return first + within % rows, within // rows
+    return (first_tile + first + within % rows) % num_tiles, within // rows

@@ -44,6 +44,14 @@ def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, i
     return units - rest, parts
 
 
+def even_groups(num_tiles: int, group_m: int) -> int:
+    """About `group_m`, such that the last group of tiles is not much smaller than the others.
+
+    A group reads all weights once: a few tiles that walk the columns by themselves wait for them.
+    """
+    return -(-num_tiles // max(1, round(num_tiles / group_m)))
+
+
 def launch_linear_hopper(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -128,9 +136,12 @@ def launch_linear_hopper(
         row_ids_ptr=row_ids,
         tiles_ptr=tiles[start:end],
         num_tiles=num_tiles,
+        # Those of scattered rows first: BAGEL's und has a single one, so that in its group, beside
+        # others that compute, it reads its weights. Alone at the end it would wait for memory.
+        first_tile=gathered - start if gathered < end else 0,
         num_whole=num_whole,
         parts=parts,
-        group_m=config.group_m,
+        group_m=even_groups(num_tiles, config.group_m),
         w_rows=n,
         first_expert=first_expert,
         N_OUT=out.shape[1],
