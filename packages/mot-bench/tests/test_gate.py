@@ -30,6 +30,8 @@ OPS = ("linear", "rms_norm", "qk_norm_rope")
 CASES = select(OPS, TINY.layers(), TINY, ROUTES, "bfloat16")
 CASES += select(OPS, TINY.layers(), TINY, ROUTES[:1], "float32")
 CASES += select(("linear",), TINY.layers(), TINY, ROUTES, "bfloat16", "int8_w8a8")
+for _format in (None, "fp8_w8a8_per_channel", "int8_w8a8", "int8_w8a16"):
+    CASES += select(("mlp",), TINY.layers(), TINY, ROUTES, "bfloat16", _format)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

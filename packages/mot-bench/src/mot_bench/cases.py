@@ -273,7 +273,47 @@ class QkCase:
         return _name(self, f"H{self.heads}-Hkv{self.kv_heads}-D{self.head_dim}")
 
 
-Case = LinearCase | NormCase | QkCase
+@dataclass(frozen=True)
+class MlpCase:
+    """A norm, gate_up with SiLU*mul, down and the residual; `format` is the weights'."""
+
+    hidden: int
+    intermediate: int
+    routing: Routing
+    dtype: str
+    format: str | None = None
+
+    op = "mlp"
+
+    @property
+    def shape(self) -> str:
+        """Widths and format, for tables."""
+        widths = f"{self.hidden}→2x{self.intermediate}→{self.hidden}"
+        return f"{widths}, {self.format}" if self.format else widths
+
+    @property
+    def _products(self) -> tuple[LinearCase, LinearCase]:
+        up = Layer("gate_up", self.hidden, 2 * self.intermediate, "silu_mul")
+        down = Layer("down", self.intermediate, self.hidden, "add_residual")
+        gate_up, last = (LinearCase(e, self.routing, self.dtype, self.format) for e in (up, down))
+        return gate_up, last
+
+    @property
+    def flops(self) -> float:
+        """Of the two products."""
+        return sum(each.flops for each in self._products)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Of the two products; the norm's result is the first one's x."""
+        return sum(each.bytes_moved for each in self._products)
+
+    def __str__(self) -> str:
+        name = _name(self, f"D{self.hidden}-F{self.intermediate}")
+        return f"{name}-{self.format}" if self.format else name
+
+
+Case = LinearCase | NormCase | QkCase | MlpCase
 
 
 def _name(case: Case, *parts: str) -> str:
@@ -302,7 +342,7 @@ def select(
 ) -> list[Case]:
     """The cases of these operations: `layers` for linear, the rest from `model`.
 
-    `format` is that of the linears' weights.
+    `format` is that of the linears' and the MLP's weights.
     """
     cases: list[Case] = []
     for op in operations:
@@ -313,6 +353,8 @@ def select(
                 cases += [NormCase(model.hidden, add, route, dtype) for add in (False, True)]
             elif op == "qk_norm_rope":
                 cases.append(QkCase(model.heads, model.kv_heads, model.head_dim, route, dtype))
+            elif op == "mlp":
+                cases.append(MlpCase(model.hidden, model.intermediate, route, dtype, format))
             else:
                 raise ValueError(f"unknown operation {op!r}")
     return cases

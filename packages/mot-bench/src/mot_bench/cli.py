@@ -35,6 +35,8 @@ app = typer.Typer(
 )
 
 OPERATIONS = ("linear", "rms_norm", "qk_norm_rope")
+# Those, and what is only measured if it is asked for.
+ALL_OPERATIONS = (*OPERATIONS, "mlp")
 
 ShapeOption = Annotated[
     list[str] | None,
@@ -66,7 +68,9 @@ def kernels(
     context: typer.Context,
     op: Annotated[
         list[str] | None,
-        typer.Option("--op", help="linear, rms_norm or qk_norm_rope; repeat. Default: all."),
+        typer.Option(
+            "--op", help="linear, rms_norm, qk_norm_rope (default: these) or mlp; repeat."
+        ),
     ] = None,
     branches: Annotated[str, typer.Option(help="CFG branches, e.g. 1,2,3.")] = ",".join(
         map(str, BRANCHES)
@@ -97,7 +101,7 @@ def kernels(
     """Time our kernels and what they replace; wrong results get no time."""
     ops = list(dict.fromkeys(op or (("linear",) if shape else OPERATIONS)))
     for name in ops:
-        options.one_of("--op", name, OPERATIONS)
+        options.one_of("--op", name, ALL_OPERATIONS)
     layers, own = options.layers_and_model(shape or [], model, tp, epilogue)
     counts = options.integers("--branches", branches, least=1, example="1,2,3")
     tokens = options.integers("--image-tokens", image_tokens, least=1, example="4096,1024")
@@ -123,7 +127,8 @@ def kernels(
     check_format(format, layers)
     measured = [*ops, "linear_format"] if format is not None else ops
     registry = _registry(provider or [], measured)
-    if "linear" in ops and not shape and model is None and best_device().type != "cuda":
+    heavy = {"linear", "mlp"} & set(ops)
+    if heavy and not shape and model is None and best_device().type != "cuda":
         raise UsageError(
             "torch sees no GPU, and BAGEL-7B's layers take too long on a CPU; a run of a second is "
             "mot-bench kernels --shape 64,64 --image-tokens 8 --branches 1 --rounds 2"

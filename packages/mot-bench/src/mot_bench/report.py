@@ -26,6 +26,7 @@ _TITLES = {
     "linear_format": "`mot_linear`, weights in a number format",
     "rms_norm": "`mot_rms_norm`",
     "qk_norm_rope": "`mot_qk_norm_rope`",
+    "mlp": "An MLP from its norm to its residual",
 }
 
 
