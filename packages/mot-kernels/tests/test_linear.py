@@ -466,6 +466,25 @@ def test_mot_linear_gradient_into_out(device: torch.device) -> None:
     assert torch.equal(x.grad, wanted)
 
 
+# A weight in a format has no backward.
+@pytest.mark.parametrize(
+    ("stored", "gradient"), [("plain", False), ("plain", True), ("fp8", False)]
+)
+@pytest.mark.parametrize("planned", [False, True])
+def test_mot_linear_under_autocast(
+    planned: bool, stored: str, gradient: bool, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    plan = ROUTES["first_and_last_row"].plan(device)
+    x, w = torch.randn(plan.num_rows, 8, device=device), torch.randn(2, 6, 8, device=device)
+    x.requires_grad_(gradient)
+    weight = w if stored == "plain" else quantize_weight(w, Fp8W8A8())
+    wanted = mot_linear(x, weight, plan if planned else None)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = mot_linear(x, weight, plan if planned else None)
+    assert y.dtype is torch.float32 and torch.equal(y, wanted)
+
+
 @pytest.mark.parametrize("stored", ["plain", "fp8"])
 def test_mot_linear_tells_autograd_what_it_overwrites(stored: str, device: torch.device) -> None:
     """Also the second time, replayed: a backward that needs what was there must not run."""

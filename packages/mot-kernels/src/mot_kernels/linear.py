@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -97,10 +97,10 @@ def mot_linear(
         group_size: 128 gives each 128 columns of a row of y their own scale (FP8 only).
 
     Returns:
-        (M, N_out) in x's dtype; N_out is N, or N / 2 for `SILU_MUL`. The Triton path accumulates
-        in fp32, adds bias and epilogue in fp32 and rounds once, and so does an `ExpertWeight`;
-        dense and reference paths round the matrix product before the epilogue. `QuantizedRows`
-        with `quantize`, the same bits as from `quantize_rows(y)`.
+        (M, N_out) in x's dtype, also under `torch.autocast`; N_out is N, or N / 2 for `SILU_MUL`.
+        The Triton path accumulates in fp32, adds bias and epilogue in fp32 and rounds once, and so
+        does an `ExpertWeight`; dense and reference paths round the matrix product before the
+        epilogue. `QuantizedRows` with `quantize`, the same bits as from `quantize_rows(y)`.
 
     Raises:
         TypeError: a dtype is not supported or differs from x's, or a format does not round
@@ -108,6 +108,15 @@ def mot_linear(
         ValueError: shapes or devices do not fit together, or autograd would need the backward of
             an `ExpertWeight` or of rounding, which there is not.
     """
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        # It would choose the dtype of plain products, and only of those.
+        with torch.autocast(x.device.type, enabled=False):
+            itself: Any = mot_linear  # overloads know no union
+            result: torch.Tensor | QuantizedRows = itself(
+                x, weight, plan, bias=bias, epilogue=epilogue, out=out, config=config,
+                quantize=quantize, activation_scale=activation_scale, group_size=group_size,
+            )  # fmt: skip
+            return result
     residual = epilogue.residual if isinstance(epilogue, AddResidual) else None
     key: Hashable = None
     if (
