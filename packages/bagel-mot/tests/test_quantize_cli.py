@@ -10,7 +10,7 @@ from command_line import CHECKPOINT, run
 from golden_data import GOLDEN
 from safetensors import SafetensorError
 
-from bagel_mot import quantize
+from bagel_mot import checkpoint, quantize
 
 
 def generate(model: str, output: Path, *options: str) -> Result:
@@ -118,7 +118,7 @@ def test_quantize_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fails(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(quantize, "save_file", fails)
+    monkeypatch.setattr(checkpoint, "save_file", fails)
     done = run("quantize", CHECKPOINT, str(tmp_path / "out"), "--format", "fp8")
     assert done.exit_code == 2
     said = done.stderr.replace("\n", " ")

@@ -12,7 +12,7 @@ from golden_data import GOLDEN
 from quantized_models import FORMATS, GEN_DOWN, KEEP, Q_PROJ, is_matrix, load, tensors_of
 from safetensors.torch import load_file, save_file
 
-from bagel_mot import quantize
+from bagel_mot import checkpoint, quantize
 from bagel_mot.checkpoint import INDEX_FILE, CheckpointError
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.quantization import Quantization
@@ -155,7 +155,7 @@ def test_failing_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(quantize, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         quantize_checkpoint(GOLDEN.checkpoint, tmp_path / "out", "int8")
     assert list(tmp_path.iterdir()) == []

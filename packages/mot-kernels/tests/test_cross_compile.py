@@ -275,6 +275,7 @@ HOPPER_KERNELS = {
     "hopper-fp8-long-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
     "hopper-fp8-long-add_residual-gathered": ("fp8e4nv", 2, False, True),
     "hopper-fp8-long-xgroups-add_residual": ("fp8e4nv", 2, False, False),
+    "hopper-fp8-long-xgroups-add_residual-gathered": ("fp8e4nv", 2, False, True),
     "hopper-fp8-long-xgroups-none-bias-gathered": ("fp8e4nv", 0, True, True),
     "hopper-fp8-long-wblocks-add_residual": ("fp8e4nv", 2, False, False),
     "hopper-fp8-long-wblocks-xgroups-none-bias-gathered": ("fp8e4nv", 0, True, True),
@@ -283,6 +284,7 @@ HOPPER_KERNELS = {
     "hopper-fp8-long-xgroups-outgroups-silu_mul-bias-gathered": ("fp8e4nv", 1, True, True),
     "hopper-int8-none-bias-gathered": ("i8", 0, True, True),
     "hopper-int8-silu_mul": ("i8", 1, False, False),
+    "hopper-int8-outgroups-silu_mul": ("i8", 1, False, False),
 }
 
 
@@ -332,7 +334,7 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "residual_desc": ("bf16", config.block_m, 64, 16),
     }
     pointers = {
-        "out_ptr": dtype if constants["OUT_GROUPS"] else "bf16",
+        "out_ptr": "fp8e4nv" if constants["OUT_GROUPS"] else "bf16",
         "out_scales_ptr": "fp32",
         "x_ptr": dtype,
         "x_scales_ptr": "fp32",

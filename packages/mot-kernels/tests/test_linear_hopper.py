@@ -78,8 +78,14 @@ def test_groups_are_even(tiles: int) -> None:
     for group_m in (1, 2, 4, 8, 16, 32, 64):
         group = even_groups(tiles, group_m)
         last = tiles - (-(-tiles // group) - 1) * group
-        assert 1 <= group <= max(1.5 * group_m + 1, 1) and group <= tiles
-        assert last >= group / 2 or group <= 2 * -(-tiles // group)  # many groups: a row short each
+        assert group == tiles or group_m * 3 // 4 <= group <= 1.5 * group_m
+        assert last >= group / 2 or group_m < 8, f"{tiles} tiles: groups of {group}, then {last}"
+
+
+def test_groups_of_a_step() -> None:
+    """One, two and three branches, with und's tile: 1024x1024, 512x512."""
+    assert [even_groups(tiles, 16) for tiles in (33, 65, 97)] == [17, 13, 14]
+    assert [even_groups(tiles, 8) for tiles in (9, 17, 25)] == [9, 9, 9]
 
 
 # --- when it may run

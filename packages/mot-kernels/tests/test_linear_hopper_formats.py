@@ -21,9 +21,11 @@ from mot_kernels import (
     Int4W4A16,
     Int8W8A8,
     Int8W8A16,
+    QuantizedRows,
     TileConfig,
     WeightScales,
     dequantize,
+    dispatch,
     mot_linear,
     quantize_rows,
     quantize_weight,
@@ -92,6 +94,23 @@ def test_check_config(format: Format) -> None:
         check_format_config(TileConfig(128, 256, wrong, 8, 4, 4, "hopper"), format)
 
 
+def test_float32_rows_are_not_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the result would be rounded: e4m3fn of such rows is multiplied in fp32."""
+    monkeypatch.setattr(dispatch, "is_nvidia", lambda device: True)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    weight = quantize_weight(torch.randn(2, 512, 128), Fp8W8A8())
+    out = torch.empty(4, 256).to(torch.float8_e4m3fn)
+    whys = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = quantize_rows(torch.randn(4, 128).to(dtype), Fp8W8A8())
+        whys.append(
+            dispatch.why_not_hopper_format(
+                out, rows, weight, None, None, has_plan=True, rounds_groups=True
+            )
+        )
+    assert whys == [None, "it multiplies rows of bfloat16 and float16, not torch.float32"]
+
+
 def test_narrow_tiles_have_no_block_scales() -> None:
     """A program has gate rows and up rows, and products of 128 columns at a time."""
     wide, narrow = configs(Fp8W8A8())
@@ -153,7 +172,10 @@ def test_mot_linear_hopper_formats(
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("epilogue", ["none", "silu_mul", "add_residual"])
-def test_hopper_groups_of_rows(epilogue: str, size: str, device: torch.device) -> None:
+@pytest.mark.parametrize("format", [Fp8W8A8(), BLOCKS], ids=str)
+def test_hopper_groups_of_rows(
+    format: Fp8W8A8, epilogue: str, size: str, device: torch.device
+) -> None:
     """Each 128 columns of a row have a scale; those of a row differ by more than FP8's range."""
     need_hopper(device)
     k, n = SIZES[size]
@@ -163,16 +185,18 @@ def test_hopper_groups_of_rows(epilogue: str, size: str, device: torch.device) -
         plan = route.plan(device)
         x = torch.randn(route.num_rows, k, device=device)
         x = (x * torch.logspace(-3, 1, k, device=device)).to(dtype)
-        weight = make_weight(Fp8W8A8(), n, k, device, route.num_experts)
+        weight = make_weight(format, n, k, device, route.num_experts)
         columns = n // 2 if epilogue == "silu_mul" else n
         residual = torch.randn(route.num_rows, columns, device=device).to(dtype)
         chosen = epilogue_for(epilogue, residual)
         rows = quantize_rows(x, Fp8W8A8(), group_size=128)
+        if size == "deep":  # scales may lie row by row, too
+            rows = QuantizedRows(rows.data, rows.scales.contiguous(), dtype)
         seen = rows.data.double() * spread_scales(rows.scales, k).double()
         wide = dequantize(weight, torch.float64)
         truth = looped_linear(seen, wide, plan.expert_ids, epilogue=chosen)
         baseline = looped_linear(seen.to(dtype), wide.to(dtype), plan.expert_ids, epilogue=chosen)
-        for config in configs(Fp8W8A8()):
+        for config in configs(format):
             out = poisoned((route.num_rows, columns), dtype, device)
             mot_linear(rows, weight, plan, epilogue=chosen, out=out, config=config)
             assert_close(f"{route} {config}", out, truth, plan, baseline)
@@ -181,9 +205,9 @@ def test_hopper_groups_of_rows(epilogue: str, size: str, device: torch.device) -
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_allocations")
-@pytest.mark.parametrize("groups_in", [False, True])
+@pytest.mark.parametrize("rounded", ["int8", "rows", "groups", "blocks"])
 @pytest.mark.parametrize("size", SIZES)
-def test_hopper_rounds_groups(size: str, groups_in: bool, device: torch.device) -> None:
+def test_hopper_rounds_groups(size: str, rounded: str, device: torch.device) -> None:
     """In the epilogue, or by a launch of its own where a program has half a group: the same."""
     need_hopper(device)
     k, n = SIZES[size]
@@ -192,15 +216,18 @@ def test_hopper_rounds_groups(size: str, groups_in: bool, device: torch.device) 
         torch.manual_seed(0)
         plan = route.plan(device)
         x = torch.randn(route.num_rows, k, device=device).to(dtype)
-        rows = quantize_rows(x, Fp8W8A8(), group_size=128 if groups_in else None)
-        weight = make_weight(Fp8W8A8(), n, k, device, route.num_experts)
-        for config in configs(Fp8W8A8()):
-            y = mot_linear(rows, weight, plan, epilogue=SILU_MUL, config=config)
+        format: Format = {"int8": Int8W8A8(), "blocks": BLOCKS}.get(rounded, Fp8W8A8())
+        within = 128 if rounded in ("groups", "blocks") else None
+        rows = quantize_rows(x, format, group_size=within)
+        weight = make_weight(format, n, k, device, route.num_experts)
+        bias = torch.randn(route.num_experts, n, device=device).to(dtype)
+        for config in configs(format):
+            y = mot_linear(rows, weight, plan, bias=bias, epilogue=SILU_MUL, config=config)
             wanted = quantize_rows(y, Fp8W8A8(), group_size=128)
             for _ in range(2):  # and once more, replayed
                 got = mot_linear(
-                    rows, weight, plan, epilogue=SILU_MUL, config=config, quantize=Fp8W8A8(),
-                    group_size=128,
+                    rows, weight, plan, bias=bias, epilogue=SILU_MUL, config=config,
+                    quantize=Fp8W8A8(), group_size=128,
                 )  # fmt: skip
                 assert got.dtype is dtype
                 assert torch.equal(got.scales, wanted.scales), f"{route} {config}"

@@ -118,6 +118,8 @@ def test_refuses_to_round_its_result() -> None:
     row = in_format("row", format, return_bias=False)
     with pytest.raises(ValueError, match="the ranks' outputs are still to be joined"):
         row(torch.randn(PLAN.num_rows, in_features("row")), PLAN, quantize=format)
+    with pytest.raises(ValueError, match="group_size is given, but quantize is not"):
+        layer(x, PLAN, group_size=128)
     with pytest.raises(ValueError, match="group_size is 64; it can be 128"):
         layer(x, PLAN, quantize=format, group_size=64)
 

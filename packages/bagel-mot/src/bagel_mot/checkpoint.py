@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from bagel_mot.config import BagelConfig
@@ -371,3 +372,16 @@ def opened(file: Path) -> Iterator[safe_open]:
         raise CheckpointError(
             f"{file}: not a complete safetensors file ({error}); was it truncated in transfer?"
         ) from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that others may read, too.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full for one.
+    """
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
+    file.chmod(0o644)  # safetensors lets only its owner read

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from bagel_mot import checkpoint
 from bagel_mot.checkpoint import INDEX_FILE, StoredTensor
@@ -120,11 +119,7 @@ class _Shards:
     def _write(self) -> None:
         name = f"model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
         tensors = {key: tensor.contiguous() for key, tensor in self.waiting.items()}
-        try:
-            save_file(tensors, self.folder / name, metadata=self.metadata)
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(f"{self.folder / name} cannot be written: {error}") from error
-        (self.folder / name).chmod(0o644)  # safetensors lets only its owner read
+        checkpoint.save_tensors(tensors, self.folder / name, self.metadata)
         self.weight_map |= dict.fromkeys(tensors, name)
         self.total += sum(tensor.nbytes for tensor in tensors.values())
         self.waiting = {}

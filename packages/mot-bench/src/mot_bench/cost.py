@@ -178,6 +178,7 @@ class CostModel:
     Attributes:
         step: microseconds of a step of one GPU: per row, per pair of rows, fixed.
         overhead: of each kind that was measured: microseconds per byte and per message.
+        times: how many measured times these were fitted to.
 
     Raises:
         UsageError: the runs differ in one of these, or have no single rank.
@@ -207,6 +208,7 @@ class CostModel:
         self.step = fit(
             [[x / us for x in s.work] for s, us in singles.items()], [1.0] * len(singles)
         )
+        self.times: dict[str, int] = {}
         self.overhead = {kind: found for kind in KINDS if (found := self._overhead(kind, singles))}
 
     def _overhead(self, kind: str, alone: dict[Shape, float]) -> list[float] | None:
@@ -216,6 +218,7 @@ class CostModel:
             if set(sent) == {kind} and shape in alone:
                 features.append([sent[kind].bytes / us, sent[kind].messages / us])
                 values.append((us - self._computing(mode, shape)) / us)
+        self.times[kind] = len(values)
         return fit(features, values) if values else None
 
     def _computing(self, mode: ParallelConfig, shape: Shape) -> float:

@@ -26,7 +26,9 @@ def modes_page(
     facts = environment_facts(where) | {
         "model": f"{subject.weights}, {subject.parameters / 1e9:.2f} billion parameters, "
         f"{subject.dtype}; attention {subject.attention}, quantization {subject.quantization}",
-        "result files": ", ".join(f"`{path.name}`" for path, _ in runs),
+        "result files": ", ".join(
+            f"`{path.name}` (commit {run.environment.commit})" for path, run in runs
+        ),
     }
     parts = [
         "# Which mode for how many GPUs",
@@ -107,9 +109,15 @@ def _calibration(model: CostModel, titles: dict[Shape, str]) -> list[str]:
             name = f"`{words.name_of(mode)}`"
             rows.append([title, name, _ms(us, True), _ms(modelled, False), f"{error:+.1f}"])
     constants = [
-        [f"`{kind}`", f"{1e-3 / per_byte:.0f}" if per_byte else "-", f"{per_message:.1f}"]
+        [
+            f"`{kind}`",
+            f"{1e-3 / per_byte:.0f}" if per_byte else "-",
+            f"{per_message:.1f}",
+            str(model.times[kind]),
+        ]
         for kind, (per_byte, per_message) in model.overhead.items()
     ]
+    single = [f"`{kind}`" for kind in model.overhead if model.times[kind] == 1]
     return [
         "## The model",
         "A step = fixed + (step of one GPU - fixed) * share of the rank that has the most + for "
@@ -118,7 +126,8 @@ def _calibration(model: CostModel, titles: dict[Shape, str]) -> list[str]:
         f"{1e3 * per_pair:.3f} ns a pair of rows that attend to each other. The rates are not "
         "those of the links alone: rearranging, merging and what is not split are in them. Links "
         "are taken for equally fast between all GPUs, as in one machine with NVSwitch.",
-        table(["kind", "GB/s", "us a message"], constants),
+        table(["kind", "GB/s", "us a message", "fitted to"], constants),
+        *([f"One time cannot tell bytes from messages: {', '.join(single)}."] if single else []),
         "What it says where it was fitted:",
         table(["step", "mode", "measured, ms", "model, ms", "error, %"], rows),
     ]

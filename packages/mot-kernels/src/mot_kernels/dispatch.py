@@ -136,9 +136,9 @@ def why_not_hopper(
     """Why `mot_linear` cannot have schedule "hopper" for these tensors; None if it can.
 
     Args:
-        rounds_groups: whether out is rounded to e4m3fn in passing.
         x: (M, K) 16 bits, or the data of `QuantizedRows`.
         weight: (E, N, K) as x; None if it will be written anew for this product.
+        rounds_groups: whether out is rounded to e4m3fn in passing.
     """
     if not is_nvidia(x.device):
         return f"device type {x.device.type!r} is no NVIDIA GPU"
@@ -196,6 +196,8 @@ def why_not_hopper_format(
     """
     if not has_plan:
         return "there is no plan"
+    if x.dtype not in _HOPPER_DTYPES:
+        return f"it multiplies rows of bfloat16 and float16, not {x.dtype}"
     n, columns = weight.shape[1], out.shape[1]
     if weight.format == Fp8W8A8(WeightScales.BLOCK) and n != columns and columns % BLOCK:
         return f"gate and up have {columns} columns each: a block of {BLOCK} has some of both"

@@ -44,8 +44,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
-from mot_layers.asked import check_quantize, check_silu_mul
 from mot_layers.formats import WEIGHT, FormatLinearMethod
+from mot_layers.result_checks import check_rounding, check_silu_mul
 from mot_layers.slow_ways import finish, warn_gathered
 from mot_layers.stacking import StackedExperts
 from mot_layers.vllm_formats import ConvertedLinearMethod, NotReadable, is_converted, reading_of
@@ -255,8 +255,7 @@ class _MoTLinear(StackedExperts, LinearBase):
             )
         if isinstance(epilogue, SiluMul):
             check_silu_mul(self)
-        if quantize is not None:
-            check_quantize(self, plan)
+        check_rounding(self, plan, quantize, group_size)
         if plan is None and epilogue is None:
             return super().forward(x)
         adds = self._adds_bias_and_residual

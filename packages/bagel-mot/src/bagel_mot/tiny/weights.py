@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from mot_layers.stacking import StackedExperts
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bagel_mot import checkpoint
@@ -83,8 +82,7 @@ def save_checkpoint(model: Bagel, folder: Path, values: dict[str, Tensor]) -> No
         ):
             tensors = checkpoint.model_tensors(model, targets, torch.bfloat16)
             temporary = folder / f".{file}"
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o644)  # safetensors lets only its owner read
+            checkpoint.save_tensors(tensors, temporary, {"format": "pt"})
             os.replace(temporary, folder / file)
     finally:
         for name, value in kept.items():

@@ -57,7 +57,8 @@ _reinterpret = (
 def _registers(leaves, loading):
     """Of a thread of a computing group, or of a loading one; three groups of warps have 504.
 
-    Without spilling in either, as ptxas says. Sums that leave the matrix unit take 64 more.
+    As ptxas says, 9 registers are spilled at most (sums that leave the unit, scales of groups, and
+    gathered rows), mostly none. Sums that leave the matrix unit take 64 more.
     """
     return (224, 56)[loading] if leaves else (184, 136)[loading]
 
@@ -105,6 +106,7 @@ def _computing_group(
             first = gl.load(tile_ptr + 3)
             m = gl.arange(0, _ROWS, gl.SliceLayout(1, stored)) + GROUP * _ROWS
             rows = gl.load(row_ids_ptr + offset + m, mask=m < live, other=0).to(gl.int64)
+            # Where there are none, something must stand for them.
             part_rows = rows
             row_scales = rows
             group_ptrs = rows

@@ -77,7 +77,8 @@ def launch_linear_format(
     if config is None:
         problem = Problem(n, k, x.dtype, epilogue, counts, str(weight.format))
         config = find_config(problem, x.device, hopper=no_hopper is None)
-        if rounds_groups and config.schedule == "hopper":  # no pass of its own is worth more
+        # Sparing a pass over the result is worth more than the best width for the product alone.
+        if rounds_groups and config.schedule == "hopper":
             config = replace(config, block_n=2 * BLOCK, num_stages=min(config.num_stages, 4))
     else:
         check_format_config(config, weight.format)
@@ -87,20 +88,20 @@ def launch_linear_format(
         assert out_scales is not None
         y = out.new_empty(out.shape, dtype=x.dtype)
         first = launch_linear_format(
-            y,
-            None,
-            x,
-            weight,
-            bias,
-            residual,
-            None,
-            row_ids,
-            tiles,
-            flags,
-            counts,
-            tile_offsets,
-            silu_mul,
-            given,
+            out=y,
+            out_scales=None,
+            x=x,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            activation_scale=None,
+            row_ids=row_ids,
+            tiles=tiles,
+            flags=flags,
+            counts=counts,
+            tile_offsets=tile_offsets,
+            silu_mul=silu_mul,
+            config=given,
         )
         return _in_two(first, launch_quantize_rows(out, out_scales, y, None, None), x.dtype)
     if config.schedule == "hopper":
@@ -198,6 +199,7 @@ def _in_two(product: Keep | None, rounding: Keep | None, dtype: torch.dtype) -> 
         def again(
             out: torch.Tensor, out_scales: torch.Tensor, *others: torch.Tensor | None
         ) -> bool:
+            # If only the second cannot, all is done anew: nobody else has seen y.
             y = out.new_empty(out.shape, dtype=dtype)
             return multiply(y, None, *others) and round_rows(out, out_scales, y, None)
 

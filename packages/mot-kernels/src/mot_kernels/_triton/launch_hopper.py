@@ -44,12 +44,20 @@ def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, i
     return units - rest, parts
 
 
+@functools.cache
 def even_groups(num_tiles: int, group_m: int) -> int:
     """About `group_m`, such that the last group of tiles is not much smaller than the others.
 
     A group reads all weights once: a few tiles that walk the columns by themselves wait for them.
     """
-    return -(-num_tiles // max(1, round(num_tiles / group_m)))
+
+    def fullness(group: int) -> float:
+        """The last group's size over the others'."""
+        return (num_tiles - (-(-num_tiles // group) - 1) * group) / group
+
+    sizes = range(max(1, group_m * 3 // 4), group_m * 3 // 2 + 1)
+    best = max(sizes, key=lambda group: (fullness(group), -abs(group - group_m)))
+    return min(best, num_tiles)
 
 
 def launch_linear_hopper(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mot_kernels import RoutePlan
+from mot_kernels import Format, RoutePlan
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
 if TYPE_CHECKING:
@@ -29,8 +29,14 @@ def check_silu_mul(layer: _MoTLinear) -> None:
         )
 
 
-def check_quantize(layer: _MoTLinear, plan: RoutePlan | None) -> None:
-    """Raises ValueError if the layer's result cannot be rounded: something is to become of it."""
+def check_rounding(
+    layer: _MoTLinear, plan: RoutePlan | None, quantize: Format | None, group_size: int | None
+) -> None:
+    """Raises ValueError if the result is to be rounded, but something else becomes of it."""
+    if quantize is None:
+        if group_size is not None:
+            raise ValueError("group_size is given, but quantize is not: what is it for?")
+        return
     why = None
     if plan is None:
         why = "only routed rows are rounded in passing: give it a plan"
