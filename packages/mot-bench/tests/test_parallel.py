@@ -136,7 +136,7 @@ def test_speed_up_is_over_what_ran_in_the_same_rounds() -> None:
 def test_ranks_that_were_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As torchrun starts them: the first one prints and writes; nothing to check them against."""
+    """As torchrun starts them: the first one prints and writes; each is checked against itself."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = [*TINY_STEP, "--branches", "2", "--rounds", "1", "--sp", "ring:2"]
     python = [sys.executable, "-m", "mot_bench"]
@@ -147,7 +147,7 @@ def test_ranks_that_were_started(
     results = ParallelResults.read(path)
     (mode,) = results.cases[0].modes
     assert results.complete and mode.mode == "ring:2"
-    assert mode.difference is None and len(mode.alone) == 2
+    assert mode.difference is not None and mode.difference < 1e-6 and len(mode.alone) == 2
     assert mode.between_ranks < 1e-6 and [use.rows for use in mode.ranks] == [12, 10]
     assert "│ ring:2 " in printed.out and str(path) in printed.out
 
@@ -290,7 +290,8 @@ def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) ->
         on_part=seen.append,
         seconds=60.0,
     )
-    assert [ranks for ranks, _ in calls] == [1, 2, 2]
+    # A single rank before those that split the weights: only they are checked against it.
+    assert [ranks for ranks, _ in calls] == [2, 1, 2]
     assert all(words[:3] == ["step", "--rounds", "2"] for _, words in calls)
     assert failed == ["cfg:2; ring:2"]
     assert results is not None and not results.complete and results.command == "mot-bench step"
@@ -314,7 +315,7 @@ def test_modes_after_one_that_fails_get_new_processes(monkeypatch: pytest.Monkey
     results, failed = parallel_run.run_parts(
         ["step"], modes.parse("cfg:2;allgather:2;ulysses:2"), command="", say=lambda line: None
     )
-    assert started == ["1 rank", "cfg:2;allgather:2;ulysses:2", "ulysses:2"]
+    assert started == ["cfg:2;allgather:2;ulysses:2", "ulysses:2", "1 rank"]
     assert failed == ["cfg:2; allgather:2"]
     assert results is not None and not results.complete
     assert [mode.mode for mode in results.cases[0].modes] == ["1 rank", "cfg:2", "ulysses:2"]
@@ -327,7 +328,7 @@ def test_what_was_found_is_kept_when_the_command_is_ended(monkeypatch: pytest.Mo
         words = list(command)
         file = Path(words[words.index("--part") + 1]) / parallel_run.RESULTS
         some_run("cfg:2" if "--modes" in words else "1 rank").write(file)
-        if ranks > 1:
+        if ranks == 1:
             raise SystemExit(143)
         return 0
 
@@ -359,12 +360,23 @@ def test_a_rank_that_fails_ends_at_once(
     assert codes == [1] and "the velocities are wrong" in answer.err
 
 
-def test_without_a_single_rank_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_single_rank_split_weights_are_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(parallel_run, "run_ranks", lambda *_, **__: 3)
     results, failed = parallel_run.run_parts(
-        ["step"], modes.parse("cfg:2"), command="", say=lambda line: None
+        ["step"], modes.parse("tp:2;cfg:2"), command="", say=lambda line: None
     )
-    assert results is None and failed == ["1 rank"]
+    assert results is None and failed == ["cfg:2", "1 rank"]
+
+
+def test_cases_of_parts_are_joined() -> None:
+    """Whichever part has measured them, with a single rank first."""
+    parts = [some_run("cfg:2"), some_run("tp:2"), some_run("1 rank")]
+    (case,) = parts[0].joined(parts[1:]).cases
+    assert [mode.mode for mode in case.modes] == ["1 rank", "cfg:2", "tp:2"]
+    none = dataclasses.replace(parts[0], cases=())
+    assert none.joined(parts[1:]).cases[0].modes == parts[0].joined(parts[1:]).cases[0].modes[::2]
 
 
 def test_exchange_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ class ParallelCase:
         batch: images.
         rows: packed rows of the step.
         prompt_tokens: of the text, without its start and end tokens.
-        modes: in the order they ran, one rank first.
+        modes: a single rank first, then in the order they ran.
     """
 
     height: int
@@ -134,15 +134,14 @@ class ParallelResults(Run):
     KIND = "step-ranks"
 
     def joined(self, others: Iterable[Self]) -> Self:
-        """With the modes of other runs, of the same cases."""
-        cases: Sequence[ParallelCase] = self.cases
-        for other in others:
-            modes = {_key(case): case.modes for case in other.cases}
-            cases = [
-                dataclasses.replace(case, modes=case.modes + modes.get(_key(case), ()))
-                for case in cases
-            ]
-        return dataclasses.replace(self, cases=tuple(cases))
+        """With the modes of other runs, a single rank first."""
+        cases: dict[tuple[int, int, int, int], ParallelCase] = {}
+        for run in (self, *others):
+            for case in run.cases:
+                before = cases.setdefault(_key(case), dataclasses.replace(case, modes=()))
+                modes = sorted((*before.modes, *case.modes), key=lambda each: each.mode != ALONE)
+                cases[_key(case)] = dataclasses.replace(before, modes=tuple(modes))
+        return dataclasses.replace(self, cases=tuple(cases.values()))
 
 
 def span(values: Sequence[float | None], form: str) -> str:

@@ -1,7 +1,9 @@
 """`mot-bench step` in several modes: one set of processes after the other, one result.
 
 vLLM's process groups cannot be made twice in a process, so every tensor parallel size and number
-of ranks has processes of its own. A single rank runs first: the others are checked against it.
+of ranks has processes of its own. A single rank runs before those that split the weights, which are
+checked against it. Others are checked against what each of their ranks makes by itself, so they
+come first: they are what was asked for, if time runs out.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def run_parts(
     on_part: Callable[[ParallelResults], None] = lambda results: None,
     seconds: float | None = None,
 ) -> tuple[ParallelResults | None, list[str]]:
-    """Measure a single rank, then every mode.
+    """Measure every mode, and a single rank.
 
     Args:
         arguments: of `mot-bench`, without those that name modes, ranks or files.
@@ -43,10 +45,12 @@ def run_parts(
 
     Returns:
         The results, of all cases that could be measured, and the modes whose processes failed;
-        what went wrong, they have written to stderr. Without a single rank there are no results.
-        Modes that were still to come in processes that failed get new ones.
+        what went wrong, they have written to stderr. Without a single rank modes that split the
+        weights are not measured. Modes that were still to come in processes that failed get new
+        ones.
     """
-    waiting = [[words.ALONE], *words.groups(mode for mode in modes if mode != words.ALONE)]
+    waiting = words.groups(mode for mode in modes if mode != words.ALONE and mode.tensor == 1)
+    waiting += [[words.ALONE], *words.groups(mode for mode in modes if mode.tensor > 1)]
     results: ParallelResults | None = None
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mot-bench-") as folder:
@@ -79,8 +83,8 @@ def run_parts(
                 failed.append("; ".join(map(words.name_of, begun)))
                 if to_come:
                     waiting.insert(0, to_come)
-            if results is None:
-                break
+                if alone:
+                    break
     if results is not None:
         results = dataclasses.replace(results, complete=not failed)
     return results, failed

@@ -1,7 +1,7 @@
 """One rank of `mot-bench step` on several: checks and times every mode that its processes can take.
 
 All ranks run the same code and meet in the same places. Velocities are checked before anything is
-timed: against those of a single rank, if there was one, and between the ranks.
+timed: against those of a single rank, which each makes by itself if it can, and between the ranks.
 """
 
 from __future__ import annotations
@@ -161,8 +161,12 @@ class _Run:
         before are no fair measure.
 
         Args:
-            known: the velocities of a single rank by case; a single rank puts its own there.
+            known: the velocities of a single rank by case, to which those that are missing are
+                added.
         """
+        if self._splits_no_weights and self._key not in known:
+            own, _ = self._case(bagel_parallel.ALONE).first_steps(OURS)
+            known[self._key] = own.cpu()
         case = self._case(self._parallel)
         self.rows = sum(rows for rows, _ in case.blocks())
         rows = self._rows(case)
@@ -244,6 +248,12 @@ class _Run:
         (size, branches), plan = self.case, self._plan
         return Case(pipeline, size, branches, plan.batch, self._prompt, plan.rounds)
 
+    @property
+    def _key(self) -> str:
+        """What velocities are known by."""
+        size, branches = self.case
+        return f"{size[0]}x{size[1]} {branches} {self._plan.batch}"
+
     def _rows(self, case: Case) -> int:
         """Packed rows that this rank takes through the layers in a step."""
         step = case.start(OURS, eagerly=True)  # a replayed graph calls no module
@@ -255,15 +265,13 @@ class _Run:
         self, velocities: torch.Tensor, known: dict[str, torch.Tensor]
     ) -> tuple[float | None, float]:
         """To a single rank's velocities (None: there are none) and to rank 0's, the largest."""
-        size, branches = self.case
-        key = f"{size[0]}x{size[1]} {branches} {self._plan.batch}"
         velocities = velocities.cpu()
         if self._parallel.config.world_size == 1:
-            known.setdefault(key, velocities)
+            known.setdefault(self._key, velocities)
         first = self._ranks.of_first(velocities)
         own: list[float | None] = [_difference(velocities, first), None]
-        if key in known:
-            own[1] = _difference(velocities, known[key])
+        if self._key in known:
+            own[1] = _difference(velocities, known[self._key])
         everyone = self._ranks.everyone(own)
         check_differences(self.name, everyone, self._loaded.model.dtype)
         between, single = (
