@@ -247,3 +247,8 @@ def test_positions_beyond_the_first_rotary_table(cpu: BagelPipeline) -> None:
     # In the first layer only keys know about positions.
     assert torch.equal(far[1], near[1])
     assert not torch.equal(far[0], near[0])
+
+
+def test_no_memory_for_a_cache() -> None:
+    with pytest.raises(MemoryError, match=r"no memory for 1,000,000,000,000 rows .* GiB on cpu: "):
+        small_cache(10**12)

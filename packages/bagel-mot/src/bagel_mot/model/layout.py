@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -343,6 +344,9 @@ class KVCache:
 
     Attributes:
         kv: (layers, capacity, 2, KV heads, head size).
+
+    Raises:
+        MemoryError: there is no memory for so many rows; the message says what takes fewer.
     """
 
     def __init__(
@@ -357,8 +361,16 @@ class KVCache:
     ) -> None:
         shape = (layers, capacity, 2, kv_heads, head_dim)
         # Not empty: see `Backend.needs_finite_rows`.
-        with lasting():
-            self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            with lasting():
+                self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            gigabytes = dtype.itemsize * math.prod(shape) / 2**30
+            raise MemoryError(
+                f"no memory for {capacity:,} rows of KV cache, {gigabytes:,.1f} GiB on {device}: "
+                "fewer requests at a time, fewer or smaller pictures, or a lower max_text_tokens "
+                "take less"
+            ) from error
 
     @property
     def k(self) -> torch.Tensor:
