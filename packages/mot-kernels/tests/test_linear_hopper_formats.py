@@ -15,6 +15,7 @@ from test_linear_hopper import LONG_ROUTES, epilogue_for, need_hopper
 
 from mot_kernels import (
     SILU_MUL,
+    Epilogue,
     ExpertWeight,
     Format,
     Fp8W8A8,
@@ -22,6 +23,7 @@ from mot_kernels import (
     Int8W8A8,
     Int8W8A16,
     QuantizedRows,
+    RoutePlan,
     TileConfig,
     WeightScales,
     dequantize,
@@ -126,6 +128,27 @@ def test_narrow_tiles_have_no_block_scales() -> None:
 SIZES = {"wide": (128, 9216), "deep": (4096, 256), "deeper": (8192, 256), "ragged": (384, 1168)}
 
 
+def check(
+    name: str,
+    x: torch.Tensor | QuantizedRows,
+    seen: torch.Tensor,
+    weight: ExpertWeight,
+    plan: RoutePlan,
+    bias: torch.Tensor | None,
+    epilogue: Epilogue | None,
+) -> None:
+    """With all tiles; `seen` (M, K) float64 is x as the format sees it."""
+    wide, ids = dequantize(weight, torch.float64), plan.expert_ids
+    wide_bias = None if bias is None else bias.double()
+    truth = looped_linear(seen, wide, ids, bias=wide_bias, epilogue=epilogue)
+    baseline = looped_linear(seen.to(x.dtype), wide.to(x.dtype), ids, bias=bias, epilogue=epilogue)
+    for config in configs(weight.format):
+        out = poisoned(tuple(truth.shape), x.dtype, seen.device)
+        mot_linear(x, weight, plan, bias=bias, epilogue=epilogue, out=out, config=config)
+        assert_close(f"{name} {config}", out, truth, plan, baseline)
+        assert not plan.flags.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("epilogue", ["none", "silu_mul", "add_residual"])
@@ -151,22 +174,7 @@ def test_mot_linear_hopper_formats(
         if quantizes_activations(format):
             rows = reference_formats.quantize_rows(x, format, plan)
             seen = rows.data.double() * rows.scales.double()[:, None]
-        wide = dequantize(weight, torch.float64)
-        truth = looped_linear(
-            seen,
-            wide,
-            plan.expert_ids,
-            bias=None if bias is None else bias.double(),
-            epilogue=chosen,
-        )
-        baseline = looped_linear(
-            seen.to(dtype), wide.to(dtype), plan.expert_ids, bias=bias, epilogue=chosen
-        )
-        for config in configs(format):
-            out = poisoned((route.num_rows, columns), dtype, device)
-            mot_linear(x, weight, plan, bias=bias, epilogue=chosen, out=out, config=config)
-            assert_close(f"{route} {config}", out, truth, plan, baseline)
-            assert not plan.flags.any()
+        check(str(route), x, seen, weight, plan, bias, chosen)
 
 
 @pytest.mark.gpu
@@ -193,14 +201,7 @@ def test_hopper_groups_of_rows(
         if size == "deep":  # scales may lie row by row, too
             rows = QuantizedRows(rows.data, rows.scales.contiguous(), dtype)
         seen = rows.data.double() * spread_scales(rows.scales, k).double()
-        wide = dequantize(weight, torch.float64)
-        truth = looped_linear(seen, wide, plan.expert_ids, epilogue=chosen)
-        baseline = looped_linear(seen.to(dtype), wide.to(dtype), plan.expert_ids, epilogue=chosen)
-        for config in configs(format):
-            out = poisoned((route.num_rows, columns), dtype, device)
-            mot_linear(rows, weight, plan, epilogue=chosen, out=out, config=config)
-            assert_close(f"{route} {config}", out, truth, plan, baseline)
-            assert not plan.flags.any()
+        check(str(route), rows, seen, weight, plan, None, chosen)
 
 
 @pytest.mark.gpu

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from test_rows import assert_same_bits
 
 from mot_kernels import (
     SILU_MUL,
     AddResidual,
+    Epilogue,
     ExpertWeight,
     Fp8W8A8,
     Int8W8A8,
@@ -43,12 +45,6 @@ def uneven(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> torch
     torch.manual_seed(0)
     x = torch.randn(rows, k, device=device) * torch.logspace(-4, 1, k, device=device)
     return x.to(dtype)
-
-
-def assert_same_bits(actual: QuantizedRows, wanted: QuantizedRows) -> None:
-    assert torch.equal(actual.scales.cpu(), wanted.scales.cpu())
-    ours, theirs = (rows.data.view(torch.uint8).cpu() for rows in (actual, wanted))
-    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("k", [1, 128, 130, 4096, 4500, 9001])
@@ -130,7 +126,7 @@ def test_product(
 @pytest.mark.parametrize("planned", [False, True], ids=["no_plan", "plan"])
 @pytest.mark.parametrize("stored", ["fp8", "int8", "plain"])
 def test_results_in_groups(
-    stored: str, planned: bool, epilogue: object, dtype: torch.dtype, device: torch.device
+    stored: str, planned: bool, epilogue: Epilogue | None, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Whatever the weight is: the bits of two calls; the second time by what the first kept."""
     plan = FEW.plan(device) if planned else None
@@ -139,7 +135,7 @@ def test_results_in_groups(
     weight: ExpertWeight | torch.Tensor = w.to(dtype)
     if stored != "plain":
         weight = quantize_weight(w, FP8 if stored == "fp8" else Int8W8A8())
-    y = mot_linear(x, weight, plan, epilogue=epilogue)  # type: ignore[arg-type]
+    y = mot_linear(x, weight, plan, epilogue=epilogue)
     wanted = quantize_rows(y, FP8, group_size=128)
     for _ in range(2):
         rows = mot_linear(
@@ -148,7 +144,7 @@ def test_results_in_groups(
             plan,
             epilogue=epilogue,
             quantize=FP8,
-            group_size=128,  # type: ignore[arg-type]
+            group_size=128,
         )
         assert rows.dtype is dtype
         assert_same_bits(rows, wanted)

@@ -4,8 +4,7 @@
 
 s_w is one scale of the expert or of the channel n, applied after the sum, or that of a 128x128
 block, applied in fp32 to the sum over the block's 128 k; so is s_x where each 128 columns of a row
-have their own. Bias, epilogue and the one rounding are
-as in linear.py.
+have their own. Bias, epilogue and the one rounding are as in linear.py.
 
 int8 adds up in int32, exactly. FP8 products are exact, too, but Hopper's units add them up with
 about 14 bits (DeepSeek-AI, arXiv:2412.19437, section 3.3.2). So on any FP8 unit the sum leaves it
