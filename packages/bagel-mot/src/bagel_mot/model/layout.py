@@ -361,10 +361,12 @@ class KVCache:
     ) -> None:
         shape = (layers, capacity, 2, kv_heads, head_dim)
         # Not empty: see `Backend.needs_finite_rows`.
+        # A CPU's allocator has no error of its own; on a GPU others may come up here, late.
+        refusal = RuntimeError if device.type == "cpu" else torch.OutOfMemoryError
         try:
             with lasting():
                 self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:
+        except refusal as error:
             gigabytes = dtype.itemsize * math.prod(shape) / 2**30
             raise MemoryError(
                 f"no memory for {capacity:,} rows of KV cache, {gigabytes:,.1f} GiB on {device}: "
