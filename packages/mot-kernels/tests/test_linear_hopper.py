@@ -15,7 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, dispatch, mot_linear
-from mot_kernels._triton.launch_hopper import deal, even_groups
+from mot_kernels._triton.launch_hopper import deal, share
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 
@@ -57,35 +57,43 @@ def test_deal_cuts_where_that_is_shorter() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 14, 148])
-@pytest.mark.parametrize("group_m", [1, 4, 8, 16, 64])
-@pytest.mark.parametrize("tiles", [1, 2, 9, 33, 65, 97])
-def test_walk(tiles: int, group_m: int, columns: int) -> None:
-    """Every unit once; a tile that the walk begins with is never long without others."""
+@pytest.mark.parametrize("group_m", [1, 8, 64])
+@pytest.mark.parametrize("side_tiles", [0, 1, 3])
+@pytest.mark.parametrize("tiles", [1, 9, 33, 97])
+@pytest.mark.parametrize("programs", [2, 8, 132])
+def test_walk(programs: int, tiles: int, side_tiles: int, group_m: int, columns: int) -> None:
+    """Every step of every unit once; side tiles by programs of their own."""
     hopper_work = pytest.importorskip("mot_kernels._triton.hopper_work")
-    group = even_groups(tiles, group_m)
-    for first in {0, tiles - 1}:
-        walk = [
-            hopper_work._place.fn(unit, tiles, first, columns, group)
-            for unit in range(tiles * columns)
-        ]
-        assert sorted(walk) == [(tile, n) for tile in range(tiles) for n in range(columns)]
-        at = [unit for unit, (tile, _) in enumerate(walk) if tile == first]
-        assert at == list(range(0, columns * group, group))
+    steps = 56
+    dealt = share(tiles * columns, side_tiles * columns, steps, programs, 4)
+    work = (tiles, side_tiles, dealt.own, columns, dealt.num_whole, dealt.parts, steps, group_m)
+    done: dict[tuple[int, int], list[int]] = {}
+    for program in range(programs):
+        unit, stride, end = hopper_work._walk.fn(program, programs, work)
+        while unit < end:
+            index, first, last = hopper_work._extent.fn(unit, program, work)
+            tile, column = hopper_work._place.fn(index, work)
+            assert (tile >= tiles) == (program >= dealt.own)
+            done.setdefault((tile, column), []).extend(range(first, last))
+            unit += stride
+    assert sorted(done) == [(t, n) for t in range(tiles + side_tiles) for n in range(columns)]
+    assert all(sorted(each) == list(range(steps)) for each in done.values())
 
 
-@pytest.mark.parametrize("tiles", range(1, 200))
-def test_groups_are_even(tiles: int) -> None:
-    for group_m in (1, 2, 4, 8, 16, 32, 64):
-        group = even_groups(tiles, group_m)
-        last = tiles - (-(-tiles // group) - 1) * group
-        assert group == tiles or group_m * 3 // 4 <= group <= 1.5 * group_m
-        assert last >= group / 2 or group_m < 8, f"{tiles} tiles: groups of {group}, then {last}"
+def test_walk_shares_columns() -> None:
+    """Units that follow each other are of one column block and the tiles of a group."""
+    hopper_work = pytest.importorskip("mot_kernels._triton.hopper_work")
+    work = (5, 2, 130, 3, 15, 1, 56, 4)
+    walk = [hopper_work._place.fn(unit, work) for unit in range(21)]
+    group = [(tile, n) for n in range(3) for tile in range(4)]
+    assert walk == [*group, (4, 0), (4, 1), (4, 2), *[(5 + i % 2, i // 2) for i in range(6)]]
 
 
-def test_groups_of_a_step() -> None:
-    """One, two and three branches, with und's tile: 1024x1024, 512x512."""
-    assert [even_groups(tiles, 16) for tiles in (33, 65, 97)] == [17, 13, 14]
-    assert [even_groups(tiles, 8) for tiles in (9, 17, 25)] == [9, 9, 9]
+def test_share_of_a_step() -> None:
+    """gate_up of one image: und's tile takes no longer than the others, on few programs."""
+    assert share(32 * 148, 148, 56, 132, 2) == (130, 36 * 130, 2)  # 1024x1024
+    assert share(8 * 148, 148, 56, 132, 2) == (125, 9 * 125, 2)  # 512x512
+    assert share(33 * 148, 0, 56, 132, 2) == (132, *deal(33 * 148, 56, 132, 2))
 
 
 # --- when it may run

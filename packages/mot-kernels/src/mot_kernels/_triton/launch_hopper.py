@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,8 @@ _LOADING_WARPS = 4
 
 # What cutting units costs, in k steps: their programs trade sums. See docs/log.md, 2026-11-25.
 _TRADING_STEPS = 6
+# How long a unit of few rows takes, of another one's time: until its weights are there.
+_FEW_ROWS = 0.4
 
 
 def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, int]:
@@ -44,20 +46,37 @@ def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, i
     return units - rest, parts
 
 
-@functools.cache
-def even_groups(num_tiles: int, group_m: int) -> int:
-    """About `group_m`, such that the last group of tiles is not much smaller than the others.
+class Share(NamedTuple):
+    """How units are dealt: to `own` programs those of ordinary tiles, as `deal` says.
 
-    A group reads all weights once: a few tiles that walk the columns by themselves wait for them.
+    The programs behind these have the units of the side tiles.
     """
 
-    def fullness(group: int) -> float:
-        """The last group's size over the others'."""
-        return (num_tiles - (-(-num_tiles // group) - 1) * group) / group
+    own: int
+    num_whole: int
+    parts: int
 
-    sizes = range(max(1, group_m * 3 // 4), group_m * 3 // 2 + 1)
-    best = max(sizes, key=lambda group: (fullness(group), -abs(group - group_m)))
-    return min(best, num_tiles)
+
+@functools.cache
+def share(units: int, side_units: int, steps: int, programs: int, most_parts: int) -> Share:
+    """Deal the units of ordinary tiles, and those of tiles with few rows beside them.
+
+    The latter wait for weights, which nobody else reads. Dealt like others they would all be under
+    way at once, and wait for memory, too: the more programs share them, the longer.
+    """
+    if not side_units:
+        return Share(programs, *deal(units, steps, programs, most_parts))
+
+    def time(own: int) -> tuple[float, int]:
+        """Of the programs that take longest, in ordinary units; if equal, the fewest for side."""
+        num_whole, parts = deal(units, steps, own, most_parts)
+        waves = -(-num_whole // own)
+        cut = (1 / parts + _TRADING_STEPS / steps) if num_whole < units else 0.0
+        side = -(-side_units // (programs - own)) * _FEW_ROWS
+        return max(waves + cut, side), programs - own
+
+    own = min(range(max(programs * 3 // 4, 1), programs), key=time)
+    return Share(own, *deal(units, steps, own, most_parts))
 
 
 def launch_linear_hopper(
@@ -96,13 +115,17 @@ def launch_linear_hopper(
     experts, n, k = weight.shape
     has_groups = x_scales is not None and x_scales.dim() == 2
     has_blocks = w_scales is not None and w_scales.dim() == 3
-    start, gathered, end = tile_range
+    start, gathered, end, gathered_rows = tile_range
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
-    num_tiles = end - start
-    units = num_tiles * -(-out.shape[1] // block_out)
+    columns = -(-out.shape[1] // block_out)
+    # BAGEL's und expert has one tile, of a few rows.
+    side_tiles = end - gathered if start < gathered and gathered_rows <= config.block_m // 2 else 0
+    num_tiles = end - start - side_tiles
+    units = num_tiles * columns
     programs = min(count_multiprocessors(x.device), MOST_PROGRAMS)
-    num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
+    steps, most_parts = k // config.block_k, block_out // _CHUNK.value
+    own, num_whole, parts = share(units, side_tiles * columns, steps, programs, most_parts)
     if config.block_k * x.element_size() != HOPPER_ROW_BYTES:
         raise ValueError(
             f"config has block_k={config.block_k}; schedule 'hopper' multiplies {x.dtype} in steps "
@@ -144,12 +167,11 @@ def launch_linear_hopper(
         row_ids_ptr=row_ids,
         tiles_ptr=tiles[start:end],
         num_tiles=num_tiles,
-        # Those of scattered rows first: BAGEL's und has a single one, so that in its group, beside
-        # others that compute, it reads its weights. Alone at the end it would wait for memory.
-        first_tile=gathered - start if gathered < end else 0,
+        side_tiles=side_tiles,
+        own=own,
         num_whole=num_whole,
         parts=parts,
-        group_m=even_groups(num_tiles, config.group_m),
+        group_m=config.group_m,
         w_rows=n,
         first_expert=first_expert,
         N_OUT=out.shape[1],
