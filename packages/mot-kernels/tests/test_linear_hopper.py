@@ -15,7 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, dispatch, mot_linear
-from mot_kernels._triton.launch_hopper import deal, share
+from mot_kernels._triton.launch_hopper import deal
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 
@@ -56,44 +56,17 @@ def test_deal_cuts_where_that_is_shorter() -> None:
     assert deal(4, 14, 132, 2) == (0, 2)
 
 
-@pytest.mark.parametrize("columns", [1, 14, 148])
-@pytest.mark.parametrize("group_m", [1, 8, 64])
-@pytest.mark.parametrize("side_tiles", [0, 1, 3])
-@pytest.mark.parametrize("tiles", [1, 9, 33, 97])
-@pytest.mark.parametrize("programs", [2, 8, 132])
-def test_walk(programs: int, tiles: int, side_tiles: int, group_m: int, columns: int) -> None:
-    """Every step of every unit once; side tiles by programs of their own."""
+@pytest.mark.parametrize("columns", [1, 3, 148])
+@pytest.mark.parametrize("group_m", [1, 4, 64])
+@pytest.mark.parametrize("tiles", [1, 5, 33])
+def test_walk(tiles: int, group_m: int, columns: int) -> None:
+    """Every unit once; those that follow each other are of few tiles, and of one column block."""
     hopper_work = pytest.importorskip("mot_kernels._triton.hopper_work")
-    steps = 56
-    dealt = share(tiles * columns, side_tiles * columns, steps, programs, 4)
-    work = (tiles, side_tiles, dealt.own, columns, dealt.num_whole, dealt.parts, steps, group_m)
-    done: dict[tuple[int, int], list[int]] = {}
-    for program in range(programs):
-        unit, stride, end = hopper_work._walk.fn(program, programs, work)
-        while unit < end:
-            index, first, last = hopper_work._extent.fn(unit, program, work)
-            tile, column = hopper_work._place.fn(index, work)
-            assert (tile >= tiles) == (program >= dealt.own)
-            done.setdefault((tile, column), []).extend(range(first, last))
-            unit += stride
-    assert sorted(done) == [(t, n) for t in range(tiles + side_tiles) for n in range(columns)]
-    assert all(sorted(each) == list(range(steps)) for each in done.values())
-
-
-def test_walk_shares_columns() -> None:
-    """Units that follow each other are of one column block and the tiles of a group."""
-    hopper_work = pytest.importorskip("mot_kernels._triton.hopper_work")
-    work = (5, 2, 130, 3, 15, 1, 56, 4)
-    walk = [hopper_work._place.fn(unit, work) for unit in range(21)]
-    group = [(tile, n) for n in range(3) for tile in range(4)]
-    assert walk == [*group, (4, 0), (4, 1), (4, 2), *[(5 + i % 2, i // 2) for i in range(6)]]
-
-
-def test_share_of_a_step() -> None:
-    """gate_up of one image: und's tile takes no longer than the others, on few programs."""
-    assert share(32 * 148, 148, 56, 132, 2) == (130, 36 * 130, 2)  # 1024x1024
-    assert share(8 * 148, 148, 56, 132, 2) == (125, 9 * 125, 2)  # 512x512
-    assert share(33 * 148, 0, 56, 132, 2) == (132, *deal(33 * 148, 56, 132, 2))
+    walk = [
+        hopper_work._place.fn(unit, tiles, columns, group_m) for unit in range(tiles * columns)
+    ]
+    groups = [range(first, min(first + group_m, tiles)) for first in range(0, tiles, group_m)]
+    assert walk == [(tile, n) for group in groups for n in range(columns) for tile in group]
 
 
 # --- when it may run

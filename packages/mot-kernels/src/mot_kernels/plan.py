@@ -57,8 +57,7 @@ class RoutePlan:
             In a table the tiles of consecutive rows come first.
         tile_offsets: on the host, for each entry of `TILE_ROWS`, where in `tiles` its table
             starts, where in it the tiles of consecutive rows of each expert end, then where the
-            other tiles of each expert end, then how many rows those have; see `tile_range` and
-            `expert_tiles`.
+            other tiles of each expert end; see `tile_range` and `expert_tiles`.
         flags: (2 * MOST_PROGRAMS,) int32 on the device, zeros: with these the programs of one
             launch tell each other that a part is done, and leave zeros behind (`mot_linear` on
             Hopper GPUs, and with few rows on any). So launches that use one plan must not run at
@@ -110,8 +109,8 @@ class RoutePlan:
         """The tile table for tiles of `tile_rows` rows, (T, 4) int32: a view of `tiles`."""
         if tile_rows not in TILE_ROWS:
             raise ValueError(f"tile_rows is {tile_rows}; a plan has tables for {TILE_ROWS}")
-        table = tile_range(self.flat_offsets, tile_rows, self.num_experts)
-        return self.tiles[table.start : table.end]
+        start, _, end = tile_range(self.flat_offsets, tile_rows, self.num_experts)
+        return self.tiles[start:end]
 
     @classmethod
     def from_indices(cls, *indices: torch.Tensor, num_rows: int | None = None) -> RoutePlan:
@@ -260,21 +259,17 @@ def replays_of(plan: RoutePlan | None) -> Replays:
 
 
 class TileRange(NamedTuple):
-    """Tiles `start` to `end` of `RoutePlan.tiles`; from `gathered` on rows are not consecutive.
-
-    These have `gathered_rows` live rows together, at most.
-    """
+    """Tiles `start` to `end` of `RoutePlan.tiles`; from `gathered` on rows are not consecutive."""
 
     start: int
     gathered: int
     end: int
-    gathered_rows: int
 
 
 def tile_range(offsets: Sequence[int], tile_rows: int, experts: int) -> TileRange:
     """The table for tiles of `tile_rows` rows, given `RoutePlan.flat_offsets`."""
     table = _table(offsets, tile_rows, experts)
-    return TileRange(table[0], table[experts], table[2 * experts], table[-1])
+    return TileRange(table[0], table[experts], table[-1])
 
 
 def expert_tiles(
@@ -284,15 +279,12 @@ def expert_tiles(
     table = _table(offsets, tile_rows, experts)
     start, end = table[expert : expert + 2]
     gathered, gathered_end = table[experts + expert : experts + expert + 2]
-    ranges = [
-        TileRange(start, end, end, 0),
-        TileRange(gathered, gathered, gathered_end, table[-1]),
-    ]
+    ranges = [TileRange(start, end, end), TileRange(gathered, gathered, gathered_end)]
     return [each for each in ranges if each.start < each.end]
 
 
 def _table(offsets: Sequence[int], tile_rows: int, experts: int) -> Sequence[int]:
-    size = 2 * experts + 2
+    size = 2 * experts + 1
     first = size * TILE_ROWS.index(tile_rows)
     return offsets[first : first + size]
 
@@ -375,6 +367,6 @@ def _cut_tiles(
         place = expert + len(segments) * (first < 0)
         tables.append(table[np.argsort(place, kind="stable")])
         ends = base + np.cumsum(np.bincount(place, minlength=2 * len(segments)))
-        all_offsets.append((base, *map(int, ends), int(live[first < 0].sum())))
+        all_offsets.append((base, *map(int, ends)))
         base += len(table)
     return np.concatenate(tables).astype(np.int32), tuple(all_offsets)

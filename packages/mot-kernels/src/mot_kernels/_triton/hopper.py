@@ -43,7 +43,7 @@ from mot_kernels._triton.hopper_finish import (
 )
 from mot_kernels._triton.hopper_load import _loading_warps
 from mot_kernels._triton.hopper_sum import _start_sum, _sum_layout, _sum_up
-from mot_kernels._triton.hopper_work import _extent, _place, _walk
+from mot_kernels._triton.hopper_work import _extent, _first_unit, _place
 from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed this.
@@ -79,7 +79,7 @@ def _computing_group(
     x_scales_ptr, stride_x_scales_m, stride_x_scales_k = x_scales
     w_scales_ptr, stride_w_scales_e, stride_w_scales_n, stride_w_scales_k = w_scales
     partials_ptr, flags_ptr = partial
-    parts = work[5]
+    num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
@@ -88,14 +88,13 @@ def _computing_group(
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     stored: gl.constexpr = _stored(OUT_GROUPS)
     sums: gl.constexpr = _sum_layout(ring, LEAVES_UNIT)
-    program = gl.program_id(0)
-    unit, stride, end = _walk(program, gl.num_programs(0), work)
+    unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
-    while unit < end:
+    while unit < num_whole:
         is_cut = unit < 0
-        index, first_step, last_step = _extent(unit, program, work)
-        unit += stride
-        tile, block_n = _place(index, work)
+        index, first_step, last_step = _extent(unit, num_whole, parts, steps)
+        unit += gl.num_programs(0)
+        tile, block_n = _place(index, num_tiles, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
         live = gl.load(tile_ptr + 2)
         if live > GROUP * _ROWS:
@@ -178,8 +177,8 @@ def _computing_group(
 
 @gluon.jit(
     do_not_specialize=(
-        "num_tiles", "side_tiles", "own", "num_whole", "parts", "group_m", "first_expert",
-        "stride_out_scales_k", "stride_x_scales_k",
+        "num_tiles", "num_whole", "parts", "group_m", "first_expert", "stride_out_scales_k",
+        "stride_x_scales_k",
     )
 )  # fmt: skip
 def _mot_linear_hopper_kernel(
@@ -198,8 +197,6 @@ def _mot_linear_hopper_kernel(
     row_ids_ptr,  # (M,) int32
     tiles_ptr,  # (T, 4) int32
     num_tiles,
-    side_tiles,  # behind these: for the programs from `own` on
-    own,
     num_whole,
     parts,  # of each unit that is cut along K: the last ones, from num_whole on
     group_m,  # row tiles that walk the columns together
@@ -263,9 +260,7 @@ def _mot_linear_hopper_kernel(
         gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain),
     )
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    columns = gl.cdiv(N_OUT, OUT)
-    steps = K // BLOCK_K
-    work = (num_tiles, side_tiles, own, columns, num_whole, parts, steps, group_m)
+    work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, parts, K // BLOCK_K, group_m)
     ring = (x_ring, w_ring, full, empty)
     x = (x_desc, x_ptr, stride_x_m)
     weight = (w_desc, w_rows, first_expert)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from mot_kernels._triton.hopper_finish import _CHUNK, _ROWS, _chunks_per_stage, _residual_chunk
-from mot_kernels._triton.hopper_work import _extent, _place, _walk
+from mot_kernels._triton.hopper_work import _extent, _first_unit, _place
 from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed these.
@@ -95,6 +95,7 @@ def _loading_warps(
     x_desc, x_ptr, stride_x_m = x
     w_desc, w_rows, first_expert = weight
     residual_desc, residual_ptr, stride_residual_m = residual
+    num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
@@ -103,13 +104,12 @@ def _loading_warps(
     BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
     X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * BITS // 8
     W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * BITS // 8
-    program = gl.program_id(0)
-    unit, stride, end = _walk(program, gl.num_programs(0), work)
+    unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
-    while unit < end:
-        index, first_step, last_step = _extent(unit, program, work)
-        unit += stride
-        tile, block_n = _place(index, work)
+    while unit < num_whole:
+        index, first_step, last_step = _extent(unit, num_whole, parts, steps)
+        unit += gl.num_programs(0)
+        tile, block_n = _place(index, num_tiles, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
         first = gl.load(tile_ptr + 3)
         column = block_n * OUT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,8 +25,6 @@ _LOADING_WARPS = 4
 
 # What cutting units costs, in k steps: their programs trade sums. See docs/log.md, 2026-11-25.
 _TRADING_STEPS = 6
-# How long a unit of few rows takes, of another one's time: until its weights are there.
-_FEW_ROWS = 0.4
 
 
 def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, int]:
@@ -44,39 +42,6 @@ def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, i
     if steps / parts + _TRADING_STEPS >= steps:
         return units, 1
     return units - rest, parts
-
-
-class Share(NamedTuple):
-    """How units are dealt: to `own` programs those of ordinary tiles, as `deal` says.
-
-    The programs behind these have the units of the side tiles.
-    """
-
-    own: int
-    num_whole: int
-    parts: int
-
-
-@functools.cache
-def share(units: int, side_units: int, steps: int, programs: int, most_parts: int) -> Share:
-    """Deal the units of ordinary tiles, and those of tiles with few rows beside them.
-
-    The latter wait for weights, which nobody else reads. Dealt like others they would all be under
-    way at once, and wait for memory, too: the more programs share them, the longer.
-    """
-    if not side_units:
-        return Share(programs, *deal(units, steps, programs, most_parts))
-
-    def time(own: int) -> tuple[float, int]:
-        """Of the programs that take longest, in ordinary units; if equal, the fewest for side."""
-        num_whole, parts = deal(units, steps, own, most_parts)
-        waves = -(-num_whole // own)
-        cut = (1 / parts + _TRADING_STEPS / steps) if num_whole < units else 0.0
-        side = -(-side_units // (programs - own)) * _FEW_ROWS
-        return max(waves + cut, side), programs - own
-
-    own = min(range(max(programs * 3 // 4, 1), programs), key=time)
-    return Share(own, *deal(units, steps, own, most_parts))
 
 
 def launch_linear_hopper(
@@ -115,17 +80,13 @@ def launch_linear_hopper(
     experts, n, k = weight.shape
     has_groups = x_scales is not None and x_scales.dim() == 2
     has_blocks = w_scales is not None and w_scales.dim() == 3
-    start, gathered, end, gathered_rows = tile_range
+    start, gathered, end = tile_range
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
-    columns = -(-out.shape[1] // block_out)
-    # BAGEL's und expert has one tile, of a few rows.
-    side_tiles = end - gathered if start < gathered and gathered_rows <= config.block_m // 2 else 0
-    num_tiles = end - start - side_tiles
-    units = num_tiles * columns
+    num_tiles = end - start
+    units = num_tiles * -(-out.shape[1] // block_out)
     programs = min(count_multiprocessors(x.device), MOST_PROGRAMS)
-    steps, most_parts = k // config.block_k, block_out // _CHUNK.value
-    own, num_whole, parts = share(units, side_tiles * columns, steps, programs, most_parts)
+    num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
     if config.block_k * x.element_size() != HOPPER_ROW_BYTES:
         raise ValueError(
             f"config has block_k={config.block_k}; schedule 'hopper' multiplies {x.dtype} in steps "
@@ -167,8 +128,6 @@ def launch_linear_hopper(
         row_ids_ptr=row_ids,
         tiles_ptr=tiles[start:end],
         num_tiles=num_tiles,
-        side_tiles=side_tiles,
-        own=own,
         num_whole=num_whole,
         parts=parts,
         group_m=config.group_m,
