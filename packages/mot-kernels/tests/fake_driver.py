@@ -116,7 +116,6 @@ def faked(backend: str = "cuda") -> Iterator[FakeDriver]:
     """CPU tensors pass for those of a Hopper GPU."""
     fake = FakeDriver(backend)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not said
         patch.setattr(driver, "_active", fake)
         patch.setattr(triton.compiler, "compile", fake.compile)
         for kernel in KERNELS:

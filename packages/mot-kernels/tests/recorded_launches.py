@@ -68,7 +68,8 @@ class Launch:
                 signature[name] = "i32"
                 if value % 16 == 0:
                     attributes[(parameter.num,)] = aligned
-        options = {k: v for k, v in self.arguments.items() if k in ("num_warps", "num_stages")}
+        names = "num_warps", "num_stages", "enable_fp_fusion"
+        options = {k: v for k, v in self.arguments.items() if k in names}
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
 

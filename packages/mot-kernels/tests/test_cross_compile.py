@@ -69,6 +69,8 @@ class Compilation:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
+        from mot_kernels._triton.launcher import OPTIONS
+
         signature, attributes = {}, {}
         for index, name in enumerate(self.kernel.arg_names):
             if name in self.constants:
@@ -84,7 +86,7 @@ class Compilation:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, self.constants, attributes)
         gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-        compiled = triton.compile(source, target=gpu, options=self.options)
+        compiled = triton.compile(source, target=gpu, options=self.options | OPTIONS)
         return findings(compiled, target)
 
 
@@ -297,6 +299,7 @@ def compile_hopper(name: str) -> dict[str, Any]:
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     from mot_kernels._triton.hopper import _mot_linear_hopper_kernel as kernel
+    from mot_kernels._triton.launcher import OPTIONS
 
     dtype, epilogue, has_bias, has_gathered = HOPPER_KERNELS[name]
     bits = 16 if dtype == "bf16" else 8
@@ -358,7 +361,7 @@ def compile_hopper(name: str) -> dict[str, Any]:
             if not argument.startswith("num_"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": config.num_warps}
+    options = {"num_warps": config.num_warps} | OPTIONS
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {
         "shared": compiled.metadata.shared,

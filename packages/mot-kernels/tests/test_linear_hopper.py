@@ -62,9 +62,7 @@ def test_deal_cuts_where_that_is_shorter() -> None:
 def test_walk(tiles: int, group_m: int, columns: int) -> None:
     """Every unit once; those that follow each other are of few tiles, and of one column block."""
     hopper_work = pytest.importorskip("mot_kernels._triton.hopper_work")
-    walk = [
-        hopper_work._place.fn(unit, tiles, columns, group_m) for unit in range(tiles * columns)
-    ]
+    walk = [hopper_work._place.fn(unit, tiles, columns, group_m) for unit in range(tiles * columns)]
     groups = [range(first, min(first + group_m, tiles)) for first in range(0, tiles, group_m)]
     assert walk == [(tile, n) for group in groups for n in range(columns) for tile in group]
 

@@ -141,7 +141,10 @@ def launch_silu_mul(out: torch.Tensor, x: torch.Tensor) -> None:
     check_reach("out", out, 1)
     block = min(triton.next_power_of_2(columns), 1024)
     with on_device(x.device):
-        _silu_mul_kernel[(rows, triton.cdiv(columns, block))](
+        launch(
+            _silu_mul_kernel,
+            (rows, triton.cdiv(columns, block)),
+            {},
             out_ptr=out,
             x_ptr=x,
             F=columns,

@@ -263,7 +263,10 @@ def _write_out(wide: torch.Tensor, weight: ExpertWeight, expert: int) -> None:
     group = weight.format.group_size if isinstance(weight.format, Int4W4A16) else 0
     n, k = wide.shape
     block_n, block_k = 16, 512
-    _dequantize_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
+    launch(
+        _dequantize_kernel,
+        (triton.cdiv(n, block_n), triton.cdiv(k, block_k)),
+        {},
         out_ptr=wide,
         w_ptr=weight.data[expert],
         scales_ptr=scales if group else None,
