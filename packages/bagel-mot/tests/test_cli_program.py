@@ -97,6 +97,26 @@ def test_interrupted(
     assert capsys.readouterr().err == ("interrupted\n" if rank is None else "")
 
 
+@pytest.mark.parametrize("rank", [None, "1"], ids=str)
+def test_no_memory(
+    rank: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line: the error of a KV cache says what takes less."""
+
+    def refuse(*_: object) -> None:
+        raise MemoryError("no memory for 9 rows: fewer take less")
+
+    left: list[int] = []
+    monkeypatch.setattr("bagel_mot.cli.leave", left.append)
+    monkeypatch.setattr(Place, "load", refuse)
+    monkeypatch.setattr(sys, "argv", ["bagel-mot", *ASK])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 1
+    assert left == [1]
+    assert capsys.readouterr().err == "error: no memory for 9 rows: fewer take less\n"
+
+
 def test_module(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -m bagel_mot` as a shell sees it: none of vLLM's messages, no traces of a bar."""
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)

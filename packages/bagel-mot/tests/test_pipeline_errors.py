@@ -39,6 +39,13 @@ from bagel_mot.sampling import ImageSettings
         ),
         pytest.param(["a"], {"num_images": 0}, ValueError, "num_images is 0", id="no-images"),
         pytest.param(
+            ["a"],
+            {"max_text_tokens": 2**20 + 1},
+            ValueError,
+            "max_text_tokens is 1048577; expected at most 1048576",
+            id="too-many-tokens",
+        ),
+        pytest.param(
             ["a"], {"max_text_tokens": 0}, ValueError, "max_text_tokens 0", id="no-tokens"
         ),
         pytest.param(

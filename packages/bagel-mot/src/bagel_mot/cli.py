@@ -323,6 +323,10 @@ def main() -> None:
         if done.code:
             leave(done.code if isinstance(done.code, int) else 1)
         raise
+    except MemoryError as error:  # ours say what takes less
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        leave(1)
+        raise SystemExit(1) from None
     except BaseException as error:
         leave(1, error)
         raise

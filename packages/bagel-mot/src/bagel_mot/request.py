@@ -17,6 +17,8 @@ Part = str | Image.Image
 
 # Logits divided by less could overflow.
 _LEAST_TEMPERATURE = 1e-6
+# Room is made for all of them at once; the released model was trained on a thirtieth of it.
+MOST_TEXT_TOKENS = 2**20
 _WHOLE = ("height", "width", "num_images", "seed", "max_text_tokens")
 
 
@@ -68,6 +70,10 @@ class Request:
             raise ValueError(
                 f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "
                 "both start at 1"
+            )
+        if self.max_text_tokens > MOST_TEXT_TOKENS:
+            raise ValueError(
+                f"max_text_tokens is {self.max_text_tokens}; expected at most {MOST_TEXT_TOKENS}"
             )
         if self.temperature is not None:
             _check_temperature(self.temperature)
