@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ from pictures import assert_same_picture, opened
 from PIL import Image, ImageChops
 
 from bagel_mot.cli_io import save_png
+from bagel_mot.model_options import Place
+from bagel_mot.pipeline import BagelPipeline
 
 pytestmark = pytest.mark.usefixtures("working_folder")
 
@@ -104,3 +107,45 @@ def test_pngs_are_the_pictures_in_few_bytes() -> None:
     fast = io.BytesIO()
     image.save(fast, format="PNG", compress_level=1)
     assert Path("new/fox.png").stat().st_size < len(fast.getvalue())
+
+
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "no-links"])
+def test_nobodys_file_is_overwritten(
+    has_links: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if it came after the command had looked; on a file system without hard links, too."""
+    if not has_links:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EPERM, "no hard links")
+
+        monkeypatch.setattr(os, "link", refuse)
+    image = Image.new("RGB", (16, 16), "red")
+    for name in ("fox-0.png", "fox-0-1.png"):
+        Path(name).write_text("somebody's")
+    assert save_png(image, Path("fox-0.png"), {}) == Path("fox-0-2.png")
+    assert (
+        capsys.readouterr().err == "fox-0.png has come to exist meanwhile: saved as fox-0-2.png\n"
+    )
+    assert save_png(image, Path("new.png"), {}) == Path("new.png")
+    assert save_png(image, Path("fox-0-1.png"), {}, overwrite=True) == Path("fox-0-1.png")
+    assert Path("fox-0.png").read_text() == "somebody's"
+    for name in ("fox-0-2.png", "new.png", "fox-0-1.png"):
+        assert_same_picture(opened(name), image)
+    assert {each.name for each in Path().iterdir()} == {
+        "fox-0.png", "fox-0-1.png", "fox-0-2.png", "new.png"
+    }  # fmt: skip
+
+
+def test_painted_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that is printed is the file's."""
+    real = Place.load
+
+    def load(self: Place) -> BagelPipeline:
+        Path("fox.png").write_text("somebody's")
+        return real(self)
+
+    monkeypatch.setattr(Place, "load", load)
+    said = succeed("generate", "a fox", *SMALL, "-o", "fox.png").stdout
+    assert said == f"{Path.cwd() / 'fox-1.png'}\n"
+    assert Path("fox.png").read_text() == "somebody's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -101,8 +102,15 @@ def output_files(
     return files
 
 
-def save_png(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
-    """Write beside the target, then rename: the file is whole or not there."""
+def save_png(
+    image: Image.Image, file: Path, metadata: dict[str, str], *, overwrite: bool = False
+) -> Path:
+    """Write beside the target, then rename: the file is whole or not there.
+
+    Returns:
+        Where it is: without `overwrite` never over a file that has come to exist since the command
+        began. It then gets a name of its own, and that is said.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for key, value in metadata.items():
@@ -112,10 +120,37 @@ def save_png(image: Image.Image, file: Path, metadata: dict[str, str]) -> None:
     try:
         image.save(temporary, pnginfo=info, compress_type=PNG_STRATEGY)
         os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
+        saved = file
+        if overwrite:
+            os.replace(temporary, file)
+        else:
+            saved = _rename_to_free(temporary, file)
     except BaseException:
         os.unlink(temporary)
         raise
+    if saved != file:
+        line = f"{file} has come to exist meanwhile: saved as {saved.name}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return saved
+
+
+def _rename_to_free(temporary: str, file: Path) -> Path:
+    """To the first name of file, file-1, file-2, ... that nobody has."""
+    others = (file.with_stem(f"{file.stem}-{i}") for i in itertools.count(1))
+    names = itertools.chain([file], others)
+    while True:
+        name = next(names)
+        try:
+            os.link(temporary, name)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without hard links
+            if name.exists():
+                continue
+            os.replace(temporary, name)
+        else:
+            os.unlink(temporary)
+        return name
 
 
 class Streamed:

@@ -59,7 +59,8 @@ def demo(
         check_side(pipeline.config, "--side", side)
     entries = _make(pipeline, side, num_timesteps, seed)
     with user_errors():
-        save_png(_sheet(entries), file, {"seed": str(seed), "model": str(model)})
+        told = {"seed": str(seed), "model": str(model)}
+        file = save_png(_sheet(entries), file, told, overwrite=overwrite)
     for caption, _ in entries:
         console.print(caption, markup=False, highlight=False)
     typer.echo(file.resolve())

@@ -36,6 +36,7 @@ class Painting:
     pipeline: BagelPipeline
     requests: Sequence[Request]
     files: Sequence[Path]
+    overwrite: bool
 
     @classmethod
     def ready(
@@ -55,7 +56,7 @@ class Painting:
         count = sum(request.num_images for request in requests)
         files = output_files(output, count, overwrite, numbered=numbered)
         place.start_ranks()
-        return cls(place.load(), requests, files)
+        return cls(place.load(), requests, files, overwrite)
 
     def paint(self) -> None:
         """Paint and save, so many requests at a time: what is saved stays, whatever comes."""
@@ -92,8 +93,8 @@ class Painting:
         with user_errors():
             for request, result in zip(requests, results, strict=True):
                 for i, image in enumerate(result.images):
-                    file = next(files)
-                    save_png(image, file, _metadata(request, result, i))
+                    told = _metadata(request, result, i)
+                    file = save_png(image, next(files), told, overwrite=self.overwrite)
                     typer.echo(file.resolve())
 
 
