@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mot_kernels import SILU_MUL, AddResidual, RoutePlan, mot_linear
+from mot_kernels import SILU_MUL, AddResidual, Int8W8A8, RoutePlan, mot_linear
 
 X = torch.zeros(3, 8)
 WEIGHT = torch.zeros(2, 6, 8)
@@ -32,6 +32,24 @@ PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
             ValueError,
             r"weight has shape \(2, 8, 6\), so K=6, but x has K=8 columns",
             id="weight_transposed",
+        ),
+        pytest.param(
+            {"weight": list(WEIGHT)},
+            TypeError,
+            r"weight is a list; expected a tensor \(experts, N, K\) or an ExpertWeight",
+            id="weight_list",
+        ),
+        pytest.param(
+            {"config": (16, 64, 32)},
+            TypeError,
+            "config is a tuple; expected a TileConfig",
+            id="config_tuple",
+        ),
+        pytest.param(
+            {"x": X.double(), "weight": WEIGHT.double(), "quantize": Int8W8A8()},
+            TypeError,
+            "x has dtype torch.float64; quantize takes bfloat16, float16, float32",
+            id="quantize_float64",
         ),
         pytest.param(
             {"x": torch.zeros(3, 8, dtype=torch.int8)},

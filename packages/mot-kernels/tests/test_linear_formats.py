@@ -234,6 +234,20 @@ def test_formats_zero_rows(format: Format, dtype: torch.dtype, device: torch.dev
     assert torch.equal(y[0], bias[0]) and torch.equal(y[-1], bias[0])
 
 
+@all_formats
+def test_formats_no_columns(format: Format, dtype: torch.dtype, device: torch.device) -> None:
+    weight = quantize_weight(torch.randn(2, 0, 128, device=device), format)
+    plan = ROUTES["first_and_last_row"].plan(device)
+    x = torch.randn(plan.num_rows, 128, device=device).to(dtype)
+    assert mot_linear(x, weight, plan).shape == (plan.num_rows, 0)
+    assert mot_linear(x[:5], weight).shape == (5, 0)
+
+
+def test_quantize_weight_no_columns() -> None:
+    weight = quantize_weight(torch.randn(2, 0, 64), Fp8W8A8(WeightScales.PER_TENSOR))
+    assert weight.shape == (2, 0, 64)
+
+
 # --- INT8 W8A8: exact
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mot_kernels import RoutePlan, mot_qk_norm_rope, mot_rms_norm
+from mot_kernels import Int8W8A8, RoutePlan, mot_qk_norm_rope, mot_rms_norm
 
 PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
 
@@ -24,6 +24,12 @@ PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
         ),
         pytest.param(
             {"weight": torch.zeros(2, 9)}, ValueError, r"weight \(2, 9\); exp", id="weight_width"
+        ),
+        pytest.param(
+            {"x": torch.zeros(3, 0), "weight": torch.zeros(2, 0), "quantize": Int8W8A8()},
+            ValueError,
+            "x has 0 columns, so quantize has nothing to round",
+            id="quantize_no_columns",
         ),
         pytest.param(
             {"x": torch.zeros(3, 8, dtype=torch.int32)},
@@ -145,7 +151,7 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
         ),
         pytest.param(
             {"rope": torch.zeros(9, 4).half()},
-            ValueError,
+            TypeError,
             r"rope is torch.float16 of shape \(9, 4\); expected float32 \(positions, 4\): cos",
             id="rope_dtype",
         ),
@@ -160,13 +166,13 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
         ),
         pytest.param(
             {"positions": torch.zeros(3)},
-            ValueError,
+            TypeError,
             "positions is torch.float32",
             id="positions_f",
         ),
         pytest.param(
             {"positions": torch.ones(3, dtype=torch.bool)},
-            ValueError,
+            TypeError,
             "positions is torch.bool",
             id="positions_bool",
         ),
@@ -248,7 +254,7 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
         ),
         pytest.param(
             {"kv_rows": torch.arange(3).float(), "k_out": heads(9, 2), "v_out": heads(9, 2)},
-            ValueError,
+            TypeError,
             r"kv_rows is torch.float32 of shape \(3,\); expected an integer",
             id="kv_rows_float",
         ),

@@ -240,13 +240,42 @@ def test_groups_do_not_fit() -> None:
     ("name", "dtype", "message"),
     [
         ("weight", torch.int16, "weight has dtype torch.int16"),
-        ("weight_scale", torch.bfloat16, "cannot fill a parameter of dtype torch.float32"),
+        ("weight_scale", torch.bfloat16, "cannot fill weight_scale, a parameter of dtype"),
     ],
 )
 def test_wrong_dtype(name: str, dtype: torch.dtype, message: str) -> None:
     parameter = getattr(build("row", FormatConfig(Int8W8A8())), name)
     with pytest.raises(TypeError, match=message):
         fill(parameter, torch.zeros(HIDDEN, in_features("row")).to(dtype), None)
+
+
+def test_scales_of_channels_may_have_a_column() -> None:
+    """As compressed-tensors stores them; a scale of a whole expert has no place."""
+    scale = build("row", FormatConfig(Int8W8A8())).weight_scale
+    values = torch.arange(HIDDEN, dtype=torch.float32)
+    fill(scale, values[:, None], None)
+    assert torch.equal(scale, values)
+    with pytest.raises(
+        ValueError, match=r"of shape \(\) cannot fill weight_scale, of which a rank"
+    ):
+        fill(scale, torch.tensor(0.5), None)
+
+
+def test_missing_scales_are_no_numbers() -> None:
+    """Of a checkpoint with weights in the format and no scales, or misnamed ones."""
+    format = Int8W8A16()
+    layer = build("row", FormatConfig(format))
+    weights = Weights.of("row")
+    load(
+        layer,
+        "row",
+        weights,
+        lambda piece: {"weight": quantize_weight(piece[None], format).data[0]},
+    )
+    y, _ = layer(torch.randn(PLAN.num_rows, in_features("row")), PLAN)
+    assert y.isnan().all()
+    with pytest.raises(ValueError, match="in int8_w8a16, but weight_scale was not loaded"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def test_conversion_to_another_dtype_is_refused() -> None:

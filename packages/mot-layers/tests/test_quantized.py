@@ -82,6 +82,7 @@ def test_partly_quantised(ignored: str, caplog: pytest.LogCaptureFixture) -> Non
         layer.gen_exp.cpu_linear = F.linear  # as in test_linear_without_plan_is_vllms
     assert_right(layer, spec, "every_second_row")
     assert ("gathered" in caplog.text) == (ignored == "gen_exp")
+    assert ("only one of its experts is quantised" in caplog.text) == (ignored == "gen_exp")
 
 
 def test_says_once_that_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:

@@ -224,10 +224,20 @@ class TestReplacedParameters:
         self.assert_restacked(layer, caplog)
 
     def test_state_dict_assigned(self, caplog: pytest.LogCaptureFixture) -> None:
+        """At once, without a word: a compiled graph could not know."""
         layer = self.spec.build()
         state = {k: v.clone() for k, v in built(self.spec).state_dict().items()}
         layer.load_state_dict(state, assign=True)
-        self.assert_restacked(layer, caplog)
+        assert_shared(layer)
+        assert_right(layer, self.spec)
+        assert not caplog.records
+
+    def test_copied(self) -> None:
+        """Of a norm; vLLM's own parameters, which the linears have, cannot be copied so."""
+        norm = copy.deepcopy(MoTRMSNorm(HIDDEN))
+        assert norm._is_stacked()
+        norm.load_state_dict({key: p * 3 for key, p in norm.state_dict().items()})
+        assert (norm.stacked_weight == 3).all()
 
     def test_in_inference_mode(self, caplog: pytest.LogCaptureFixture) -> None:
         layer = built(self.spec)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.autograd import forward_ad
 
@@ -17,6 +19,10 @@ from mot_kernels.plan import RoutePlan
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd wants to see this call, backward or forward; the kernels have neither."""
     if forward_ad._current_level >= 0:  # inside `dual_level` or `torch.func.jvp`
@@ -30,8 +36,7 @@ def check_same_dtype(
     """x has a supported dtype, and the others share its dtype and device."""
     # float64 is not computed by any kernel, but the reference path takes it (gradient checks).
     if x.dtype not in DTYPES and not (x.dtype is torch.float64 and x.device.type == "cpu"):
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise TypeError(f"{x_name} has dtype {x.dtype}; supported are {names}")
+        raise TypeError(f"{x_name} has dtype {x.dtype}; supported are {_names(DTYPES)}")
     for name, other in others.items():
         if other is None:
             continue
@@ -93,7 +98,7 @@ def check_quantize(
     activation_scale: torch.Tensor | None,
     out: torch.Tensor | None,
     experts: int,
-    device: torch.device,
+    x: torch.Tensor | QuantizedRows,
     group_size: int | None = None,
 ) -> None:
     """The arguments by which an operation is asked to round its result to 8 bits."""
@@ -106,7 +111,9 @@ def check_quantize(
     check_group_size(group_size, quantize, activation_scale)
     if out is not None:
         raise ValueError("out is given along with quantize, whose result is no single tensor")
-    check_activation_scale(activation_scale, experts, device)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; quantize takes {_names(DTYPES)}")
+    check_activation_scale(activation_scale, experts, x.device)
 
 
 def check_reach(name: str, t: torch.Tensor | None, dim: int) -> None:

@@ -139,10 +139,10 @@ def mot_linear(
                 if out is not None:
                     note_written(out)
                 return y
-    shape = _check(x, weight, plan, bias, epilogue)
+    shape = _check(x, weight, plan, bias, epilogue, config)
     if out is not None:
         check_out("out", out, shape, x)
-    check_quantize(quantize, activation_scale, out, weight.shape[0], x.device, group_size)
+    check_quantize(quantize, activation_scale, out, weight.shape[0], x, group_size)
     given = (each for each in (x, weight, bias, residual) if isinstance(each, torch.Tensor))
     if quantize is not None and needs_grad(*given):
         raise ValueError(
@@ -283,8 +283,16 @@ def _check(
     plan: RoutePlan | None,
     bias: torch.Tensor | None,
     epilogue: Epilogue | None,
+    config: TileConfig | None,
 ) -> tuple[int, int]:
     """Validate the arguments; returns the output's shape."""
+    if not isinstance(weight, torch.Tensor | ExpertWeight):
+        raise TypeError(
+            f"weight is a {type(weight).__name__}; expected a tensor (experts, N, K) or an "
+            "ExpertWeight (torch.stack makes one tensor of several)"
+        )
+    if not (config is None or isinstance(config, TileConfig)):
+        raise TypeError(f"config is a {type(config).__name__}; expected a TileConfig")
     if len(x.shape) != 2 or len(weight.shape) != 3:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (M, K) "

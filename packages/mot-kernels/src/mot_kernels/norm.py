@@ -117,7 +117,9 @@ def mot_rms_norm(
         key = (mot_rms_norm, seen, quantize, eps, dispatch.forced_path())
     if key is None or key not in replays_of(plan):
         _check_rms_norm(x, weight, plan, residual, out)
-        check_quantize(quantize, activation_scale, out, weight.shape[0], x.device)
+        check_quantize(quantize, activation_scale, out, weight.shape[0], x)
+        if quantize is not None and x.shape[1] == 0:
+            raise ValueError("x has 0 columns, so quantize has nothing to round")
     if differentiable:
         if quantize is not None:
             raise ValueError(
@@ -287,7 +289,7 @@ def _check_qk(
             f"key/value heads and (even) head size {head_dim} it should be (M, {columns})"
         )
     if rope.dim() != 2 or rope.shape[1] != head_dim or rope.dtype is not torch.float32:
-        raise ValueError(
+        raise (ValueError if rope.dtype is torch.float32 else TypeError)(
             f"rope is {rope.dtype} of shape {tuple(rope.shape)}; expected float32 "
             f"(positions, {head_dim}): cos, then sin"
         )
@@ -340,7 +342,7 @@ def _check_index(name: str, index: torch.Tensor, qkv: torch.Tensor) -> None:
     rows = qkv.shape[0]
     is_integer = not (index.is_floating_point() or index.is_complex() or index.dtype is torch.bool)
     if index.shape != (rows,) or not is_integer:
-        raise ValueError(
+        raise (ValueError if is_integer else TypeError)(
             f"{name} is {index.dtype} of shape {tuple(index.shape)}; expected an integer tensor "
             f"of shape ({rows},)"
         )

@@ -77,7 +77,7 @@ def quantize_weight(
     for e, matrix in enumerate(matrices):
         if format == Fp8W8A8(WeightScales.PER_TENSOR):
             parts = [matrix[rows].abs().amax().float() for rows in row_chunks(n, k)]
-            amax = torch.stack(parts).amax() if k else torch.zeros(())
+            amax = torch.stack(parts).amax() if n and k else torch.zeros(())
             scales[e] = scale_of(amax, FP8_MAX)
         for rows in row_chunks(n, k):
             wide = matrix[rows].to(device, torch.float32)

@@ -13,6 +13,7 @@ loaded; `vllm_formats` turns layers that vLLM quantised into such.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class QuantizingLinearMethod(FormatLinearMethod):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Register the parameters, of this rank's shard; uninitialised."""
+        """Register the parameters, of this rank's shard; uninitialised, but scales NaN."""
         shape = 1, sum(output_partition_sizes), input_size_per_partition
         try:
             check_k(self.format, input_size_per_partition)
@@ -134,32 +135,57 @@ class QuantizingLinearMethod(FormatLinearMethod):
             dtypes[ZERO_POINT], shapes[ZERO_POINT] = torch.uint8, shapes[SCALE]
         shard_loader: Callable[..., None] = extra["weight_loader"]
 
-        def take(parameter: nn.Parameter, tensor: torch.Tensor, *shard: Any) -> None:
+        def take(name: str, parameter: nn.Parameter, tensor: torch.Tensor, *shard: Any) -> None:
             """Copy this rank's part of a tensor that is as it will be used."""
+            if name == SCALE and parameter.dim() == 1 and tensor.shape[1:] == (1,):
+                tensor = tensor[:, 0]  # as compressed-tensors stores channels' scales
             if tensor.dtype is not parameter.dtype:
                 raise TypeError(
                     f"layer {getattr(layer, 'prefix', '')!r}: a tensor of dtype {tensor.dtype} "
-                    f"cannot fill a parameter of dtype {parameter.dtype}"
+                    f"cannot fill {name}, a parameter of dtype {parameter.dtype}"
+                )
+            if tensor.dim() != parameter.dim():
+                raise ValueError(
+                    f"layer {getattr(layer, 'prefix', '')!r}: a tensor of shape "
+                    f"{tuple(tensor.shape)} cannot fill {name}, of which a rank has "
+                    f"{tuple(parameter.shape)}"
                 )
             shard_loader(parameter, tensor, *shard)
 
         def quantise(parameter: nn.Parameter, tensor: torch.Tensor, *shard: Any) -> None:
             if tensor.dtype is parameter.dtype:
-                take(parameter, tensor, *shard)
+                take(WEIGHT, parameter, tensor, *shard)
                 return
             weight = quantize_weight([tensor], self.format, device=parameter.device)
-            take(layer.weight, weight.data[0], *shard)
-            take(layer.weight_scale, weight.scales[0], *shard)
+            take(WEIGHT, layer.weight, weight.data[0], *shard)
+            take(SCALE, layer.weight_scale, weight.scales[0], *shard)
             if weight.zero_points is not None:
-                take(layer.weight_zero_point, weight.zero_points[0], *shard)
+                take(ZERO_POINT, layer.weight_zero_point, weight.zero_points[0], *shard)
 
         for name, dtype in dtypes.items():
-            parameter = nn.Parameter(torch.empty(shapes[name], dtype=dtype), requires_grad=False)
-            attributes = {"output_dim": 0, "weight_loader": quantise if name == WEIGHT else take}
+            # What a checkpoint lacks must not pass for a scale.
+            values = torch.empty(shapes[name], dtype=dtype)
+            if name == SCALE:
+                values.fill_(torch.nan)
+            parameter = nn.Parameter(values, requires_grad=False)
+            loader = quantise if name == WEIGHT else partial(take, name)
+            attributes = {"output_dim": 0, "weight_loader": loader}
             if len(shapes[name]) == 2:
                 attributes["input_dim"] = 1
             set_weight_attrs(parameter, attributes)
             layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: the parameters are as they are used.
+
+        Raises:
+            ValueError: scales were not loaded.
+        """
+        if bool(layer.weight_scale.isnan().any()):
+            raise ValueError(
+                f"layer {getattr(layer, 'prefix', '')!r}: its weight is in {self.format}, but "
+                f"{SCALE} was not loaded, or not all of it"
+            )
 
 
 class OwnConfig(QuantizationConfig):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -45,6 +45,13 @@ class StackedExperts(nn.Module):
         """
         self._addresses = tuple((name, None, None) for name in names)
         self._restack()
+        self.register_load_state_dict_post_hook(_after_load_state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's parameters, which were copied one by one, are put together."""
+        super().__setstate__(state)
+        if self.shares_storage and not self._is_stacked():
+            self._restack()
 
     @torch.no_grad()
     def _restack(self) -> None:
@@ -114,9 +121,11 @@ class StackedExperts(nn.Module):
     def _stacked(self) -> tuple[torch.Tensor | None, ...]:
         """The stacks, in the order of `_share_storage`'s names, holding what the parameters hold.
 
-        Parameters that someone replaced (assigned, deep-copied, moved one by one, offloaded) are
-        stacked again. That costs a copy, so a warning tells of it; but the result is right, and
-        most of these happen once, after loading. A compiled graph has no addresses to compare.
+        Parameters that someone replaced (assigned, moved one by one, offloaded) are stacked again.
+        That costs a copy, so a warning tells of it; but the result is right, and most of these
+        happen once, after loading. A compiled graph has no addresses to compare: call the layer
+        once without it, if parameters were replaced by hand. What `load_state_dict` replaced, or a
+        copy, is stacked already.
 
         Raises:
             RuntimeError: parameters were replaced and a CUDA graph is being captured: it would
@@ -142,6 +151,12 @@ class StackedExperts(nn.Module):
         if not self._is_stacked():
             self._restack()
         return self
+
+
+def _after_load_state_dict(layer: StackedExperts, incompatible_keys: object) -> None:
+    """`assign=True` replaces parameters."""
+    if not layer._is_stacked():
+        layer._restack()
 
 
 @functools.cache

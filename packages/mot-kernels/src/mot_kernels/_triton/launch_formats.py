@@ -59,7 +59,7 @@ def launch_linear_format(
         ValueError: `config` does not fit the format.
     """
     rows, k = x.shape
-    if rows == 0:
+    if rows == 0 or (out.numel() == 0 and out_scales is None):
         return None
     n = weight.shape[1]
     epilogue = "silu_mul" if silu_mul else "none" if residual is None else "add_residual"
