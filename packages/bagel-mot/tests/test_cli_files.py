@@ -13,6 +13,7 @@ from command_line import SMALL, metadata, run, said, succeed, written
 from pictures import assert_same_picture, opened
 from PIL import Image, ImageChops
 
+from bagel_mot import painting
 from bagel_mot.cli_io import save_png
 from bagel_mot.model_options import Place
 from bagel_mot.pipeline import BagelPipeline
@@ -85,15 +86,47 @@ def test_failing_save_leaves_nothing(
         assert "No space left on device" in said(result)
 
 
-def test_files_are_readable_by_others() -> None:
-    """With the usual umask, as any file of the user's would be."""
-    before = os.umask(0o022)
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_files_are_as_readable_as_others(mask: int) -> None:
+    """As any new file of the user's; one that is overwritten stays as readable as it was."""
+    Path("old.png").touch(0o640)
+    before = os.umask(mask)
     try:
         succeed("generate", "a fox", *SMALL, "-o", "fox.png")
+        succeed("generate", "a fox", *SMALL, "-o", "old.png", "--overwrite")
         Path("plain").touch()
     finally:
         os.umask(before)
     assert Path("fox.png").stat().st_mode == Path("plain").stat().st_mode
+    assert Path("old.png").stat().st_mode & 0o777 == 0o640
+
+
+def test_dangling_link_is_in_the_way() -> None:
+    Path("fox.png").symlink_to("nowhere.png")
+    result = run("generate", "a fox", *SMALL, "-o", "fox.png")
+    assert result.exit_code == 2
+    assert said(result) == "error: fox.png exists; choose another --output or pass --overwrite"
+
+
+def test_many_images_are_saved_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved stays, whatever comes; numbers and seeds go on."""
+    monkeypatch.setattr(painting, "_TOGETHER", 2)
+    real, calls = BagelPipeline.denoise, []
+
+    def denoise(self: BagelPipeline, jobs: Any, **options: Any) -> None:
+        calls.append(len(jobs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self, jobs, **options)
+
+    many = ["generate", "a fox", *SMALL, "--seed", "5", "-n", "3"]
+    succeed(*many, "-o", "all.png")
+    monkeypatch.setattr(BagelPipeline, "denoise", denoise)
+    assert run(*many, "-o", "fox.png").exit_code != 0
+    assert written() == ["all-0.png", "all-1.png", "all-2.png", "fox-0.png", "fox-1.png"]
+    for i in range(2):
+        assert_same_picture(opened(f"fox-{i}.png"), opened(f"all-{i}.png"))
+    assert [metadata(Path(f"all-{i}.png"))["seed"] for i in range(3)] == ["5", "6", "7"]
 
 
 def test_pngs_are_the_pictures_in_few_bytes() -> None:

@@ -186,11 +186,18 @@ def test_to_rgb_drops_other_alpha_as_the_reference() -> None:
 
 @pytest.mark.parametrize(
     "mode",
-    ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"],
+    ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB"],
 )
 def test_to_rgb_any_mode(mode: str) -> None:
     rgb = to_rgb(Image.new(mode, (4, 3)))
     assert (rgb.mode, rgb.size) == ("RGB", (4, 3))
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_to_rgb_of_more_bits(mode: str) -> None:
+    """Pillow clips them: of a 16-bit scan most would be white, of numbers up to 1 all black."""
+    with pytest.raises(ValueError, match=f"has mode {mode}, more than 8 bits a channel"):
+        to_rgb(Image.new(mode, (4, 3)))
 
 
 def test_resize_leaves_a_fitting_picture_alone() -> None:

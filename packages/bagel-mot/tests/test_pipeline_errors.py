@@ -218,6 +218,16 @@ def test_result_without_image() -> None:
         _ = Result(text="hello").image
 
 
+def test_temperature_in_vain(cpu: BagelPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    request = Request(["a fox"], output="image", height=64, width=64, temperature=0.5)
+    with caplog.at_level(logging.WARNING, logger="bagel_mot"):
+        cpu.prepare(request)
+        assert caplog.messages == ["temperature has no effect: no text is written"]
+        cpu.prepare(replace(request, think=True, max_text_tokens=2))
+        cpu.prepare(replace(request, output="text", max_text_tokens=2))
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

@@ -34,12 +34,24 @@ def test_same_seed_same_image(cpu: BagelPipeline) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_seed_whatever_the_default_dtype(cpu: BagelPipeline, dtype: torch.dtype) -> None:
+    """Also of what a workspace keeps for later requests."""
     first = small_image(cpu, seed=7)
+    cpu.workspace._forget()
     torch.set_default_dtype(dtype)
     try:
         assert_same_picture(small_image(cpu, seed=np.int64(7)), first)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert_same_picture(small_image(cpu, seed=7), first)
+
+
+def test_whole_numbers_of_numpy(cpu: BagelPipeline) -> None:
+    """Seeds count on beyond their range."""
+    result = cpu.generate(
+        "a fox", settings=QUICK, seed=np.uint8(255), num_images=np.int64(2), **SMALL
+    )
+    assert result.seeds == (255, 256)
+    assert all(type(seed) is int for seed in result.seeds)
 
 
 def test_no_seed_draws_one(cpu: BagelPipeline) -> None:

@@ -135,3 +135,12 @@ def test_settings_bad_value(
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         ImageSettings().num_timesteps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("shift", [0.2, 0.54, 1.0, 3.0, 8.39, 16.03])
+def test_the_first_step_is_guided(shift: float) -> None:
+    """Also where float32 would round its time up, beyond any interval."""
+    settings = ImageSettings(timestep_shift=shift)
+    timesteps = settings.timesteps()
+    assert timesteps[0] == 1
+    assert settings.guided(timesteps)[0]

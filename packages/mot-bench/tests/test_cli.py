@@ -45,6 +45,23 @@ TUNE = ("tune", "--output", "out")
             ("kernels", "--shape", "8,7", "--epilogue", "silu_mul"),
             "--epilogue is 'silu_mul', but layer shape has odd N=7",
         ),
+        (
+            ("kernels", "--op", "rms_norm", "--shape", "8,8"),
+            "--shape is for linear, which --op leaves out",
+        ),
+        (
+            ("kernels", "--op", "mlp", "--epilogue", "none"),
+            "--epilogue is for linear, which --op leaves out",
+        ),
+        (
+            ("kernels", "--op", "rms_norm", "--format", "int8_w8a16"),
+            "--format is for linear and mlp, which --op leaves out",
+        ),
+        (("kernels", "--op", "mlp", "--op", "linear", "--shape", "8,8"), "torch sees no GPU, and"),
+        (
+            ("step", "--random", "tiny", "--device", "cpu", "--timeout", "9"),
+            "--timeout is for several ranks; give",
+        ),
         (("kernels", "--plot"), "--plot writes a picture; say where with --output DIR"),
         (("kernels", "--output", __file__), "which is a file; give a folder"),
         (

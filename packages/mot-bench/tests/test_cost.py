@@ -29,7 +29,14 @@ OVERHEAD = {
     "ring": (2e-5, 40.0),
     "tp": (4e-6, 15.0),
 }
-SHAPES = (Shape(4098, 2, 1), Shape(4098, 3, 1), Shape(2050, 2, 1), Shape(4098, 2, 2))
+
+
+def shaped(rows: int, branches: int, batch: int) -> Shape:
+    """A shape as `Shape.of` makes it of the cases below."""
+    return Shape(rows, branches, batch, (16 * 64, rows // 4))
+
+
+SHAPES = (shaped(4098, 2, 1), shaped(4098, 3, 1), shaped(2050, 2, 1), shaped(4098, 2, 2))
 TWO = "cfg:2;allgather:2;ulysses:2;ring:2;tp:2"
 
 
@@ -84,7 +91,7 @@ def test_constants_come_out_again(model: CostModel) -> None:
 )
 def test_what_was_not_measured_is_modelled(words: str, model: CostModel) -> None:
     (mode,) = modes.parse(words)
-    for shape in (*SHAPES, Shape(1026, 2, 1)):
+    for shape in (*SHAPES, shaped(1026, 2, 1)):
         assert model.measured(mode, shape) is None
         assert model.modelled(mode, shape) == pytest.approx(truth(mode, shape), rel=1e-6)
 
@@ -95,7 +102,7 @@ def test_more_gpus_are_never_slower_and_more_rows_never_faster(model: CostModel)
         assert times == sorted(times, reverse=True)
     for words in TWO.split(";"):
         (mode,) = modes.parse(words)
-        rows = [model.modelled(mode, Shape(rows, 2, 1)) for rows in (258, 1026, 4098)]
+        rows = [model.modelled(mode, shaped(rows, 2, 1)) for rows in (258, 1026, 4098)]
         assert None not in rows and rows == sorted(rows, key=float)
 
 
@@ -107,6 +114,8 @@ def test_measured_times_win(model: CostModel) -> None:
     both = CostModel([some_run(), slow], LLM)
     assert both.measured(ring, SHAPES[1]) == pytest.approx(truth(ring, SHAPES[1]))  # the first run
     first = CostModel([slow, some_run()], LLM)
+    assert first.repeated == both.repeated == {(modes.ALONE, SHAPES[1]), (ring, SHAPES[1])}
+    assert not model.repeated
     (found,) = [us for mode, us, known in first.ranked(SHAPES[1], 2) if mode == ring and known]
     assert found == pytest.approx(3 * truth(ring, SHAPES[1]))
     assert first.modelled(ring, SHAPES[1]) < 0.9 * found  # type: ignore[operator]
@@ -122,7 +131,7 @@ def test_one_case_is_enough_for_rates(model: CostModel) -> None:
 
 
 def test_share_counts_the_fullest_rank() -> None:
-    shape = Shape(4098, 3, 1)
+    shape = shaped(4098, 3, 1)
     assert share(ParallelConfig(cfg=2), shape) == pytest.approx(2 / 3)
     assert share(ParallelConfig(ring=4), shape) == pytest.approx(1025 / 4098)
     assert share(ParallelConfig(tensor=2, cfg=3), shape) == pytest.approx(1 / 6)
@@ -130,7 +139,7 @@ def test_share_counts_the_fullest_rank() -> None:
 
 def test_traffic() -> None:
     """Bytes that a rank of BAGEL-7B sends in a layer, by hand."""
-    shape = Shape(4098, 2, 1)
+    shape = shaped(4098, 2, 1)
     rows, layers = 4098, 28
     sent = traffic(ParallelConfig(allgather=2), shape, LLM)["allgather"]
     assert (sent.bytes, sent.messages) == (layers * rows * 2048, layers)
@@ -218,3 +227,15 @@ def test_the_page_in_docs_is_what_its_results_give() -> None:
     assert page == modes_page(runs, model, [1, 2, 4, 8]), (
         "run: mot-bench modes docs/results/*step-ranks-h200*.json --output docs/parallel.md"
     )
+
+
+def test_sizes_of_as_many_rows_are_told_apart() -> None:
+    """1024x512 and 512x1024."""
+    run = some_run("cfg:2", SHAPES[:1])
+    (case,) = run.cases
+    turned = dataclasses.replace(case, height=case.width, width=case.height)
+    both = dataclasses.replace(run, cases=(case, turned))
+    model = CostModel([both], LLM)
+    page = modes_page([(Path("a.json"), both)], model, [2])
+    assert f"| {case.height}x{case.width}, 2 branches | 2 |" in page
+    assert f"| {case.width}x{case.height}, 2 branches | 2 |" in page

@@ -170,6 +170,18 @@ def test_report_command_refuses(
     assert not (tmp_path / "page.md").exists()
 
 
+@pytest.mark.parametrize("command", ["report", "modes"])
+def test_page_commands_keep_results(command: str, mot_bench: Any, tmp_path: Path) -> None:
+    """`--output results/*.json` would take the first for the page."""
+    source = tmp_path / "results.json"
+    some_results().write(source)
+    before = source.read_bytes()
+    answer = mot_bench(command, "--output", source, source)
+    assert answer.code == 2
+    assert "which looks like results; give FILE.md" in answer.err
+    assert source.read_bytes() == before
+
+
 @pytest.mark.parametrize("kind", ["quality", "serve"])
 def test_report_command_leaves_other_results_out(kind: str, mot_bench: Any, tmp_path: Path) -> None:
     """`results/*.json` names whatever commands have written there."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mot_bench.results import (
     geometric_mean,
     means,
     percent_of_ceiling,
+    run_file,
     tflops,
     times_baseline,
 )
@@ -121,3 +124,10 @@ def test_an_interrupted_write_leaves_the_old_file(
         files.write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_run_file() -> None:
+    """Two runs that two GPUs of a machine began in the same second have different processes."""
+    environment = dataclasses.replace(some_results().environment, device="GPU A/B (80 GB)")
+    name = run_file("kernels", environment)
+    assert name.startswith("kernels-GPU_A_B_80_GB_-") and name.endswith(f"-{os.getpid()}.json")

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bagel_mot.config import BagelConfig
+from bagel_mot.files import open_to_others
 
 MODEL_FILE = "ema.safetensors"
 VAE_FILE = "ae.safetensors"
@@ -384,4 +385,4 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[st
         save_file(tensors, file, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
-    file.chmod(0o644)  # safetensors lets only its owner read
+    open_to_others(file)  # safetensors lets only its owner read

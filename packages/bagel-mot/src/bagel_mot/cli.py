@@ -67,7 +67,10 @@ CountOption = Annotated[
     int, typer.Option("--num-images", "-n", min=1, help="Images to make; image i has seed + i.")
 ]
 ThinkOption = Annotated[bool, typer.Option("--think", help="Reason in writing first.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Most tokens of an answer or thought.")]
+TokensOption = Annotated[
+    int,
+    typer.Option(min=1, help="Most steps of writing; an answer or thought has a token fewer."),
+]
 TemperatureOption = Annotated[
     float | None, typer.Option(help="Sample text at this temperature. Default: the likeliest text.")
 ]

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bagel_mot.images import PNG_STRATEGY
+from bagel_mot.files import open_to_others
+from bagel_mot.images import PNG_STRATEGY, check_depth
 from bagel_mot.tiny import model_folder
 
 
@@ -56,11 +58,7 @@ def open_images(paths: list[Path]) -> list[Image.Image]:
             raise FileNotFoundError(f"--image {path}: no such file") from error
         except Exception as error:  # Pillow's readers raise all kinds for damaged files
             raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
-        if images[-1].mode.startswith(("I", "F")):
-            raise ValueError(
-                f"--image {path}: has mode {images[-1].mode}, more than 8 bits a channel, of which "
-                "all above 255 would be white; save it with 8 bits"
-            )
+        check_depth(images[-1], f"--image {path}")
     return images
 
 
@@ -92,7 +90,7 @@ def output_files(
     for file in files:
         if file.is_dir():
             raise ValueError(f"--output {output}: {file} is a folder")
-        if file.exists() and not overwrite:
+        if (file.exists() or file.is_symlink()) and not overwrite:
             raise ValueError(f"{file} exists; choose another --output or pass --overwrite")
     existing = next(path for path in (output.parent, *output.parent.parents) if path.exists())
     if not existing.is_dir():
@@ -119,9 +117,11 @@ def save_png(
     os.close(handle)
     try:
         image.save(temporary, pnginfo=info, compress_type=PNG_STRATEGY)
-        os.chmod(temporary, 0o644)
+        open_to_others(temporary)
         saved = file
         if overwrite:
+            if file.exists():
+                shutil.copymode(file, temporary)
             os.replace(temporary, file)
         else:
             saved = _rename_to_free(temporary, file)

@@ -136,7 +136,7 @@ def append_latent(
     """Append a picture as VAE tokens (time 0) between its markers; see `append_text`."""
     patch = model.config.latent_patch_size
     grid = (latent.shape[1] // patch, latent.shape[2] // patch)
-    clean = model.embed_times(torch.zeros(1, device=model.device))
+    clean = model.embed_times(torch.zeros(1, dtype=torch.float32, device=model.device))
     tokens = model.embed_latents(patchify(latent, patch), clean, grid)
     return _append_picture(model, context, tokens, markers, GEN)
 

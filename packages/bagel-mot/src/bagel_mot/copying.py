@@ -22,6 +22,7 @@ from bagel_mot import checkpoint
 from bagel_mot.checkpoint import VAE_FILE, StoredTensor, Target
 from bagel_mot.compressed import stored_formats
 from bagel_mot.config import BagelConfig
+from bagel_mot.files import open_to_others
 from bagel_mot.model.vae import AutoEncoder
 
 MERGED_KEY = "bagel_mot.merged_lora"
@@ -157,7 +158,7 @@ def appearing(destination: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
     try:
         yield folder
-        folder.chmod(0o755)  # mkdtemp lets only its owner in
+        open_to_others(folder)
         check_destination(destination)  # a rename would replace an empty folder
         folder.rename(destination)
     except BaseException:

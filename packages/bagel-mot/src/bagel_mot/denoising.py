@@ -160,8 +160,8 @@ class Denoising:
     def _schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Embedded times (steps, jobs, D) and controls (steps, jobs, 4) of the next steps."""
         steps = range(_STEPS_AHEAD)
-        times = torch.zeros(len(steps), len(self.jobs))
-        controls = torch.zeros(len(steps), len(self.jobs), 4)
+        times = torch.zeros(len(steps), len(self.jobs), dtype=torch.float32)
+        controls = torch.zeros(len(steps), len(self.jobs), 4, dtype=torch.float32)
         for j, job in enumerate(self.jobs):
             settings = job.settings
             scales = (settings.cfg_text_scale, settings.cfg_img_scale, settings.cfg_renorm_min)

@@ -21,6 +21,19 @@ ms and 1.54 MB (docs/log.md, 2026-11-29). Levels make no difference to this stra
 """
 
 
+def check_depth(image: Image.Image, name: str = "image") -> None:
+    """Refuse a picture of more than 8 bits a channel: Pillow would clip it, not scale it.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{name}: has mode {image.mode}, more than 8 bits a channel, of which all above 255 "
+            "would be white; give it with 8 bits"
+        )
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB picture, transparency composited on white.
 
@@ -30,9 +43,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         TypeError: `image` is not a PIL image.
-        ValueError: Pillow cannot convert its mode, e.g. La.
+        ValueError: Pillow cannot convert its mode, e.g. La, or it has more than 8 bits a channel.
     """
     _check_image("image", image)
+    check_depth(image)
     try:
         if image.mode == "RGBA" or image.info.get("transparency") is not None:
             layered = image.convert("RGBA")

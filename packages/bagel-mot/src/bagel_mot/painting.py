@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -63,8 +63,7 @@ class Painting:
         files = iter(self.files)
         steps = sum(map(_steps, self.requests))
         if len(self.requests) == 1:
-            results = [self._paint_one(self.requests[0], steps)]
-            self._save(self.requests, results, files)
+            self._paint_one(self.requests[0], steps, files)
             return
         with progress("painting", steps) as advance:
             for start in range(0, len(self.requests), _TOGETHER):
@@ -75,24 +74,32 @@ class Painting:
                         console.print(result.text, markup=False, highlight=False, soft_wrap=True)
                 self._save(together, results, files)
 
-    def _paint_one(self, request: Request, steps: int) -> Result:
+    def _paint_one(self, request: Request, steps: int, files: Iterator[Path]) -> None:
         """The thought is shown while it is written."""
         thought = Streamed(err=True)
         prepared = self.pipeline.prepare(request, on_text=thought)
         if prepared.text is not None:
             thought.finish(prepared.text)
         with progress("painting", steps) as advance:
-            self.pipeline.denoise(prepared.jobs, on_step=lambda _: advance(1))
-        return self.pipeline.finish(prepared)
+            for start in range(0, len(prepared.jobs), _TOGETHER):
+                part = replace(prepared, jobs=prepared.jobs[start : start + _TOGETHER])
+                self.pipeline.denoise(part.jobs, on_step=lambda _: advance(1))
+                self._save([request], [self.pipeline.finish(part)], files, first=start)
 
     def _save(
-        self, requests: Sequence[Request], results: Sequence[Result], files: Iterator[Path]
+        self,
+        requests: Sequence[Request],
+        results: Sequence[Result],
+        files: Iterator[Path],
+        *,
+        first: int = 0,
     ) -> None:
+        """`first` is the number of the results' first image among its request's."""
         if not IS_FIRST_RANK:
             return
         with user_errors():
             for request, result in zip(requests, results, strict=True):
-                for i, image in enumerate(result.images):
+                for i, image in enumerate(result.images, first):
                     told = _metadata(request, result, i)
                     file = save_png(image, next(files), told, overwrite=self.overwrite)
                     typer.echo(file.resolve())

@@ -174,6 +174,8 @@ def read_prompt(
         else:
             why = "no image is painted" if not wants_image else "nothing guides away from it"
             logger.warning("negative_prompt has no effect: %s", why)
+    if request.temperature is not None and wants_image and not request.think:
+        logger.warning("temperature has no effect: no text is written")
     return Reading(request, contexts, noise, seed, size, on_text)
 
 

@@ -37,7 +37,8 @@ class Request:
         num_images: images to make; image i has seed + i. All see the first one's encoding of the
             request's pictures and its thought.
         seed: for all random numbers of the request, see `Noise`; at least 0; drawn if None.
-        max_text_tokens: most tokens of an answer or thought.
+        max_text_tokens: most steps of writing an answer or thought, which has a token fewer: as in
+            the official code the last one is chosen, but not kept.
         temperature: None writes the most likely text; otherwise text is sampled, at 1e-6 or more.
         negative_prompt: text that the image is guided away from, in place of the request's last
             text; None guides away from no text.
@@ -65,7 +66,10 @@ class Request:
         if self.output not in ("text", "image"):
             raise ValueError(f"output is {self.output!r}; expected 'text' or 'image'")
         for name in _WHOLE:
-            _check_whole(name, getattr(self, name), or_none=name in ("height", "width", "seed"))
+            value = getattr(self, name)
+            _check_whole(name, value, or_none=name in ("height", "width", "seed"))
+            if value is not None:  # NumPy's are no longer whole when they overflow
+                object.__setattr__(self, name, int(value))
         if self.num_images < 1 or self.max_text_tokens < 1:
             raise ValueError(
                 f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "

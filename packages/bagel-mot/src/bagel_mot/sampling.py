@@ -75,7 +75,9 @@ class ImageSettings(BaseModel):
         """t_0 = 1 .. t_(T-1) = 0, (T,) float32 on the CPU."""
         cpu = torch.device("cpu")
         s = torch.linspace(1, 0, self.num_timesteps, dtype=torch.float32, device=cpu)
-        return self.timestep_shift * s / (1 + (self.timestep_shift - 1) * s)
+        t = self.timestep_shift * s / (1 + (self.timestep_shift - 1) * s)
+        # Some shifts round t_0 up, and then no guidance interval would hold it.
+        return t.clamp(max=1)
 
     def guided(self, timesteps: torch.Tensor) -> list[bool]:
         """For each evaluation (all timesteps but the last), whether guidance is on."""

@@ -147,9 +147,10 @@ class StepRunner:
         self._markers = markers
         device, channels = model.device, model.config.latent_token_dim
         tokens = shape.jobs[-1].tokens.stop
-        self.x = torch.zeros(tokens, channels, device=device)
+        self.x = torch.zeros(tokens, channels, dtype=torch.float32, device=device)
         self.times = markers.new_zeros(len(shape.jobs), markers.shape[1])
-        self.controls = torch.zeros(len(shape.jobs), CONTROLS, device=device)
+        controls = len(shape.jobs), CONTROLS
+        self.controls = torch.zeros(controls, dtype=torch.float32, device=device)
         self._selections: dict[tuple[int, ...], _Selection] = {}
 
     def run(self, counts: tuple[int, ...], contexts: Sequence[Context], owner: object) -> Results:

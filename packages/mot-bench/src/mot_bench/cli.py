@@ -102,6 +102,13 @@ def kernels(
     ops = list(dict.fromkeys(op or (("linear",) if shape else OPERATIONS)))
     for name in ops:
         options.one_of("--op", name, ALL_OPERATIONS)
+    for option, value, its in (
+        ("--shape", shape, ("linear",)),
+        ("--epilogue", epilogue, ("linear",)),
+        ("--format", format, ("linear", "mlp")),
+    ):
+        if value and not set(its) & set(ops):
+            raise UsageError(f"{option} is for {' and '.join(its)}, which --op leaves out")
     layers, own = options.layers_and_model(shape or [], model, tp, epilogue)
     counts = options.integers("--branches", branches, least=1, example="1,2,3")
     tokens = options.integers("--image-tokens", image_tokens, least=1, example="4096,1024")
@@ -127,8 +134,8 @@ def kernels(
     check_format(format, layers)
     measured = [*ops, "linear_format"] if format is not None else ops
     registry = _registry(provider or [], measured)
-    heavy = {"linear", "mlp"} & set(ops)
-    if heavy and not shape and model is None and best_device().type != "cuda":
+    heavy = "mlp" in ops or ("linear" in ops and not shape)
+    if heavy and model is None and best_device().type != "cuda":
         raise UsageError(
             "torch sees no GPU, and BAGEL-7B's layers take too long on a CPU; a run of a second is "
             "mot-bench kernels --shape 64,64 --image-tokens 8 --branches 1 --rounds 2"
@@ -256,7 +263,7 @@ def report(
     from mot_bench.report import NotOnThePage, read
     from mot_bench.report import report as page
 
-    options.output_file(output)
+    options.page_file(output)
     runs = []
     for path in files:
         try:

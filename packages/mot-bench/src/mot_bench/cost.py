@@ -40,16 +40,19 @@ class Shape:
         rows: of each block.
         branches: contexts of each image.
         batch: images, all of one size.
+        size: height and width, if they are known: others may have as many rows.
     """
 
     rows: int
     branches: int
     batch: int
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, case: ParallelCase) -> Self:
         """A measured case's."""
-        return cls(case.rows // (case.branches * case.batch), case.branches, case.batch)
+        rows = case.rows // (case.branches * case.batch)
+        return cls(rows, case.branches, case.batch, (case.height, case.width))
 
     @property
     def blocks(self) -> int:
@@ -172,13 +175,14 @@ class CostModel:
 
     Args:
         runs: of one model, in one dtype and format, on one kind of GPU; at least one has a single
-            rank.
+            rank. What several of them measured counts as the first did.
         llm: the model's sizes.
 
     Attributes:
         step: microseconds of a step of one GPU: per row, per pair of rows, fixed.
         overhead: of each kind that was measured: microseconds per byte and per message.
         times: how many measured times these were fitted to.
+        repeated: mode and shape of what more than one run measured.
 
     Raises:
         UsageError: the runs differ in one of these, or have no single rank.
@@ -193,14 +197,18 @@ class CostModel:
             )
         self.llm = llm
         self._measured: dict[tuple[ParallelConfig, Shape], float] = {}
+        self.repeated: set[tuple[ParallelConfig, Shape]] = set()
         for run in runs:
+            own: dict[tuple[ParallelConfig, Shape], float] = {}
             for case in run.cases:
                 if (alone := case.alone_us()) is not None:
-                    self._measured.setdefault((words.ALONE, Shape.of(case)), alone)
+                    own.setdefault((words.ALONE, Shape.of(case)), alone)
                 for each in case.modes:
                     mode = words.ALONE if each.mode == ALONE else words.parse(each.mode)[0]
                     # Of two ways, with and without CUDA graphs, the first is what users get.
-                    self._measured.setdefault((mode, Shape.of(case)), each.timing.median_us)
+                    own.setdefault((mode, Shape.of(case)), each.timing.median_us)
+            self.repeated |= self._measured.keys() & own.keys()
+            self._measured = self._measured | own | self._measured
         singles = {s: us for (mode, s), us in self._measured.items() if mode == words.ALONE}
         if not singles:
             raise UsageError("the results have no step of a single rank, which all is reckoned by")

@@ -11,7 +11,15 @@ from mot_bench.cases import Case
 from mot_bench.environment import environment
 from mot_bench.protocol import ceilings, measure, rotation, stopwatch_for
 from mot_bench.registry import Gate, Operation, Provider, Ready, Unavailable, verdict
-from mot_bench.results import KIND, SCHEMA, CaseResult, ProviderResult, Results, Timing
+from mot_bench.results import (
+    KIND,
+    SCHEMA,
+    CaseResult,
+    ProviderResult,
+    Results,
+    Timing,
+    run_file,
+)
 
 
 def run_kernels(
@@ -117,10 +125,8 @@ def run_case(case: Case, operation: Operation, *, rounds: int, device: torch.dev
 
 
 def result_path(folder: Path, results: Results) -> Path:
-    """A file name that no later run reuses: GPU and time are in it."""
-    device = results.environment.device.replace(" ", "_")
-    stamp = results.environment.date.translate(str.maketrans("", "", "-:"))
-    return folder / f"kernels-{device}-{stamp}.json"
+    """A file name that no other run has."""
+    return folder / run_file("kernels", results.environment)
 
 
 def with_providers(

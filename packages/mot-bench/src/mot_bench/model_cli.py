@@ -155,6 +155,8 @@ def step(
                 bagel.check_size(config, "--resolutions", height, width)
             parallel_cli.start_ranks(context.obj, ways, place, folder, timeout)
         return
+    if timeout is not None:
+        raise UsageError("--timeout is for several ranks; give --modes, or leave it out")
 
     pipeline = bagel.load(choice, place)
     subject = bagel.subject(choice, pipeline)
@@ -270,7 +272,7 @@ def modes(
 ) -> None:
     """Write which mode to choose, by what was measured and by a model that it calibrates."""
     counts = options.integers("--gpus", gpus, least=1, example="1,2,4,8")
-    options.output_file(output)
+    options.page_file(output)
 
     from mot_bench.files import write_text
     from mot_bench.parallel_results import ParallelResults
@@ -295,6 +297,10 @@ def modes(
     size = runs[0][1].subject.weights.removeprefix("random, ")
     # Whoever trained it, a checkpoint of BAGEL has these sizes.
     model = CostModel([run for _, run in runs], MODELS.get(size, MODELS["7b"]).llm)
+    if model.repeated:
+        many = len(model.repeated)
+        line = f"{many} times were measured in more than one file, of which the first counts"
+        typer.echo(f"mot-bench: {line}", err=True)
     write_text(output, modes_page(runs, model, counts))
     typer.echo(output)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from mot_bench.files import write_json
-from mot_bench.results import Ceilings, Environment, Timing, read_json
+from mot_bench.results import Ceilings, Environment, Timing, read_json, run_file
 
 SCHEMA = 1
 
@@ -199,10 +199,8 @@ class Run:
         return results
 
     def file_name(self) -> str:
-        """A file name that no later run reuses: kind, GPU and time are in it."""
-        device = self.environment.device.replace(" ", "_")
-        stamp = self.environment.date.translate(str.maketrans("", "", "-:"))
-        return f"{self.kind}-{device}-{stamp}.json"
+        """A file name that no other run has."""
+        return run_file(self.kind, self.environment)
 
 
 @dataclass(frozen=True)

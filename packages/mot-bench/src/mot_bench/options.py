@@ -169,6 +169,13 @@ def output_file(path: Path, option: str = "--output") -> Path:
     return path
 
 
+def page_file(path: Path) -> Path:
+    """An `output_file` of Markdown: a pattern that is misplaced must not cost a measurement."""
+    if path.suffix.lower() == ".json":
+        raise UsageError(f"--output is {str(path)!r}, which looks like results; give FILE.md")
+    return output_file(path)
+
+
 def _check_place(path: Path, option: str, folder: Path) -> None:
     """Refuse what cannot be written before the measurement, which would be lost."""
     there = next(each for each in (folder, *folder.parents) if os.path.exists(each))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Sequence
@@ -90,6 +92,13 @@ class Environment:
     commit: str
     date: str
     clocks: str
+
+
+def run_file(kind: str, environment: Environment) -> str:
+    """A file name that no other run has: kind, device, time and process are in it."""
+    device = re.sub(r"[^A-Za-z0-9.-]+", "_", environment.device)
+    stamp = environment.date.translate(str.maketrans("", "", "-:"))
+    return f"{kind}-{device}-{stamp}-{os.getpid()}.json"
 
 
 @dataclass(frozen=True)

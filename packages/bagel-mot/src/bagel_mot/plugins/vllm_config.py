@@ -89,3 +89,9 @@ def _offer_chat_template() -> None:
     from vllm.transformers_utils.chat_templates import registry
 
     registry.register_chat_template_fallback_path("bagel", CHAT_TEMPLATE)
+
+
+def takes_pictures(vllm_config: Any) -> bool:
+    """Whether requests may have any: `limit_mm_per_prompt` can say none."""
+    multimodal = vllm_config.model_config.multimodal_config
+    return multimodal is not None and multimodal.get_limit_per_prompt("image") > 0

@@ -29,7 +29,7 @@ from bagel_mot.model.embeddings import rope_table
 from bagel_mot.model.vit import MlpConnector, VisionTransformer
 from bagel_mot.plugins.vllm import PICTURE
 from bagel_mot.plugins.vllm_attention import PictureAttention
-from bagel_mot.plugins.vllm_config import bagel_config
+from bagel_mot.plugins.vllm_config import bagel_config, takes_pictures
 from bagel_mot.plugins.vllm_layers import (
     UndMergedColumnParallelLinear,
     UndQKVParallelLinear,
@@ -68,7 +68,7 @@ class UndAttention(nn.Module):
             llm.head_dim,
             cache_config=vllm_config.cache_config,
             quant_config=quant,
-            needs_pictures=_takes_pictures(vllm_config),
+            needs_pictures=takes_pictures(vllm_config),
             prefix=f"{prefix}.attn",
         )
         self.o_proj = UndRowParallelLinear(
@@ -336,8 +336,3 @@ class MoTBagelForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMR
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fill the parameters from a checkpoint's tensors; see `UndWeights.load`."""
         return self.weights.load(self, weights, quantized=self.quantized)
-
-
-def _takes_pictures(vllm_config: Any) -> bool:
-    multimodal = vllm_config.model_config.multimodal_config
-    return multimodal is not None and multimodal.get_limit_per_prompt("image") > 0

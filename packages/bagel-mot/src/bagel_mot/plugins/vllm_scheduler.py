@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from bagel_mot.plugins.vllm_config import bagel_config
+from bagel_mot.plugins.vllm_config import bagel_config, takes_pictures
 from bagel_mot.plugins.vllm_pictures import most_picture_tokens
 
 
@@ -65,11 +65,12 @@ def build_scheduler(*, vllm_config: Any, **kwargs: Any) -> Scheduler:
     config, model = vllm_config.scheduler_config, vllm_config.model_config
     kind = _AsyncWholePictures if config.async_scheduling else _WholePictures
     scheduler = kind(vllm_config=vllm_config, **kwargs)
-    check_limits(
-        most_picture_tokens(bagel_config(model), model.max_model_len),
-        max_num_scheduled_tokens=scheduler.max_num_scheduled_tokens,
-        long_prefill_token_threshold=config.long_prefill_token_threshold,
-    )
+    if takes_pictures(vllm_config):
+        check_limits(
+            most_picture_tokens(bagel_config(model), model.max_model_len),
+            max_num_scheduled_tokens=scheduler.max_num_scheduled_tokens,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+        )
     return scheduler
 
 

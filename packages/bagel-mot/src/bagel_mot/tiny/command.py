@@ -87,7 +87,7 @@ def train_tiny(
             model=replace(
                 plan.model,
                 steps=plan.model.steps if steps is None else steps,
-                rate=rate or plan.model.rate,
+                rate=plan.model.rate if rate is None else rate,
             ),
             practice=replace(
                 plan.practice,

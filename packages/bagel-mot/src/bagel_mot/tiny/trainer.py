@@ -68,6 +68,8 @@ class Loss:
 
 
 _ALONE = Replicas()
+# Between saves, at most: on a slow device `save_every` steps are too many to lose.
+_SAVE_SECONDS = 600
 
 
 class StepGraphs:
@@ -161,6 +163,7 @@ class Stage:
         self._log = folder / "log.jsonl"
         self._state = folder / f"{name}.pt"
         self._log_every, self._save_every = log_every, save_every
+        self._saved = time.monotonic()
         joined = torch.cat([leaf.detach().flatten().float() for leaf in leaves.values()])
         self._joined = torch.nn.Parameter(joined)
         self._joined.grad = torch.zeros_like(joined)
@@ -214,7 +217,7 @@ class Stage:
             found = update() if self._step_graphs is None else self._step_graphs.run(kind, update)
             tally.add(found)
             self.step += 1
-            saves = self.step % self._save_every == 0
+            saves = self.step % self._save_every == 0 or self._save_is_due()
             if tally.steps == self._log_every or saves:
                 self._report(tally)
                 tally = _Tally()
@@ -223,6 +226,10 @@ class Stage:
         self._report(tally)
         self.save()
         return self.done
+
+    def _save_is_due(self) -> bool:
+        """By time. Replicas would have to agree on it."""
+        return self._replicas.size == 1 and time.monotonic() - self._saved > _SAVE_SECONDS
 
     def _late(self, deadline: float) -> bool:
         """Whether time is up. Replicas stop at the same step, so they ask now and then."""
@@ -277,6 +284,7 @@ class Stage:
         """Write the state beside the old one, then rename: it is whole or the old one."""
         if self._replicas.rank > 0:
             return
+        self._saved = time.monotonic()
         self._state.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._state.with_suffix(".tmp")
         state = {

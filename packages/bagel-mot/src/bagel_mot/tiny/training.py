@@ -4,7 +4,8 @@ A run lives in one folder:
 
 - `run.json`: recipe, seed, samples and batches, which a resumed run must share;
 - `vae.pt`, `model.pt`, `practice.pt`: states of the stages; `log.jsonl`: the log of all;
-- `checkpoint/`: the model in the official layout, written anew whenever the run stops.
+- `checkpoint/`: the model in the official layout, written anew when a stage or the run ends. A run
+  that is interrupted goes on from what its stage saved last, every 1,000 steps or ten minutes.
 """
 
 from __future__ import annotations
@@ -368,8 +369,12 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
         plan.recipe.write_configs(place)
         write_tokenizer(place, plan.recipe.vocabulary)
     else:
-        shutil.copytree(start_from, place)
-    file.write_text(json.dumps(identity, indent=1) + "\n")
+        shutil.copytree(
+            start_from, place, dirs_exist_ok=True
+        )  # an interrupted start may have begun
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(identity, indent=1) + "\n")
+    draft.replace(file)
 
 
 def _index(length: int, count: int, generator: torch.Generator) -> Tensor:
