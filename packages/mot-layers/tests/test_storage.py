@@ -266,3 +266,17 @@ class TestReplacedParameters:
         layer.gen_exp = torch.nn.Sequential(layer.gen_exp)
         with pytest.raises(RuntimeError, match=r"now a Sequential.*LoRA adapters"):
             layer(torch.randn(16, HIDDEN), make_plan("every_second_row"))
+
+
+def test_parameters_that_would_get_no_gradient() -> None:
+    layer = built(Layer("qkv", "bias"))
+    x, plan = torch.randn(16, HIDDEN), make_plan("every_second_row")
+    layer.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="its parameters require grad, but with a plan"):
+        layer(x, plan)
+    with torch.no_grad():
+        layer(x, plan)
+    layer.weight.requires_grad_(False)
+    layer.stacked_weight.requires_grad_(True)
+    layer(x, plan)[0].sum().backward()
+    assert layer.stacked_weight.grad is not None

@@ -221,6 +221,7 @@ def e2e(
     attention: AttentionOption = None,
     cuda_graphs: GraphsOption = None,
     quantization: QuantizationOption = None,
+    device: DeviceOption = None,
     output: OutputOption = None,
 ) -> None:
     """Time whole requests: text to image, edit, understanding."""
@@ -232,7 +233,7 @@ def e2e(
         options.one_of("--request", name, REQUESTS)
     batches = options.integers("--batch", batch, least=1, example="1,16")
     folder = None if output is None else options.output_folder(output)
-    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs, quantization)
+    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs, quantization, device)
 
     from mot_bench import bagel, model_tables
     from mot_bench import e2e as runs
@@ -312,13 +313,14 @@ def _load(
     attention: str | None,
     cuda_graphs: bool | None,
     quantization: str | None,
+    device: str | None,
 ) -> tuple[BagelPipeline, Subject]:
     """The model that the options name, and the facts about it; see `_choose`."""
-    choice, device = _choose(model, random, dtype, attention, cuda_graphs, quantization, None)
+    choice, place = _choose(model, random, dtype, attention, cuda_graphs, quantization, device)
 
     from mot_bench import bagel
 
-    pipeline = bagel.load(choice, device)
+    pipeline = bagel.load(choice, place)
     return pipeline, bagel.subject(choice, pipeline)
 
 

@@ -309,6 +309,12 @@ class _MoTLinear(StackedExperts, LinearBase):
             y = finish(self._multiply_gathered(x, plan, add_bias), epilogue)
             return y if quantize is None else quantize_rows(y, quantize, group_size=group_size)
         weight = self.routed_weight
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError(
+                f"layer {self.prefix!r}: its parameters require grad, but with a plan they are "
+                "read as one tensor, of which they are views, and would get no gradient: train "
+                "stacked_weight, or turn requires_grad off"
+            )
         bias = self._stacks[-1] if add_bias else None  # as new as the weight
         if quantize is None:
             return mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)

@@ -197,7 +197,10 @@ def _block_sizes(config: BagelConfig) -> dict[tuple[int, int], int]:
 def _id_of(tokenizer: Any, token: str) -> int:
     number = tokenizer.get_vocab().get(token)
     if number is None:
-        raise ValueError(f"the checkpoint's tokenizer has no token {token!r}, which BAGEL needs")
+        raise ValueError(
+            f"the checkpoint's tokenizer has no token {token!r}, which vLLM's prompts need (the "
+            f"tiny model's has no {PICTURE!r})"
+        )
     return int(number)
 
 
