@@ -6,6 +6,7 @@ on the CPU), and on a CUDA machine (the kernels, and the tests marked `gpu`).
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,7 +80,8 @@ def free_path(best_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs the operations allocate hold NaN until they are written."""
-
+    # It looks torch's functions up when it is imported: later it would not know torch's own.
+    importlib.import_module("torch._dynamo")
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def poisoning(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -369,9 +369,8 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
         plan.recipe.write_configs(place)
         write_tokenizer(place, plan.recipe.vocabulary)
     else:
-        shutil.copytree(
-            start_from, place, dirs_exist_ok=True
-        )  # an interrupted start may have begun
+        # A start that was interrupted may have left some.
+        shutil.copytree(start_from, place, dirs_exist_ok=True)
     draft = file.with_suffix(".part")
     draft.write_text(json.dumps(identity, indent=1) + "\n")
     draft.replace(file)
