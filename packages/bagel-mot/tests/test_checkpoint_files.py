@@ -129,6 +129,14 @@ def test_broken_index(checkpoint_copy: Path, content: str) -> None:
     assert str(caught.value).startswith(f"{index}: ")
 
 
+def test_index_of_files_that_are_not_there(checkpoint_copy: Path) -> None:
+    """One that was left behind: what it hides is told."""
+    index = checkpoint_copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {K_PROJ: "model-1.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"\(ema.safetensors is there: remove the index to"):
+        load(checkpoint_copy)
+
+
 def test_name_in_two_files(checkpoint_copy: Path) -> None:
     weight_map = write_shards(checkpoint_copy, 2)
     first, second = sorted(set(weight_map.values()))

@@ -13,6 +13,7 @@ from golden_data import GOLDEN
 from pydantic import ValidationError
 
 from bagel_mot.config import BagelConfig, ImageLimits, LlmConfig, VaeConfig, VitConfig
+from bagel_mot.synthetic import BAGEL_7B
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -292,6 +293,14 @@ def test_with_grids() -> None:
     assert (changed.latent_grid, changed.vit_grid) == (32, 30)
     assert (cfg.latent_grid, cfg.vit_grid) == (64, 70)
     assert cfg.with_grids(4096, 4900) == cfg
+
+
+def test_pictures_fit_the_grids() -> None:
+    """Where nothing else says how large they may be."""
+    cfg = BAGEL_7B.with_grids(latent_rows=20**2, vit_rows=16**2)
+    assert (cfg.vae_transform.max_side, cfg.vae_transform.min_side) == (320, 320)
+    assert (cfg.vit_transform.max_side, cfg.vit_transform.min_side) == (224, 224)
+    assert BAGEL_7B.with_grids(4096, 4900) == BAGEL_7B
 
 
 @pytest.mark.parametrize("rows", [4097, 0, -4])

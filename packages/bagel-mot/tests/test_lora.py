@@ -87,6 +87,9 @@ def test_patterns(tmp_path: Path) -> None:
     [
         *((prefix, "") for prefix in ("", "model.", PREFIX, f"{PREFIX}model.")),
         *((prefix, "language_model.") for prefix in ("", PREFIX)),
+        *((prefix, "language_model.model.") for prefix in ("", PREFIX)),
+        ("module.", ""),
+        (f"module.{PREFIX}bagel.", ""),
     ],
 )
 def test_prefixes(prefix: str, left_out: str, tmp_path: Path) -> None:

@@ -352,9 +352,12 @@ def _files(folder: Path) -> list[Path]:
     else:
         files = [folder / name for name in (MODEL_FILE, VAE_FILE)]
     if missing := [str(file) for file in files if not file.is_file()]:
+        hint = ""
+        if index.exists() and (folder / MODEL_FILE).is_file():
+            hint = f" ({MODEL_FILE} is there: remove the index to use it)"
         raise FileNotFoundError(
             f"{', '.join(missing)} not found; a BAGEL checkpoint folder holds {MODEL_FILE} and "
-            f"{VAE_FILE}, or the files its {INDEX_FILE} lists"
+            f"{VAE_FILE}, or the files its {INDEX_FILE} lists{hint}"
         )
     return files
 

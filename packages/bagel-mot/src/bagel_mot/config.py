@@ -226,6 +226,12 @@ class ImageLimits(Frozen):
         default=14 * 14 * 9 * 1024, description="the largest area, 1806336 in the official code"
     )
 
+    def within(self, side: int) -> Self:
+        """The same, but for no side longer than this."""
+        most = min(self.max_side, side)
+        least = min(self.min_side, most)
+        return self.model_copy(update={"max_side": most, "min_side": least})
+
     @model_validator(mode="before")
     @classmethod
     def _from_triple(cls, data: Any) -> Any:
@@ -327,6 +333,8 @@ class BagelConfig(Frozen):
     def with_grids(self, latent_rows: int, vit_rows: int) -> Self:
         """This config with the grid sides that the checkpoint's position tables have.
 
+        Pictures are made small enough for them, where the limits are of larger ones.
+
         Args:
             latent_rows: rows of `latent_pos_embed.pos_embed` (4096 in the release).
             vit_rows: rows of `vit_pos_embed.pos_embed` (4900 in the release).
@@ -343,7 +351,15 @@ class BagelConfig(Frozen):
                     "(4096 latent and 4900 ViT rows in BAGEL-7B-MoT)"
                 )
             sides[f"{name}_grid"] = side
-        return self.model_copy(update=sides)
+        return self.model_copy(
+            update={
+                **sides,
+                "vae_transform": self.vae_transform.within(
+                    sides["latent_grid"] * self.latent_token_pixels
+                ),
+                "vit_transform": self.vit_transform.within(sides["vit_grid"] * self.vit.patch_size),
+            }
+        )
 
 
 def _read_section(folder: Path, file_name: str, key: str, model: type[_ModelT]) -> _ModelT:

@@ -16,8 +16,10 @@ Adapters are folders in PEFT's format: `adapter_config.json` (see `lora_config`)
 | `base_model.model.MODULE.lora_embedding_A`, `...lora_embedding_B` | (r, N), (K, r) |
 
 of which MODULE.weight is a matrix of the checkpoint, by its name there. The prefix may be missing
-or have a second `model.` after it, and `language_model.` may be missing, as it is when that part
-alone was trained. What is neither is refused: whole layers, biases, convolutions, DoRA's norms.
+or have a second `model.` after it, `module.` before it or `bagel.` behind it (data parallelism and
+vLLM-Omni), and `language_model.` or `language_model.model.` may be missing, as they are when that
+part alone was trained. What is neither is refused: whole layers, biases, convolutions, DoRA's
+norms.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ from bagel_mot.tiny import model_folder
 # Elements of a weight that are in float32 at a time.
 BLOCK = 2**22
 
-_PREFIX = "base_model.model."
+# Around a module's path: of data parallelism, PEFT and vLLM-Omni.
+_WRAPPERS = re.compile(r"^(module\.)?(base_model\.model\.)?(bagel\.)?")
 _KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_(?:[AB]\.weight|embedding_[AB]))")
 _LINEAR = ("lora_B.weight", "lora_A.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -217,8 +220,10 @@ def _match(
     for module, present in kinds.items():
         keys = ", ".join(f"{module}.{kind}" for kind in sorted(present))
         pair = _EMBEDDING if present & {*_EMBEDDING} else _LINEAR
-        path = module.removeprefix(_PREFIX)
-        paths = {path, path.removeprefix("model."), f"language_model.{path}"}
+        path = _WRAPPERS.sub("", module)
+        # The whole, or the language model, or the decoder in it may have been what was trained.
+        within = ("", "language_model.", "language_model.model.")
+        paths = {path.removeprefix("model."), *(f"{outer}{path}" for outer in within)}
         names = sorted({f"{each}.weight" for each in paths} & targets.keys())
         if len(names) != 1:
             matches = f"matches several: {', '.join(names)}" if names else "matches no weight"

@@ -67,6 +67,11 @@ class AdapterConfig(Frozen):
     def _null_is_none(cls, value: Any) -> Any:
         return {} if value is None else value
 
+    @field_validator("use_rslora", mode="before")
+    @classmethod
+    def _null_is_false(cls, value: Any) -> Any:
+        return False if value is None else value
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _check_patterns(cls, patterns: dict[str, _T]) -> dict[str, _T]:

@@ -133,6 +133,20 @@ def test_pictures(config: Any, tmp_path: Path, key: str, form: str) -> None:
     assert all(part.mode == "RGB" for part in parts[:-1])
 
 
+def test_picture_is_turned(config: Any, tmp_path: Path) -> None:
+    """As its camera says, which vLLM-Omni does not look at."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 64)).save(tmp_path / "photo.jpg", exif=exif)
+    prompt = {"prompt": "bluer", "multi_modal_data": {"image": str(tmp_path / "photo.jpg")}}
+    assert read(config, prompt).request.parts[0].size == (64, 96)
+
+
+@pytest.mark.parametrize(("given", "seen"), [(-1, 2**63 - 1), (-(2**63), 0), (5, 5)])
+def test_any_64_bits_are_a_seed(config: Any, given: int, seen: int) -> None:
+    assert read(config, "a fox", seed=given).request.seed == seen
+
+
 def test_picture_without_text(config: Any) -> None:
     prompt = {"prompt": None, "multi_modal_data": {"image": PICTURE}, "modalities": ["text"]}
     assert len(read(config, prompt).request.parts) == 1
@@ -200,7 +214,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"num_inference_steps": 1}, "num_inference_steps is 1"),
     ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
     ({"num_outputs_per_prompt": 0}, "num_outputs_per_prompt is 0"),
-    ({"seed": -1}, "seed is -1"),
+    ({"seed": -(2**63) - 1}, "seed is -9223372036854775809"),
     ({"seed": 2**64}, "seed is"),
     ({"cfg_text_scale": -1.0}, "cfg_text_scale is -1.0"),
     ({"cfg_text_scale": math.nan}, "cfg_text_scale is nan"),

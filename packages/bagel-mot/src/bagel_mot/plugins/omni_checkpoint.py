@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ class Checkpoint:
                 revision=None,
                 prefix="",
                 fall_back_to_pt=False,
-                allow_patterns_overrides=[str(Path(folder.name, file.relative_to(self.folder)))],
+                allow_patterns_overrides=[
+                    glob.escape(str(Path(folder.name, file.relative_to(self.folder))))
+                ],
             )
             for file in files
         ]

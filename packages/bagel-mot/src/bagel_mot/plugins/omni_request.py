@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_omni.errors import OmniClientError
 
@@ -69,7 +69,7 @@ class _Sampling(BaseModel):
     width: int | None = Field(None, gt=0)
     num_inference_steps: int = Field(50, ge=2)
     num_outputs_per_prompt: int = Field(1, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ def read_request(
             width=whole[1] if whole else None,
             settings=settings,
             num_images=values.num_outputs_per_prompt,
-            seed=values.seed,
+            # Any 64 bits are a seed there.
+            seed=None if values.seed is None else values.seed % 2**63,
             max_text_tokens=extras.max_think_tokens or _most_tokens(extras, output),
             temperature=extras.text_temperature if extras.do_sample else None,
             negative_prompt=negative or None,
@@ -334,7 +335,8 @@ def _picture(image: Any, index: int) -> Image.Image:
             image = Image.open(image)
         if isinstance(image, Image.Image):
             image.load()  # which finds a truncated file
-            return to_rgb(image)
+            # Cameras write pictures as their sensor lies, and say how to turn them.
+            return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {index} cannot be read: {error}") from error
     raise TypeError(f"picture {index} is a {type(image).__name__}; expected a PIL image or a path")
