@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bagel_mot.cli import app
 from bagel_mot.config import BagelConfig
 from bagel_mot.launch import TOO_LONG, run_ranks
 from bagel_mot.model.sequence_parallel import SequenceParallel, chunk
+from bagel_mot.model_options import run_on_ranks
 from bagel_mot.parallel import ALONE, Parallel, ParallelConfig
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -75,6 +77,58 @@ def test_run_ranks_ends_all_when_one_fails(capfd: pytest.CaptureFixture[str]) ->
     assert run_ranks([sys.executable, "-c", script], 3) == 1
     assert time.monotonic() - before < 30
     assert "rank 1 failed" in (error := capfd.readouterr().err) and "rank one is unwell" in error
+
+
+def test_run_ranks_shows_all_that_fail_together(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 0, which misses another, may be seen first; a rank that was killed is the cause."""
+    script = (
+        "import os, signal, sys\n"
+        "rank = os.environ['RANK']\n"
+        "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if rank == '2': sys.exit('rank two is unwell')\n"
+        "sys.exit('connection closed')"
+    )
+    assert run_ranks([sys.executable, "-c", script], 3) == 128 + signal.SIGKILL
+    error = capfd.readouterr().err
+    assert "rank 1 failed (exit code 137)" in error and "rank two is unwell" in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_ranks_end_with_who_started_them(tmp_path: Path) -> None:
+    """However that ended."""
+    rank = (
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(600)"
+    )
+    starter = (
+        "import sys; from bagel_mot.launch import run_ranks;"
+        f"run_ranks([sys.executable, '-c', {rank!r}], 2)"
+    )
+    with subprocess.Popen([sys.executable, "-c", starter]) as process:
+        wait_for(lambda: all(_text(tmp_path / each) for each in "01"))
+        pids = [int(_text(tmp_path / each)) for each in "01"]
+        process.kill()
+    wait_for(lambda: not any(_is_running(pid) for pid in pids))
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def _is_running(pid: int) -> bool:
+    """Not if it is gone, or only waits to be noted by whom it was given to."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_run_ranks_kills_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +242,17 @@ def test_mismatched_sizes_are_refused_before_loading(
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2, done.output
     assert message in done.stderr.replace("\n", " ") and not list(tmp_path.iterdir())
+
+
+def test_what_can_be_read_once_is_no_input_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe, which whoever starts the ranks has read."""
+    read, write = os.pipe()
+    words = ["generate", "--nproc", "2", "--prompts", f"/dev/fd/{read}"]
+    monkeypatch.setattr(sys, "argv", ["bagel-mot", *words])
+    monkeypatch.setattr("bagel_mot.launch.run_ranks", lambda *_: pytest.fail("started"))
+    with pytest.raises(ValueError, match=rf"/dev/fd/{read} can be read once, but every rank of"):
+        run_on_ranks(2)
+    os.close(read), os.close(write)
 
 
 def test_command_line_starts_its_ranks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -18,6 +19,12 @@ from types import FrameType
 
 # How long ranks that are told to end may take before they are killed, in seconds.
 GRACE = 10.0
+# A rank that fails breaks its exchanges with others, which fail in turn, mostly at once. Who has
+# failed by then, in seconds, has its error shown.
+_TOGETHER = 0.5
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_LIBC = ctypes.CDLL(None)  # loaded before a fork, not after it
 
 
 # What `run_ranks` returns for ranks that took too long; `timeout` of the coreutils has it, too.
@@ -49,8 +56,9 @@ def leave(code: int, error: BaseException | None = None) -> None:
 def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = None) -> int:
     """Run `command` once for each rank, with the environment torchrun would give it.
 
-    Rank 0 writes to this process's output. What another rank writes to stderr is shown if it is
-    the first to fail; the others are then ended, within `GRACE` seconds.
+    Rank 0 writes to this process's output. What another rank writes to stderr is shown if it fails
+    by itself: the first to fail takes others with it, which miss it, and which was first cannot be
+    told. All that are left are then ended, within `GRACE` seconds. Ranks end with this process.
 
     Args:
         command: what each rank runs.
@@ -58,7 +66,7 @@ def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = Non
         seconds: after which all are ended; None waits as long as it takes.
 
     Returns:
-        0, or the first failed rank's exit code (128 + the signal that killed it), or `TOO_LONG`.
+        0, or a failed rank's exit code (128 + the signal that killed it), or `TOO_LONG`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -78,21 +86,25 @@ def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = Non
                         env=os.environ | meeting | place,
                         stdout=log and subprocess.DEVNULL,
                         stderr=log,
+                        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
                     )
-            failed = _wait_for_first_failure(running, seconds)
+            failed = _wait_for_failures(running, seconds)
         except TimeoutError as error:
             print(error, file=sys.stderr)
             return TOO_LONG
         finally:
             _end(list(running.values()))
-        if failed is None:
-            return 0
-        code = running[failed].returncode
-        code = 128 - code if code < 0 else code
-        if failed:
-            print(f"rank {failed} failed (exit code {code}):", file=sys.stderr)
-            print(logs[failed].read_text(errors="replace").strip(), file=sys.stderr)
-        return code
+        for rank, code in failed.items():
+            if rank:
+                print(f"rank {rank} failed (exit code {code}):", file=sys.stderr)
+                print(logs[rank].read_text(errors="replace").strip(), file=sys.stderr)
+        # One that was killed (for want of memory, say) brought the others down, not they it.
+        return max(failed.values(), default=0)
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when its parent does, however that ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -115,9 +127,10 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait_for_first_failure(
+def _wait_for_failures(
     running: dict[int, subprocess.Popen[bytes]], seconds: float | None
-) -> int | None:
+) -> dict[int, int]:
+    """Exit codes of the ranks that failed, and of those that did within `_TOGETHER` of them."""
     waiting = dict(running)
     deadline = None if seconds is None else time.monotonic() + seconds
     while waiting:
@@ -125,12 +138,14 @@ def _wait_for_first_failure(
             raise TimeoutError(f"ranks {sorted(waiting)} are not done after {seconds:g} s")
         for rank, process in list(waiting.items()):
             code = process.poll()
-            if code:
-                return rank
             if code == 0:
                 del waiting[rank]
+            elif code is not None:
+                time.sleep(_TOGETHER)
+                codes = {rank: process.poll() for rank, process in running.items()}
+                return {r: 128 - c if c < 0 else c for r, c in codes.items() if c}
         time.sleep(0.05)
-    return None
+    return {}
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

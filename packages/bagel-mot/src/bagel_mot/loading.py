@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from vllm.platforms import current_platform
 
 from bagel_mot import checkpoint
 from bagel_mot.compressed import choose_formats
@@ -85,6 +86,11 @@ def join(parallel: ParallelConfig, device: torch.device) -> tuple[Parallel, torc
                 f"{here} ranks run on this machine, but torch sees {gpus} of its GPUs; start one "
                 "rank a GPU, or use device='cpu'"
             )
+    if parallel.tensor > 1 and device.type == "cpu" and current_platform.is_cuda_alike():
+        raise ValueError(
+            "device is cpu, but vLLM sums tensor parallel ranks' results on the GPUs it sees; hide "
+            "them (CUDA_VISIBLE_DEVICES= before the command), or use the GPUs"
+        )
     joined = start(parallel, device.type)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

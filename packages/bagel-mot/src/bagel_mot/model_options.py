@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,11 @@ def run_on_ranks(nproc: int | None) -> None:
 
     if nproc is None or nproc == 1:
         return
+    for word in sys.argv[1:]:
+        if os.path.exists(word) and not (os.path.isfile(word) or os.path.isdir(word)):
+            raise ValueError(
+                f"{word} can be read once, but every rank of --nproc reads; give a file"
+            )
     words = iter(sys.argv[1:])
     command = [sys.executable, "-m", "bagel_mot"]
     for word in words:

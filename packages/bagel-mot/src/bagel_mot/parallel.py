@@ -133,7 +133,8 @@ class Parallel:
         rank: of this process.
         sp: its sequence parallel ranks; None if there are no others.
         cfg_rank: its place among the CFG parallel ranks.
-        peers: the ranks with the same tensor place, who exchange velocities; None if alone.
+        peers: the ranks with the same tensor place, who exchange velocities; None if there
+            is no other.
     """
 
     config: ParallelConfig
@@ -185,6 +186,17 @@ class Parallel:
 
 ALONE = Parallel(ParallelConfig(), rank=0, sp=None, cfg_rank=0, peers=None)
 
+# By their ranks, and the group of all processes, which ends with them.
+_groups: tuple[object, dict[tuple[int, ...], dist.ProcessGroup]] = (None, {})
+
+
+def _groups_made() -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """Those that this process has made since it joined the others."""
+    global _groups
+    if _groups[0] is not dist.group.WORLD:
+        _groups = dist.group.WORLD, {}
+    return _groups[1]
+
 
 def world_size_from_environment() -> int:
     """Processes torchrun (or `bagel-mot --nproc`) started."""
@@ -212,8 +224,9 @@ def start(config: ParallelConfig, device_type: str) -> Parallel:
         return (cfg * config.sequence + sequence) * config.tensor + tensor
 
     # Every process creates every group, in the same order, as torch.distributed requires. The same
-    # ranks share one, whatever they do in it: connecting takes a second, and some 100 MB of a GPU.
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    # ranks share one, whatever they do in it, and for which model: connecting takes a second, and
+    # some 100 MB of a GPU.
+    made = _groups_made()
     mine: dict[str, dist.ProcessGroup] = {}
 
     def create(name: str, ranks: list[int]) -> None:
@@ -245,4 +258,5 @@ def start(config: ParallelConfig, device_type: str) -> Parallel:
             ulysses_group=None if gathers else mine["ulysses"],
             ring_group=None if gathers else mine["ring"],
         )
-    return Parallel(config, rank, sp, cfg_rank, mine["peers"])
+    peers = mine["peers"] if config.cfg * config.sequence > 1 else None
+    return Parallel(config, rank, sp, cfg_rank, peers)
