@@ -44,7 +44,7 @@ class Recorder:
         (call,) = self.calls
         options = set(call[1]) - self.parameters
         assert set(call[1]) >= self.parameters
-        assert options <= {"num_warps", "num_stages"}
+        assert options <= {"num_warps", "num_stages", "enable_fp_fusion"}
         return call
 
 
