@@ -26,7 +26,6 @@ _TOGETHER = 0.5
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _LIBC = ctypes.CDLL(None)  # loaded before a fork, not after it
 
-
 # What `run_ranks` returns for ranks that took too long; `timeout` of the coreutils has it, too.
 TOO_LONG = 124
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from bagel_mot.config import Frozen, read_json, validated
 
@@ -62,15 +62,11 @@ class AdapterConfig(Frozen):
     rank_pattern: dict[str, PositiveInt] = Field(default={}, description="ranks by patterns")
     alpha_pattern: dict[str, float] = Field(default={}, description="numbers by patterns")
 
-    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @field_validator("use_rslora", "rank_pattern", "alpha_pattern", mode="before")
     @classmethod
-    def _null_is_none(cls, value: Any) -> Any:
-        return {} if value is None else value
-
-    @field_validator("use_rslora", mode="before")
-    @classmethod
-    def _null_is_false(cls, value: Any) -> Any:
-        return False if value is None else value
+    def _null_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        return cls.model_fields[info.field_name].get_default() if value is None else value
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from mot_bench.errors import UsageError
+
+
+def file_stem(device_name: str) -> str:
+    """A GPU's name as a file name; of tuned files `mot_kernels` finds it again."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mot_bench.files import write_json
+from mot_bench.files import file_stem, write_json
 
 SCHEMA = 1
 KIND = "kernels"
@@ -96,7 +95,7 @@ class Environment:
 
 def run_file(kind: str, environment: Environment) -> str:
     """A file name that no other run has: kind, device, time and process are in it."""
-    device = re.sub(r"[^A-Za-z0-9.-]+", "_", environment.device)
+    device = file_stem(environment.device)
     stamp = environment.date.translate(str.maketrans("", "", "-:"))
     return f"{kind}-{device}-{stamp}-{os.getpid()}.json"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,15 +18,10 @@ from mot_kernels.tuning.config import TileConfig
 from mot_kernels.tuning.lookup import OP, SCHEMA, Problem, load_entries
 
 from mot_bench.errors import MeasurementError, UsageError
-from mot_bench.files import write_json, write_text
+from mot_bench.files import file_stem, write_json, write_text
 from mot_bench.results import Environment
 
 _STATE_SCHEMA = 1
-
-
-def file_stem(device_name: str) -> str:
-    """A GPU's name as a file name; `mot_kernels` finds it again."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name)
 
 
 def problem_key(problem: Problem) -> str:

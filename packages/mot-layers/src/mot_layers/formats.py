@@ -163,10 +163,9 @@ class QuantizingLinearMethod(FormatLinearMethod):
                 take(ZERO_POINT, layer.weight_zero_point, weight.zero_points[0], *shard)
 
         for name, dtype in dtypes.items():
-            # What a checkpoint lacks must not pass for a scale.
             values = torch.empty(shapes[name], dtype=dtype)
             if name == SCALE:
-                values.fill_(torch.nan)
+                values.fill_(torch.nan)  # what a checkpoint lacks must not pass for one
             parameter = nn.Parameter(values, requires_grad=False)
             loader = quantise if name == WEIGHT else partial(take, name)
             attributes = {"output_dim": 0, "weight_loader": loader}

@@ -108,15 +108,15 @@ class _MoTLinear(StackedExperts, LinearBase):
             self._share_parts()
         elif all(method is not None for method in methods):
             self._read_vllms_formats()
-            if any(type(method) is UnquantizedLinearMethod for method in methods):
-                names = [expert.prefix for expert in self._experts]
-                self._why_gathered = (
-                    "only one of its experts is quantised: the configuration was asked for "
-                    f"{names[0]!r} and for {names[1]!r}"
-                )
 
     def _read_vllms_formats(self) -> None:
         """Have both experts' parameters read into one format once they are loaded, if possible."""
+        if any(type(expert.quant_method) is UnquantizedLinearMethod for expert in self._experts):
+            names = " and for ".join(repr(expert.prefix) for expert in self._experts)
+            self._why_gathered = (
+                f"only one of its experts is quantised: the configuration was asked for {names}"
+            )
+            return
         try:
             readings = [reading_of(expert) for expert in self._experts]
         except NotReadable as why:

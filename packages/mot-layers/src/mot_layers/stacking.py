@@ -50,8 +50,7 @@ class StackedExperts(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's parameters, which were copied one by one, are put together."""
         super().__setstate__(state)
-        if self.shares_storage and not self._is_stacked():
-            self._restack()
+        self._restack_if_replaced()
 
     @torch.no_grad()
     def _restack(self) -> None:
@@ -118,6 +117,10 @@ class StackedExperts(nn.Module):
                 ) from None
         return True
 
+    def _restack_if_replaced(self) -> None:
+        if not self._is_stacked():
+            self._restack()
+
     def _stacked(self) -> tuple[torch.Tensor | None, ...]:
         """The stacks, in the order of `_share_storage`'s names, holding what the parameters hold.
 
@@ -148,15 +151,13 @@ class StackedExperts(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """`Module.to` and its like replace each parameter on its own; put them together again."""
         super()._apply(fn, recurse)
-        if not self._is_stacked():
-            self._restack()
+        self._restack_if_replaced()
         return self
 
 
 def _after_load_state_dict(layer: StackedExperts, incompatible_keys: object) -> None:
     """`assign=True` replaces parameters."""
-    if not layer._is_stacked():
-        layer._restack()
+    layer._restack_if_replaced()
 
 
 @functools.cache

@@ -14,13 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from bagel_mot._triton import OPTIONS
+
 # Numbers a program holds at a time, and the most chunks that an image is cut into.
 _TILE = 4096
 _MOST_CHUNKS = 1024
 _CHUNKS_AT_A_TIME = 128
-
-# Triton's default, but not from 3.10 on, of which 3.9 warns.
-_OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch_scale_shift(
@@ -49,7 +48,7 @@ def launch_scale_shift(
             stride_x_r=x.stride(1),
             BLOCK_R=block_r,
             BLOCK_C=block_c,
-            **_OPTIONS,
+            **OPTIONS,
         )
         _scale_shift_kernel[(groups, images)](
             scale_shift_ptr=scale_shift,
@@ -65,7 +64,7 @@ def launch_scale_shift(
             eps=eps,
             BLOCK_N=min(triton.next_power_of_2(chunks), _CHUNKS_AT_A_TIME),
             BLOCK_W=triton.next_power_of_2(channels // groups),
-            **_OPTIONS,
+            **OPTIONS,
         )
 
 
@@ -90,7 +89,7 @@ def launch_apply(
             SILU=silu,
             BLOCK_R=block_r,
             BLOCK_C=block_c,
-            **_OPTIONS,
+            **OPTIONS,
         )
 
 

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from bagel_mot._triton import OPTIONS
+
 # Rows of a block.
 BLOCK = 64
 
@@ -107,8 +109,7 @@ def _common(
         "D": dim,
         "BLOCK": BLOCK,
         "num_warps": 4,
-        # Triton's default, but not from 3.10 on, of which 3.9 warns.
-        "enable_fp_fusion": True,
+        **OPTIONS,
         # Loops are short: registers, for more programs at a time, are worth more than early loads.
         "num_stages": 1,
     }
