@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_what_cannot_be_written_after_all(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"page\.md cannot be written: Is a directory"):
         write_text(tmp_path / "page.md", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_files_are_as_readable_as_others(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "page.md", "text")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "page.md").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize(

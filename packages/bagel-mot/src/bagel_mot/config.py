@@ -7,25 +7,23 @@ names are the files' own, so `LlmConfig.model_validate(json)` reads a file as it
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from pydantic import (
     AliasChoices,
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+
+from bagel_mot.json_models import Frozen, ModelT, read_json, validated
 
 LLM_FILE = "llm_config.json"
 VIT_FILE = "vit_config.json"
@@ -34,15 +32,6 @@ OVERRIDE_FILE = "oracle_config.json"
 
 # GroupNorm of the FLUX autoencoder has 32 groups whatever the width.
 VAE_NORM_GROUPS = 32
-
-
-class Frozen(BaseModel):
-    """Immutable; unknown keys are ignored, because the files are other people's."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
-
-
-_ModelT = TypeVar("_ModelT", bound=Frozen)
 
 
 class LlmConfig(Frozen):
@@ -362,7 +351,7 @@ class BagelConfig(Frozen):
         )
 
 
-def _read_section(folder: Path, file_name: str, key: str, model: type[_ModelT]) -> _ModelT:
+def _read_section(folder: Path, file_name: str, key: str, model: type[ModelT]) -> ModelT:
     """A model from its own file, or from its entry in config.json."""
     own = folder / file_name
     if own.is_file():
@@ -378,49 +367,3 @@ def _read_section(folder: Path, file_name: str, key: str, model: type[_ModelT]) 
             f"{own} is missing, and no {COMBINED_FILE} has an entry {key!r} in its place; {remedy}"
         )
     return validated(model, entry, f"{combined}: {key}")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A file's JSON object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}; expected an object")
-    return content
-
-
-def validated(model: type[_ModelT], data: Any, origin: str) -> _ModelT:
-    """`data` as a `model`.
-
-    Raises:
-        ValueError: naming origin, key, what was got and what would be right.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = "; ".join(_explain(model, details) for details in error.errors())
-        raise ValueError(f"{origin}: {problems}") from error
-
-
-def _explain(model: type[Frozen], details: Any) -> str:
-    """One pydantic error as: key, what was got, what would be right."""
-    location = details["loc"]
-    cause = details.get("ctx", {}).get("error")
-    problem = str(cause) if cause is not None else details["msg"]
-    if not location:
-        return problem if cause is not None else f"got {details['input']!r}; {problem}"
-    key = ".".join(str(part) for part in location)
-    field = model.model_fields.get(str(location[0]))
-    wanted = f"expected {field.description}" if field and field.description else "expected a value"
-    if details["type"] == "missing":
-        return f"key {key!r} is missing; {wanted}"
-    if cause is not None:
-        return f"key {key!r}: {problem}"
-    return f"key {key!r} is {details['input']!r}: {problem}; {wanted}"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
-from bagel_mot.config import Frozen, read_json, validated
+from bagel_mot.json_models import Frozen, read_json, validated
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

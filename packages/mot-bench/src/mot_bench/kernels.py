@@ -126,7 +126,7 @@ def run_case(case: Case, operation: Operation, *, rounds: int, device: torch.dev
 
 def result_path(folder: Path, results: Results) -> Path:
     """A file name that no other run has."""
-    return folder / run_file("kernels", results.environment)
+    return folder / run_file(KIND, results.environment)
 
 
 def with_providers(
