@@ -185,6 +185,12 @@ def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
             id="whole-embedding",
         ),
         pytest.param(
+            lambda tensors: tensors.update({f"{X}.lora_A.default.weight": torch.ones(4, 64)}),
+            f"not plain LoRA: {X}.lora_A.default.weight is neither the A nor the B of a weight; "
+            "save_pretrained leaves the adapter's name out of it",
+            id="name-in-memory",
+        ),
+        pytest.param(
             lambda tensors: tensors.update(pairs((Q_GEN,), prefix="model.")),
             f"twice: model.{Q_GEN}.lora_A.weight",
             id="twice",

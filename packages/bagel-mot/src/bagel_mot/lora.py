@@ -57,6 +57,8 @@ BLOCK = 2**22
 # Around a module's path: of data parallelism, PEFT and vLLM-Omni.
 _WRAPPERS = re.compile(r"^(module\.)?(base_model\.model\.)?(bagel\.)?")
 _KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_(?:[AB]\.weight|embedding_[AB]))")
+# With the adapter's name, as PEFT has it in memory.
+_NAMED = re.compile(r"\.lora_(?:[AB]\.\w+\.weight|embedding_[AB]\.\w+)$")
 _LINEAR = ("lora_B.weight", "lora_A.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
@@ -215,6 +217,8 @@ def _match(
             problems.append(f"not plain LoRA: {key} is neither the A nor the B of a weight")
             if key.endswith(".base_layer.weight"):
                 problems[-1] += "; save the adapter with save_embedding_layers=False"
+            elif _NAMED.search(key):
+                problems[-1] += "; save_pretrained leaves the adapter's name out of it"
         else:
             kinds[found["module"]].add(found["kind"])
     for module, present in kinds.items():
