@@ -142,7 +142,7 @@ def test_error_against_the_original(format: str) -> None:
 
     To first order each projection adds an error of its own, independent of the others, so that the
     results' is a multiple of one projection's which depends on the model and not on the format:
-    2.0 to 2.6 here. A scale in the wrong place, or one expert's for the other, costs far more.
+    1.9 to 2.9 here. A scale in the wrong place, or one expert's for the other, costs far more.
     """
     got, want = quantized(format), recorded()
     bound = 3 * error_of_one_layer(format)

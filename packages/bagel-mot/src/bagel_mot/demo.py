@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
+from bagel_mot import tiny
 from bagel_mot.cli_io import console, find_model, output_files, progress, save_png, user_errors
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def demo(
         check_side(pipeline.config, "--side", side)
     entries = _make(pipeline, side, num_timesteps, seed)
     with user_errors():
-        told = {"seed": str(seed), "model": str(model)}
+        # A folder's own name: where it lies is nobody else's business.
+        name = tiny.NAME if model == tiny.FOLDER else model.resolve().name
+        told = {"seed": str(seed), "model": name}
         file = save_png(_sheet(entries), file, told, overwrite=overwrite)
     for caption, _ in entries:
         console.print(caption, markup=False, highlight=False)

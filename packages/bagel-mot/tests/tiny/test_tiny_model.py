@@ -48,6 +48,7 @@ def test_demo(tmp_path: Path) -> None:
     assert "how many stars are there?" in result.output
     with Image.open(file) as image:
         assert image.width > 3 * 256
+        assert image.info["model"] == Path(GOLDEN_FOLDER).name  # not where it lies
         assert len(image.convert("RGB").getcolors(10**6)) > 100
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 2

@@ -28,7 +28,8 @@ def modes_page(
         f"{subject.dtype}; attention {subject.attention}, quantization {subject.quantization}",
         "result files": ", ".join(
             f"`{path.name}` (commit {run.environment.commit})" for path, run in runs
-        ),
+        )
+        + ("; of times in several, the first counts" if model.repeated else ""),
     }
     parts = [
         "# Which mode for how many GPUs",
