@@ -286,6 +286,7 @@ def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) ->
         ["step", "--rounds", "2"],
         modes.parse("cfg:2;tp:2;ring:2"),
         command="mot-bench step",
+        cases=1,
         say=lambda line: None,
         on_part=seen.append,
         seconds=60.0,
@@ -313,7 +314,11 @@ def test_modes_after_one_that_fails_get_new_processes(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
     results, failed = parallel_run.run_parts(
-        ["step"], modes.parse("cfg:2;allgather:2;ulysses:2"), command="", say=lambda line: None
+        ["step"],
+        modes.parse("cfg:2;allgather:2;ulysses:2"),
+        command="",
+        cases=1,
+        say=lambda line: None,
     )
     assert started == ["cfg:2;allgather:2;ulysses:2", "ulysses:2", "1 rank"]
     assert failed == ["cfg:2; allgather:2"]
@@ -339,6 +344,7 @@ def test_what_was_found_is_kept_when_the_command_is_ended(monkeypatch: pytest.Mo
             ["step"],
             modes.parse("cfg:2;ring:2"),
             command="",
+            cases=1,
             say=lambda line: None,
             on_part=seen.append,
         )
@@ -365,9 +371,38 @@ def test_without_a_single_rank_split_weights_are_not_measured(
 ) -> None:
     monkeypatch.setattr(parallel_run, "run_ranks", lambda *_, **__: 3)
     results, failed = parallel_run.run_parts(
-        ["step"], modes.parse("tp:2;cfg:2"), command="", say=lambda line: None
+        ["step"], modes.parse("tp:2;cfg:2"), command="", cases=1, say=lambda line: None
     )
     assert results is None and failed == ["cfg:2", "1 rank"]
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_modes_after_one_that_fails_early_get_new_processes(
+    found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first mode fails in the first or the second of two cases."""
+    started: list[str] = []
+
+    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
+        words = list(command)
+        named = words[words.index("--modes") + 1] if "--modes" in words else "1 rank"
+        started.append(named)
+        if named.startswith("cfg") and found == 0:
+            return 1
+        run = some_run(named.partition(";")[0])
+        run.write(Path(words[words.index("--part") + 1]) / parallel_run.RESULTS)
+        return 1 if named.startswith("cfg") else 0
+
+    monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
+    _, failed = parallel_run.run_parts(
+        ["step"],
+        modes.parse("cfg:2;allgather:2;ulysses:2"),
+        command="",
+        cases=2,
+        say=lambda line: None,
+    )
+    assert started == ["cfg:2;allgather:2;ulysses:2", "allgather:2;ulysses:2", "1 rank"]
+    assert failed == ["cfg:2"]
 
 
 def test_cases_of_parts_are_joined() -> None:

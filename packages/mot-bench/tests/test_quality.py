@@ -122,6 +122,10 @@ def test_command(
     assert written["command"].startswith("mot-bench quality --model DIR")
     assert {file.name for file in tmp_path.iterdir()} == {"quality.json", "images.png", "edits.png"}
     assert "images: shapes, colours, counts" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, "--output", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "quality.json exists; choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,19 @@ def test_resume_skips_finished_problems(
     assert json.loads(first)["entries"][0] in entries
 
 
+def test_resume_without_the_result_file(
+    any_path: None, mot_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found before is in the new one, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned.State, "remove", lambda self: None)
+        assert mot_bench(*TUNE, "--output", tmp_path).code == 0
+    found = json.loads(result_file(tmp_path).read_text())["entries"]
+    result_file(tmp_path).unlink()
+    assert mot_bench(*TUNE, "--resume", "--output", tmp_path).code == 0
+    assert json.loads(result_file(tmp_path).read_text())["entries"] == found
+
+
 def test_without_resume_everything_is_tried_again(
     any_path: None,
     tried: list[str],
@@ -256,9 +269,11 @@ def test_without_resume_everything_is_tried_again(
     [
         ({"triton": "1.0"}, "was measured with triton '1.0', this is"),
         ({"commit": "older"}, "was measured with commit 'older', this is"),
-        ({"problems": None}, None),
+        ({}, None),
+        ({"problems": []}, "is broken"),
+        ({"problems": {"x": {}}}, "is broken"),
     ],
-    ids=["other_triton", "other_commit", "broken"],
+    ids=["other_triton", "other_commit", "broken", "a_list", "no_candidates"],
 )
 def test_resume_refuses(change: dict[str, Any], message: str | None, tmp_path: Path) -> None:
     here = environment(CPU)

@@ -98,6 +98,14 @@ def test_quantize_weight_ragged(format: Format, n: int, k: int) -> None:
 
 
 @all_formats
+@pytest.mark.parametrize(("n", "k"), [(0, 128), (4, 0), (0, 0)], ids=str)
+def test_quantize_weight_of_nothing(format: Format, n: int, k: int) -> None:
+    quantized = quantize_weight(torch.zeros(2, n, k), format)
+    assert quantized.shape == (2, n, k)
+    assert dequantize(quantized).shape == (2, n, k)
+
+
+@all_formats
 def test_largest_element_uses_the_last_level(format: Format) -> None:
     """Scales are as small as they can be: both signs of the largest element are exact."""
     w = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(1))

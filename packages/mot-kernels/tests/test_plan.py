@@ -372,3 +372,17 @@ def test_from_labels_errors(
 def test_from_runs_errors(runs: list[tuple[int, int]], num_experts: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RoutePlan.from_runs(runs, num_experts=num_experts)
+
+
+def test_from_runs_of_an_iterator() -> None:
+    plan = RoutePlan.from_runs(zip([0, 1], [2, 3], strict=True), num_experts=2)
+    assert plan.counts == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [((0, 2.7), "runs.0. has length 2.7; expected"), (("a", 2), "runs.0. has expert 'a'")],
+)
+def test_from_runs_of_no_integers(run: tuple[int, int], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        RoutePlan.from_runs([run], num_experts=2)

@@ -77,6 +77,13 @@ def test_tile_config_errors(field: str, value: object, message: str) -> None:
         TileConfig(**(FIELDS | {field: value}))
 
 
+def test_hopper_needs_two_stages() -> None:
+    """With one, loading and computing would wait for each other for ever."""
+    TileConfig(128, 128, 64, num_stages=2, schedule="hopper")
+    with pytest.raises(ValueError, match=r"num_stages is 1; schedule 'hopper' has \(2, 3, "):
+        TileConfig(128, 128, 64, num_stages=1, schedule="hopper")
+
+
 def test_tile_config_from_dict_unknown_key() -> None:
     with pytest.raises(ValueError, match=r"unknown key 'block_x'; known are .*'block_k'"):
         TileConfig.from_dict(FIELDS | {"block_x": 1})
@@ -453,6 +460,11 @@ def without(name: str) -> Callable[[Path], Path]:
             with_entry(config=asdict(TileConfig(128, 128, 128, schedule="hopper"))),
             r"entries\[1\]: config has block_k=128; schedule 'hopper' has 64 with torch.bfloat16",
             id="hopper_block_k",
+        ),
+        pytest.param(
+            with_entry(dtype="float32", config=asdict(TileConfig(16, 64, 64, 1, 4, 3, "few_rows"))),
+            r"entries\[1\]: config has schedule 'few_rows', but it multiplies bfloat16 and float16",
+            id="few_rows_float32",
         ),
         pytest.param(
             with_entry(config=asdict(TileConfig(256, 512, 256, 8, 32, 8))),

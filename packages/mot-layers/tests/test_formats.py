@@ -278,6 +278,19 @@ def test_missing_scales_are_no_numbers() -> None:
         layer.quant_method.process_weights_after_loading(layer)
 
 
+def test_missing_zero_points_are_told() -> None:
+    format = Int4W4A16(32, symmetric=False)
+    layer = build("row", FormatConfig(format))
+
+    def file(piece: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight = quantize_weight(piece[None], format)
+        return {"weight": weight.data[0], "weight_scale": weight.scales[0]}
+
+    load(layer, "row", Weights.of("row"), file)
+    with pytest.raises(ValueError, match="but weight_zero_point was not loaded"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 def test_conversion_to_another_dtype_is_refused() -> None:
     """`Module.to(dtype)` would turn FP8 numbers into wider ones without their scales' help."""
     with pytest.raises(TypeError, match=r"data has dtype torch\.float16; expected torch\.float8"):

@@ -168,6 +168,33 @@ def test_parts_fused_in_the_file() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kind", "missing", "of"),
+    [
+        ("fp8", "qkv", "weight_scale", 0),
+        ("fp8", "qkv", "weight_scale", 1),
+        ("fp8", "row", "weight_scale", 0),
+        ("fp8-static", "row", "input_scale", 0),
+        ("compressed-fp8-channel", "qkv", "weight_scale", 1),
+    ],
+)
+def test_missing_scales(name: str, kind: str, missing: str, of: int) -> None:
+    """Of one part of a layer; another part's must not stand in for it."""
+    checkpoint = next(each for each in CHECKPOINTS if each.name == name)
+    layer = build(kind, checkpoint.config())
+    parts = iter(range(100))
+
+    def file(piece: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = dict(checkpoint.write(piece).tensors)
+        if next(parts) == of:
+            del tensors[missing]
+        return tensors
+
+    load(layer, kind, Weights.of(kind), file)
+    with pytest.raises(ValueError, match=f"{missing} was not loaded, or not all of it"):
+        process(layer)
+
+
+@pytest.mark.parametrize(
     ("name", "scales"),
     [
         ("fp8_per_tensor", WeightScales.PER_TENSOR),

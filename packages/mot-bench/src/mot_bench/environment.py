@@ -61,7 +61,10 @@ def _commit() -> str:
     if _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
         return _UNKNOWN
     commit = _output("git", "-C", str(here.parent), "rev-parse", "--short=12", "HEAD")
-    changes = _output("git", "-C", str(here.parent), "status", "--porcelain")
+    # Results that land beside the code change nothing of it.
+    changes = _output(
+        "git", "-C", str(here.parent), "status", "--porcelain", "--untracked-files=no"
+    )
     if commit is None:
         return _UNKNOWN
     return f"{commit}-dirty" if changes else commit

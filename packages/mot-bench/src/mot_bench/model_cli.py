@@ -153,7 +153,8 @@ def step(
             config = bagel.config_of(choice)
             for height, width in sizes:
                 bagel.check_size(config, "--resolutions", height, width)
-            parallel_cli.start_ranks(context.obj, ways, place, folder, timeout)
+            cases = len(sizes) * len(counts)
+            parallel_cli.start_ranks(context.obj, ways, place, folder, timeout, cases)
         return
     if timeout is not None:
         raise UsageError("--timeout is for several ranks; give --modes, or leave it out")

@@ -91,6 +91,7 @@ def start_ranks(
     device: torch.device,
     folder: Path | None,
     seconds: float | None,
+    cases: int,
 ) -> None:
     """Measure a single rank and every mode in processes of their own; print and write.
 
@@ -100,6 +101,7 @@ def start_ranks(
         device: where to.
         folder: for the results.
         seconds: that a set of processes may take.
+        cases: that each mode is to be measured on.
 
     Raises:
         UsageError: there are not enough GPUs.
@@ -115,6 +117,7 @@ def start_ranks(
         without(arguments, *_NOT_FOR_RANKS),
         modes,
         command=command_line(arguments),
+        cases=cases,
         say=_say,
         on_part=lambda so_far: _write(so_far, folder),
         seconds=seconds,

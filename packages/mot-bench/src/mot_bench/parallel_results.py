@@ -103,7 +103,8 @@ class ParallelCase:
     def speed_up(self, mode: ModeResult) -> float | None:
         """How many times the speed of one rank with its own choice of CUDA graphs."""
         alone = self.alone_us(mode)
-        return None if alone is None else alone / mode.timing.median_us
+        us = mode.timing.median_us
+        return None if alone is None or not us else alone / us
 
     def alone_us(self, mode: ModeResult | None = None) -> float | None:
         """Microseconds of the step made by one rank; None if that was not measured.
@@ -147,7 +148,7 @@ class ParallelResults(Run):
 def span(values: Sequence[float | None], form: str) -> str:
     """What all ranks have, or from the least to the most; "-" if it is not known of all."""
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    if not known or len(known) < len(values):
         return "-"
     least, most = form.format(min(known)), form.format(max(known))
     return least if least == most else f"{least}-{most}"

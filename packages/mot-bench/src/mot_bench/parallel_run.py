@@ -29,6 +29,7 @@ def run_parts(
     modes: Sequence[ParallelConfig],
     *,
     command: str,
+    cases: int,
     say: Callable[[str], None],
     on_part: Callable[[ParallelResults], None] = lambda results: None,
     seconds: float | None = None,
@@ -39,6 +40,7 @@ def run_parts(
         arguments: of `mot-bench`, without those that name modes, ranks or files.
         modes: to measure.
         command: kept in the results.
+        cases: that each mode is to be measured on.
         say: called with what begins.
         on_part: called with all results so far after each set of processes.
         seconds: that a set of processes may take; None for as long as it takes.
@@ -78,7 +80,6 @@ def run_parts(
                     results = dataclasses.replace(results, command=command, complete=False)
                     on_part(results)
             if code or found is None:
-                cases = 0 if results is None else len(results.cases)
                 begun, to_come = _split_where_it_failed(part, found, cases)
                 failed.append("; ".join(map(words.name_of, begun)))
                 if to_come:

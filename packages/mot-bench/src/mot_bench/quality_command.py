@@ -20,6 +20,10 @@ from mot_bench.files import write_json
 if TYPE_CHECKING:
     from mot_bench.quality import Quality
 
+_RESULTS = "quality.json"
+# Pictures of a contact sheet's entries, by its name.
+_SHEETS = {"images.png": 1, "edits.png": 2}
+
 
 def run_quality(
     model: str,
@@ -48,6 +52,10 @@ def run_quality(
             f"bagel-mot cannot be imported ({error}); pip install 'mot-bench[bagel]'"
         ) from error
     changes = _image_settings(settings)  # a wrong one is an error before loading
+    if folder is not None:
+        for file in (folder / name for name in (_RESULTS, *_SHEETS)):
+            if file.exists():
+                raise UsageError(f"--output {folder}: {file} exists; choose another folder")
     try:
         dtype = dtype or usual_dtype(device)
         pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
@@ -72,7 +80,7 @@ def run_quality(
     if folder is None:
         return
     write_json(
-        folder / "quality.json",
+        folder / _RESULTS,
         {
             "schema": 1,
             "kind": "quality",
@@ -86,10 +94,10 @@ def run_quality(
             **measured.to_json(),
         },
     )
-    screen.print(str(folder / "quality.json"), highlight=False)
-    for name, pictures in (("images", 1), ("edits", 2)):
+    screen.print(str(folder / _RESULTS), highlight=False)
+    for name, pictures in _SHEETS.items():
         entries = [entry for _, entry in measured.pictures if len(entry) == pictures]
-        file = folder / f"{name}.png"
+        file = folder / name
         contact_sheet(entries[:64]).save(file)
         screen.print(str(file), highlight=False)
 

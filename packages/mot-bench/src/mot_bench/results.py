@@ -337,7 +337,10 @@ def parse(kind: Any, value: Any, where: str) -> Any:
             return None
         return parse(typing.get_args(kind)[0], value, where)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"key {where!r} is too large a number") from None
     if type(value) is not kind:
         raise ValueError(f"key {where!r} is {value!r}; expected {kind.__name__}")
     return value

@@ -107,7 +107,8 @@ def tune(cases: Sequence[LinearCase], settings: Settings, progress: Progress) ->
     hopeless = []
     for case in cases:
         problem = problem_of(case)
-        if state.finished(problem):
+        if (entry := state.entry(problem)) is not None:
+            merge_entry(target, conditions, protocol, entry)  # the result file may be gone
             progress.say(f"{case.shape}, rows {case.routing.counts}: done before")
             continue
         entry = _Tuner(case, settings, state, progress).run()
@@ -156,13 +157,13 @@ class _Tuner:
         self._gate = Gate(self._inputs)
         inputs = self._inputs
         bias, residual = (None if t is None else t[0] for t in (inputs.bias, inputs.residual))
-        # Outputs are made by mot_linear itself; x's rows stand for theirs.
-        out = inputs.x[0]
         x, weight = inputs.operands(0)
+        rows = inputs.x[0]
+        out = rows.new_empty(len(rows), case.layer.n_out)
         if isinstance(weight, ExpertWeight):
             why = why_not_hopper_format(out, x, weight, bias, residual, has_plan=True)
         else:
-            why = why_not_hopper(out, out, weight, bias, residual)
+            why = why_not_hopper(out, rows, weight, bias, residual)
         self._hopper = why is None
 
     def run(self) -> dict[str, Any] | None:

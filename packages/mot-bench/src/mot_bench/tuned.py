@@ -73,7 +73,9 @@ class State:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             problems = content["problems"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(each["candidates"], dict) for each in problems.values()):
+                raise TypeError("candidates are no object")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"--resume: {path} is broken ({error!r}); {again}") from error
         for key, now in {"schema": _STATE_SCHEMA, **header}.items():
             if content.get(key) != now:
@@ -99,9 +101,10 @@ class State:
         self._problem(problem)["candidates"][config_key(config)] = record
         self.save()
 
-    def finished(self, problem: Problem) -> bool:
-        """Whether the problem has its entry."""
-        return "entry" in self._problem(problem)
+    def entry(self, problem: Problem) -> dict[str, Any] | None:
+        """The entry of a problem that is done, or None."""
+        entry: dict[str, Any] | None = self._problem(problem).get("entry")
+        return entry
 
     def finish(self, problem: Problem, entry: dict[str, Any]) -> None:
         """Remember that a problem is done and save."""

@@ -20,8 +20,9 @@ TMA); the second tile's are not (-1) and are gathered through `row_ids`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -191,7 +192,7 @@ class RoutePlan:
     @classmethod
     def from_runs(
         cls,
-        runs: Sequence[tuple[int, int]],
+        runs: Iterable[tuple[int, int]],
         *,
         num_experts: int,
         device: torch.device | str = "cpu",
@@ -205,10 +206,15 @@ class RoutePlan:
             device: where the plan's tensors go (from pinned memory, asynchronously, for CUDA).
 
         Raises:
+            TypeError: an expert or a length is no integer.
             ValueError: `num_experts` < 1, an expert out of range or a negative length.
         """
         _check_num_experts(num_experts)
+        runs = list(runs)
         for i, (expert, length) in enumerate(runs):
+            for name, value in (("expert", expert), ("length", length)):
+                if not isinstance(value, Integral):
+                    raise TypeError(f"runs[{i}] has {name} {value!r}; expected an integer")
             if not 0 <= expert < num_experts or length < 0:
                 raise ValueError(
                     f"runs[{i}] is (expert {expert}, length {length}); the expert must be in "

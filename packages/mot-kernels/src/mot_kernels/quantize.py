@@ -76,9 +76,9 @@ def quantize_weight(
         zeros = torch.empty(scales.shape, dtype=torch.uint8, device=device)
     for e, matrix in enumerate(matrices):
         if format == Fp8W8A8(WeightScales.PER_TENSOR):
-            parts = [matrix[rows].abs().amax().float() for rows in row_chunks(n, k)]
-            amax = torch.stack(parts).amax() if n and k else torch.zeros(())
-            scales[e] = scale_of(amax, FP8_MAX)
+            chunks = row_chunks(n, k) if n and k else []
+            parts = [matrix[rows].abs().amax().float() for rows in chunks]
+            scales[e] = scale_of(torch.stack(parts).amax() if parts else torch.zeros(()), FP8_MAX)
         for rows in row_chunks(n, k):
             wide = matrix[rows].to(device, torch.float32)
             match format:

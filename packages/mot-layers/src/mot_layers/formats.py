@@ -39,6 +39,9 @@ SCALE = "weight_scale"
 ZERO_POINT = "weight_zero_point"
 INPUT_SCALE = "input_scale"
 
+# Of 4-bit levels none has this.
+_NO_ZERO_POINT = 255
+
 
 class FormatLinearMethod(LinearMethodBase):
     """Multiplies with a layer's own parameters, which are in one format.
@@ -114,7 +117,7 @@ class QuantizingLinearMethod(FormatLinearMethod):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Register the parameters, of this rank's shard; uninitialised, but scales NaN."""
+        """Register the parameters, of this rank's shard, with scales NaN until they are loaded."""
         shape = 1, sum(output_partition_sizes), input_size_per_partition
         try:
             check_k(self.format, input_size_per_partition)
@@ -164,8 +167,11 @@ class QuantizingLinearMethod(FormatLinearMethod):
 
         for name, dtype in dtypes.items():
             values = torch.empty(shapes[name], dtype=dtype)
+            # What a checkpoint lacks must not pass for what it has.
             if name == SCALE:
-                values.fill_(torch.nan)  # what a checkpoint lacks must not pass for one
+                values.fill_(torch.nan)
+            elif name == ZERO_POINT:
+                values.fill_(_NO_ZERO_POINT)
             parameter = nn.Parameter(values, requires_grad=False)
             loader = quantise if name == WEIGHT else partial(take, name)
             attributes = {"output_dim": 0, "weight_loader": loader}
@@ -178,13 +184,17 @@ class QuantizingLinearMethod(FormatLinearMethod):
         """Nothing: the parameters are as they are used.
 
         Raises:
-            ValueError: scales were not loaded.
+            ValueError: scales or zero points were not loaded.
         """
-        if bool(layer.weight_scale.isnan().any()):
-            raise ValueError(
-                f"layer {getattr(layer, 'prefix', '')!r}: its weight is in {self.format}, but "
-                f"{SCALE} was not loaded, or not all of it"
-            )
+        missing = {SCALE: layer.weight_scale.isnan()}
+        if ZERO_POINT in self.part_names:
+            missing[ZERO_POINT] = layer.weight_zero_point == _NO_ZERO_POINT
+        for name, where in missing.items():
+            if bool(where.any()):
+                raise ValueError(
+                    f"layer {getattr(layer, 'prefix', '')!r}: its weight is in {self.format}, but "
+                    f"{name} was not loaded, or not all of it"
+                )
 
 
 class OwnConfig(QuantizationConfig):

@@ -192,15 +192,15 @@ def _fp8(
         raise NotReadable(f"there is no format for FP8 scales by {strategy}")
 
     def read(layer: Any) -> Parts:
-        scale = getattr(layer, scale_name).data.float()
-        if strategy == "tensor":
-            scale = _per_channel(scale, widths) if len(widths) > 1 else scale.reshape(())
-        elif strategy == "channel":
-            scale = scale.reshape(-1)
+        if strategy == "tensor" and len(widths) > 1:
+            scale = _per_channel(layer, scale_name, widths)
+        else:
+            scale = _loaded(layer, scale_name)
+            if strategy != "block":
+                scale = scale.reshape(() if strategy == "tensor" else -1)
         parts = {WEIGHT: layer.weight.data, SCALE: scale}
         if is_static:
-            # Parts of one layer have one input; as in vLLM, what holds all of it.
-            parts[INPUT_SCALE] = layer.input_scale.data.float().max()
+            parts[INPUT_SCALE] = _input_scale(layer)
         return parts
 
     return Reading(Fp8W8A8(scales), read, is_static)
@@ -214,13 +214,13 @@ def _int8(layer: Any, scheme: Any) -> Reading:
     by_channel, is_static = scheme.strategy == "channel", scheme.is_static_input_scheme
 
     def read(layer: Any) -> Parts:
-        scale = layer.weight_scale.data.float()
-        parts = {
-            WEIGHT: layer.weight.data,
-            SCALE: scale.reshape(-1) if by_channel else _per_channel(scale, widths),
-        }
+        if by_channel:
+            scale = _loaded(layer, "weight_scale").reshape(-1)
+        else:
+            scale = _per_channel(layer, "weight_scale", widths)
+        parts = {WEIGHT: layer.weight.data, SCALE: scale}
         if is_static:
-            parts[INPUT_SCALE] = layer.input_scale.data.float().max()
+            parts[INPUT_SCALE] = _input_scale(layer)
         return parts
 
     return Reading(Int8W8A8(), read, is_static)
@@ -315,11 +315,38 @@ def _by_groups(parts: Parts, repeats: int) -> Parts:
     }
 
 
-def _per_channel(scales: torch.Tensor, widths: list[int]) -> torch.Tensor:
+def _loaded(layer: Any, name: str) -> torch.Tensor:
+    """A layer's scales, float32.
+
+    Raises:
+        ValueError: some were not loaded. vLLM begins with the least float where it can tell.
+    """
+    scales: torch.Tensor = getattr(layer, name).data.float()
+    if not bool(_is_loaded(scales).all()):
+        raise ValueError(
+            f"layer {getattr(layer, 'prefix', '')!r}: {name} was not loaded, or not all of it"
+        )
+    return scales
+
+
+def _is_loaded(scales: torch.Tensor) -> torch.Tensor:
+    return scales.isfinite() & (scales > torch.finfo(torch.float32).min)
+
+
+def _input_scale(layer: Any) -> torch.Tensor:
+    """Parts of one layer have one input; as in vLLM, what holds all of it."""
+    return _loaded(layer, "input_scale").max()
+
+
+def _per_channel(layer: Any, name: str, widths: list[int]) -> torch.Tensor:
     """A scale for each fused part becomes one for each of its rows: (N,). Nothing is rounded."""
+    scales: torch.Tensor = getattr(layer, name).data.float()
+    is_loaded = _is_loaded(scales)
     # A file that holds the parts as one has one scale; vLLM leaves the others as it made them.
-    is_loaded = scales > torch.finfo(torch.float32).min
-    scales = torch.where(is_loaded, scales, scales[0])
+    if bool(is_loaded[0]) and not bool(is_loaded[1:].any()):
+        scales = scales[:1].expand_as(scales)
+    else:
+        scales = _loaded(layer, name)
     return scales.repeat_interleave(torch.tensor(widths, device=scales.device))
 
 

@@ -69,7 +69,7 @@ def _computing_group(
     work, N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, X_GROUPS: gl.constexpr, HAS_W_SCALES: gl.constexpr,
     W_BLOCKS: gl.constexpr, HAS_GATHERED: gl.constexpr, LEAVES_UNIT: gl.constexpr,
-    OUT_GROUPS: gl.constexpr, DTYPE: gl.constexpr,
+    OUT_GROUPS: gl.constexpr, DTYPE: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
     _, w_ring, full, empty = ring
@@ -157,7 +157,7 @@ def _computing_group(
                 _round_group(
                     chunks, place, part_rows, row_scales, shared_rows, out, out_scales,
                     partials_ptr, is_cut, parts, N_OUT, GROUP, BLOCK_N, HAS_BIAS, HAS_X_SCALES,
-                    HAS_W_SCALES, DTYPE,
+                    HAS_W_SCALES, DTYPE, EVEN_N,
                 )  # fmt: skip
             else:
                 step = _finish(
@@ -225,6 +225,7 @@ def _mot_linear_hopper_kernel(
     LEAVES_UNIT: gl.constexpr,  # long sums of FP8, X_GROUPS and W_BLOCKS
     OUT_GROUPS: gl.constexpr,
     DTYPE: gl.constexpr,  # of the result, before it is rounded to 8 bits
+    EVEN_N: gl.constexpr,  # no unit of OUT_GROUPS has columns past N_OUT
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
@@ -280,7 +281,7 @@ def _mot_linear_hopper_kernel(
                 (
                     ring, wide_ring, rows_0, out, out_scales, bias, scales, partial, row_ids_ptr,
                     tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
-                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE, EVEN_N,
                 ),
             ),
             (
@@ -288,7 +289,7 @@ def _mot_linear_hopper_kernel(
                 (
                     ring, wide_ring, rows_1, out, out_scales, bias, scales, partial, row_ids_ptr,
                     tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
-                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE, EVEN_N,
                 ),
             ),
             (

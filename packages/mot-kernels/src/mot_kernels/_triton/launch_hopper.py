@@ -152,6 +152,8 @@ def launch_linear_hopper(
         LEAVES_UNIT=has_groups or has_blocks or (x.dtype is torch.float8_e4m3fn and k > IN_UNIT),
         OUT_GROUPS=out_scales is not None,
         DTYPE=TRITON_DTYPES[dtype or out.dtype],
+        # Told apart only where it matters: each kind is compiled.
+        EVEN_N=out_scales is None or out.shape[1] % block_out == 0,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,

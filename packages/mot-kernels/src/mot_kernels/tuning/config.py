@@ -26,6 +26,8 @@ _VALUES: dict[str, dict[str, tuple[int, ...]]] = {
         "block_n": (128, 256),
         "block_k": (HOPPER_ROW_BYTES // 2, HOPPER_ROW_BYTES),
         "num_warps": (4,),
+        # A stage is given back while the next one is multiplied: one alone would wait for itself.
+        "num_stages": tuple(range(2, 9)),
     },
     "few_rows": {
         "block_m": (16, 32),
@@ -148,6 +150,8 @@ def why_illegal(
             f"config has block_k={config.block_k}; schedule 'hopper' has "
             f"{HOPPER_ROW_BYTES // dtype.itemsize} with {dtype}"
         )
+    if config.schedule == "few_rows" and dtype is torch.float32:
+        return "config has schedule 'few_rows', but it multiplies bfloat16 and float16, not float32"
     needed = config.shared_memory_bytes(dtype, silu_mul=silu_mul)
     return why_too_large(config, needed, silu_mul=silu_mul, shared_memory=shared_memory)
 
