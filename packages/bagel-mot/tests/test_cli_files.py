@@ -101,6 +101,21 @@ def test_files_are_as_readable_as_others(mask: int) -> None:
     assert Path("old.png").stat().st_mode & 0o777 == 0o640
 
 
+def test_pictures_are_saved_though_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `| head -1`: the pipe breaks at the second name."""
+    told: list[object] = []
+
+    def echo(message: object) -> None:
+        told.append(message)
+        if len(told) > 1:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("bagel_mot.painting.typer.echo", echo)
+    result = run("generate", "a fox", *SMALL, "-o", "fox.png", "-n", "3")
+    assert result.exit_code == 2
+    assert written() == ["fox-0.png", "fox-1.png", "fox-2.png"]
+
+
 def test_dangling_link_is_in_the_way() -> None:
     Path("fox.png").symlink_to("nowhere.png")
     result = run("generate", "a fox", *SMALL, "-o", "fox.png")

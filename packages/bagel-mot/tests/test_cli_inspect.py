@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import CHECKPOINT, run, succeed
+from command_line import CHECKPOINT, run, said, succeed
 from golden_data import GOLDEN
 from safetensors.torch import load_file, save_file
 
@@ -103,3 +104,12 @@ def test_inspect_problems(checkpoint_copy: Path) -> None:
         "wrong shape: vae2llm.bias is [63], expected [64]",
     ]
     assert "(3 problems)" in result.stderr
+
+
+def test_inspect_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    result = run("inspect", "--model", str(folder))
+    assert result.exit_code != 0
+    assert "tokenizer.json" in said(result) + result.stdout

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from golden_data import GOLDEN
 
+from bagel_mot.checkpoint import CheckpointError
+from bagel_mot.config import LLM_FILE
 from bagel_mot.loading import join, usual_dtype
 from bagel_mot.parallel import ALONE, ParallelConfig
 from bagel_mot.pipeline import BagelPipeline
@@ -67,3 +74,37 @@ def test_usual_dtype(device: str | None, dtype: str) -> None:
 def test_usual_dtype_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert usual_dtype(None) == "float32"
+
+
+def test_loading_in_threads() -> None:
+    """Each model is in its dtype, and the process's own is as it was."""
+    pipelines: list[tuple[torch.dtype, BagelPipeline]] = []
+
+    def load(dtype: torch.dtype) -> None:
+        for _ in range(2):
+            pipeline = BagelPipeline.from_pretrained(GOLDEN.checkpoint, device="cpu", dtype=dtype)
+            pipelines.append((dtype, pipeline))
+
+    threads = [
+        threading.Thread(target=load, args=(each,)) for each in (torch.float32, torch.bfloat16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pipelines) == 4
+    for dtype, pipeline in pipelines:
+        assert {each.dtype for each in pipeline.model.parameters()} == {dtype}
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_names_are_checked_before_there_is_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model too large for the machine what is missing is told, not that memory is."""
+    folder = shutil.copytree(GOLDEN.checkpoint, tmp_path / "model")
+    config = json.loads((folder / LLM_FILE).read_text())
+    (folder / LLM_FILE).write_text(json.dumps(config | {"num_hidden_layers": 600}))
+    monkeypatch.setattr("bagel_mot.loading.build_model", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(CheckpointError, match=r"missing: language_model.model.layers.599"):
+        BagelPipeline.from_pretrained(folder, device="cpu")

@@ -245,10 +245,16 @@ def test_adapter_folder_incomplete(adapter: Path) -> None:
     assert "not found; found adapter_model.bin, but tensors are read from safetensors" in line
 
 
-@pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf"), 10**400])
 def test_scale(scale: float, adapter: Path) -> None:
     (line,) = refusal(adapter, ValueError, scale=scale)
     assert line == f"scale is {scale}; expected a finite number other than 0"
+
+
+@pytest.mark.parametrize("scale", ["1", None, True])
+def test_scale_of_another_type(scale: Any, adapter: Path) -> None:
+    (line,) = refusal(adapter, TypeError, scale=scale)
+    assert line == f"scale is {scale!r}; expected a number"
 
 
 def test_destination(adapter: Path) -> None:

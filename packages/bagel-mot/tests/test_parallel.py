@@ -188,6 +188,19 @@ def test_run_ranks_ends_all_on_sigterm(tmp_path: Path, when: str) -> None:
             os.kill(int(file.read_text()), 0)
 
 
+@pytest.mark.parametrize("is_searched", [False, True])
+def test_ranks_look_for_modules_where_who_starts_them_does(
+    is_searched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m` looks in the working folder first, the script `bagel-mot` does not."""
+    (tmp_path / "calendar.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [place for place in sys.path if place not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] * is_searched + elsewhere)
+    code = run_ranks([sys.executable, "-m", "calendar", "2026"], 1)
+    assert code == (7 if is_searched else 0)
+
+
 def test_run_ranks_gives_sigterm_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert run_ranks([sys.executable, "-c", ""], 2) == 0

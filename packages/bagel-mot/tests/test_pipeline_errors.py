@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,7 @@ from watched import forwards
 
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Request, Result
-from bagel_mot.sampling import ImageSettings
+from bagel_mot.sampling import ImageSettings, Step
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,28 @@ from bagel_mot.sampling import ImageSettings
         ),
         pytest.param(["a"], {"steps": 3}, TypeError, "argument 'steps'", id="unknown-option"),
         pytest.param(
+            (part for part in "ab"), {}, TypeError, "parts is a generator; expected", id="generator"
+        ),
+        pytest.param({"a": 1}, {}, TypeError, "parts is a dict; expected a list", id="dict"),
+        pytest.param(
+            ["a"], {"negative_prompt": b"x"}, TypeError, "negative_prompt is b'x'", id="negative"
+        ),
+        pytest.param(["a"], {"think": "false"}, TypeError, "think is 'false'", id="think"),
+        pytest.param(
+            ["a"],
+            {"num_images": 2**16 + 1},
+            ValueError,
+            "num_images is 65537; expected at most 65536",
+            id="too-many-images",
+        ),
+        pytest.param(
+            ["a"], {"temperature": 10**400}, ValueError, "temperature is 1000", id="too-hot"
+        ),
+        pytest.param(["a"], {"on_step": 5}, TypeError, "on_step is 5; expected a func", id="step"),
+        pytest.param(
+            ["a"], {"cancel": True}, TypeError, "cancel is True; expected a threading", id="cancel"
+        ),
+        pytest.param(
             ["a"],
             {"settings": {"num_timesteps": 3}},
             TypeError,
@@ -158,6 +182,12 @@ def test_bad_request(
         pytest.param(lambda own: own.ask(STREET, ""), ValueError, "is empty", id="no-question"),
         pytest.param(lambda own: own.generate(" "), ValueError, "is empty", id="generate-blank"),
         pytest.param(lambda own: own.generate(None), TypeError, "NoneType", id="generate-none"),
+        pytest.param(
+            lambda own: own.run(["x"]), TypeError, r"requests\[0\] is a str; expected", id="run"
+        ),
+        pytest.param(
+            lambda own: own.generate("x", settings={}), TypeError, "settings is a dict", id="dict"
+        ),
     ],
 )
 def test_bad_call(
@@ -245,3 +275,19 @@ def test_negative_prompt_in_vain(
         assert caplog.messages == [f"negative_prompt has no effect: {why}"]
         cpu.prepare(request)
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(cpu: BagelPipeline, copied: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="cannot be copied or pickled; load another one"):
+        copied(cpu)
+
+
+def test_latents_of_another_shape(cpu: BagelPipeline) -> None:
+    def change(step: Step) -> None:
+        step.job.latents = torch.zeros(1, 64)
+
+    with pytest.raises(
+        ValueError, match=r"the latents of a job are \(1, 64\); expected \(16, 64\)"
+    ):
+        cpu.generate("a fox", height=64, width=64, settings=QUICK, on_step=change)

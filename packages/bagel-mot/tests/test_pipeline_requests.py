@@ -242,3 +242,11 @@ def test_text_in_bfloat16(half: BagelPipeline) -> None:
     limit = case.json["params"]["max_think_token_n"]
     answer = pipeline_for(half, case).ask(image, question, max_text_tokens=limit)
     assert answer == case.json["text_output"]
+
+
+def test_a_request_is_what_it_was_when_made() -> None:
+    """A conversation's list grows."""
+    parts: list[Part] = [STREET, "what is this?"]
+    request = Request(parts, "text")
+    parts.append("and now?")
+    assert request.parts == (STREET, "what is this?")

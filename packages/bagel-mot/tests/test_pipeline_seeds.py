@@ -34,15 +34,24 @@ def test_same_seed_same_image(cpu: BagelPipeline) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_seed_whatever_the_default_dtype(cpu: BagelPipeline, dtype: torch.dtype) -> None:
-    """Also of what a workspace keeps for later requests."""
-    first = small_image(cpu, seed=7)
+    """Also of what a workspace keeps for later requests, and with a scale that bfloat16 rounds."""
+    settings = GUIDED.model_copy(update={"cfg_text_scale": 7.3})
+    first, guided = small_image(cpu, seed=7), small_image(cpu, seed=7, settings=settings)
     cpu.workspace._forget()
     torch.set_default_dtype(dtype)
     try:
         assert_same_picture(small_image(cpu, seed=np.int64(7)), first)
+        assert_same_picture(small_image(cpu, seed=7, settings=settings), guided)
     finally:
         torch.set_default_dtype(torch.float32)
     assert_same_picture(small_image(cpu, seed=7), first)
+
+
+def test_autocast_changes_nothing(cpu: BagelPipeline) -> None:
+    first, answer = small_image(cpu, seed=7), cpu.ask(STREET, "what?", max_text_tokens=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_picture(small_image(cpu, seed=7), first)
+        assert cpu.ask(STREET, "what?", max_text_tokens=4) == answer
 
 
 def test_whole_numbers_of_numpy(cpu: BagelPipeline) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from adapters import LAYER, pairs, save_adapter
 from click.testing import Result
 from command_line import CHECKPOINT, run
 from golden_data import GOLDEN
@@ -124,3 +129,24 @@ def test_quantize_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said = done.stderr.replace("\n", " ")
     assert "model-00001.safetensors cannot be written: I/O error: No space left" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["quantize", "merge"])
+def test_nothing_is_left_when_told_to_end(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGTERM, in the middle."""
+
+    @contextlib.contextmanager
+    def progress(*_: object, **__: object) -> Iterator[Callable[[int], None]]:
+        yield lambda _: os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(f"bagel_mot.{command}_command.progress", progress)
+    out = str(tmp_path / "out")
+    if command == "quantize":
+        done = run("quantize", CHECKPOINT, out, "--format", "fp8")
+    else:
+        adapter = save_adapter(tmp_path / "adapter", pairs((f"{LAYER}.0.self_attn.q_proj",)))
+        done = run("merge", CHECKPOINT, str(adapter), out)
+    assert done.exit_code == 143, done.output
+    assert [path.name for path in tmp_path.iterdir() if path.name != "adapter"] == []

@@ -203,7 +203,7 @@ def vae_targets(vae: nn.Module) -> dict[str, Target]:
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Names, shapes and dtypes of all tensors of a checkpoint; reads no data.
 
-    The files are `ema.safetensors` and `ae.safetensors`, or those that
+    The files are `ae.safetensors`, and `ema.safetensors` or those that
     `model.safetensors.index.json` lists.
 
     Raises:
@@ -226,6 +226,9 @@ def config_with_grids(config: BagelConfig, stored: dict[str, StoredTensor]) -> B
     tables = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
     if any(table not in stored for table in tables):
         return config  # check_names will report it along with whatever else is missing
+    for table in tables:
+        if not stored[table].shape:
+            raise CheckpointError(f"{stored[table].file}: {table} is one number, not a table")
     latent, vit = (stored[table].shape[0] for table in tables)
     return config.with_grids(latent_rows=latent, vit_rows=vit)
 
@@ -343,7 +346,7 @@ def _files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             files = [folder / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{index}: expected JSON with a 'weight_map' of file names ({error})"
             ) from error
@@ -356,8 +359,8 @@ def _files(folder: Path) -> list[Path]:
         if index.exists() and (folder / MODEL_FILE).is_file():
             hint = f" ({MODEL_FILE} is there: remove the index to use it)"
         raise FileNotFoundError(
-            f"{', '.join(missing)} not found; a BAGEL checkpoint folder holds {MODEL_FILE} and "
-            f"{VAE_FILE}, or the files its {INDEX_FILE} lists{hint}"
+            f"{', '.join(missing)} not found; a BAGEL checkpoint folder holds {VAE_FILE}, and "
+            f"{MODEL_FILE} or the files its {INDEX_FILE} lists{hint}"
         )
     return files
 

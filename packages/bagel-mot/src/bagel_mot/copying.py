@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bagel_mot import checkpoint
-from bagel_mot.checkpoint import VAE_FILE, StoredTensor, Target
+from bagel_mot.checkpoint import VAE_FILE, CheckpointError, StoredTensor, Target
 from bagel_mot.compressed import stored_formats
 from bagel_mot.config import BagelConfig
 from bagel_mot.files import open_to_others
@@ -62,8 +62,7 @@ class Original:
         if (found := stored_formats(source, stored, config)) is not None:
             raise ValueError(f"{source} is quantised already, in {found.format}; take the original")
         targets = checkpoint.model_targets(config)
-        with torch.device("meta"):
-            vae = AutoEncoder(config.vae)
+        vae = AutoEncoder.without_weights(config.vae)
         checkpoint.check_names(stored, targets | checkpoint.vae_targets(vae))
         return cls(config, stored, targets)
 
@@ -88,7 +87,18 @@ def merged_adapters(stored: Mapping[str, StoredTensor]) -> list[dict[str, Any]]:
     for file in tensor_files(stored):
         with checkpoint.opened(file) as tensors:
             if (said := (tensors.metadata() or {}).get(MERGED_KEY)) is not None:
-                merged: list[dict[str, Any]] = json.loads(said)
+                try:
+                    merged: list[dict[str, Any]] = json.loads(said)
+                    if not all(
+                        isinstance(each["adapter"], str) and isinstance(each["scale"], int | float)
+                        for each in merged
+                    ):
+                        raise TypeError("an adapter is a name, a scale a number")
+                except (ValueError, KeyError, TypeError) as error:
+                    raise CheckpointError(
+                        f"{file}: {MERGED_KEY} in its metadata is {said!r}; expected what `merge` "
+                        "wrote"
+                    ) from error
                 return merged
     return []
 

@@ -13,6 +13,7 @@ from bagel_mot.cli_io import console, find_model, output_files, progress, save_p
 
 if TYPE_CHECKING:
     from bagel_mot.pipeline import BagelPipeline
+    from bagel_mot.sampling import ImageSettings
 
 PROMPTS = (
     "a red circle on a white background",
@@ -52,13 +53,16 @@ def demo(
     with user_errors():
         from bagel_mot.loading import usual_dtype
         from bagel_mot.pipeline import BagelPipeline
-        from bagel_mot.request import check_side
+        from bagel_mot.request import Request, check_side
+        from bagel_mot.sampling import ImageSettings
 
         (file,) = output_files(output, 1, overwrite)
         dtype = usual_dtype(device)
         pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
         check_side(pipeline.config, "--side", side)
-    entries = _make(pipeline, side, num_timesteps, seed)
+        settings = ImageSettings(num_timesteps=num_timesteps)
+        Request(PROMPTS, "image", seed=seed)  # refuses what no seed can be
+    entries = _make(pipeline, side, settings, seed)
     with user_errors():
         # A folder's own name: where it lies is nobody else's business.
         name = tiny.NAME if model == tiny.FOLDER else model.resolve().name
@@ -70,12 +74,10 @@ def demo(
 
 
 def _make(
-    pipeline: BagelPipeline, side: int, num_timesteps: int, seed: int
+    pipeline: BagelPipeline, side: int, settings: ImageSettings, seed: int
 ) -> list[tuple[str, Image.Image]]:
     """Captions and pictures."""
-    from bagel_mot.sampling import ImageSettings
-
-    steps = num_timesteps - 1
+    steps = settings.num_timesteps - 1
     entries: list[tuple[str, Image.Image]] = []
     with progress("painting", steps * (len(PROMPTS) + 1)) as advance:
         for prompt in PROMPTS:
@@ -84,7 +86,7 @@ def _make(
                 height=side,
                 width=side,
                 seed=seed,
-                settings=ImageSettings(num_timesteps=num_timesteps),
+                settings=settings,
                 on_step=lambda _: advance(1),
             )
             entries.append((prompt, result.image))
@@ -92,7 +94,7 @@ def _make(
             entries[0][1],
             EDIT,
             seed=seed,
-            settings=ImageSettings.for_editing(num_timesteps=num_timesteps),
+            settings=settings.for_editing(num_timesteps=settings.num_timesteps),
             on_step=lambda _: advance(1),
         )
     entries.insert(1, (f"the same: {EDIT}", edited.image))

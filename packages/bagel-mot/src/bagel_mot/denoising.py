@@ -144,6 +144,11 @@ class Denoising:
         assert self._runner is not None
         for job, view in zip(self.jobs, self._views, strict=True):
             if job.latents is not view and not job.done:
+                if job.latents.shape != view.shape:  # it would be broadcast
+                    raise ValueError(
+                        f"the latents of a job are {tuple(job.latents.shape)}; expected "
+                        f"{tuple(view.shape)}"
+                    )
                 view.copy_(to_device(job.latents, view.device))
                 job.latents = view
         return self._runner
@@ -169,7 +174,7 @@ class Denoising:
             dt = ahead[:-1] - ahead[1:]
             times[: len(dt), j] = ahead[:-1].float()
             controls[: len(dt), j, 0] = dt.float()
-            controls[:, j, 1:] = torch.tensor(scales)
+            controls[:, j, 1:] = torch.tensor(scales, dtype=torch.float32)
         device = self.model.device
         embedded = self.model.embed_times(to_device(times.flatten(), device))
         return embedded.unflatten(0, times.shape), to_device(controls, device)

@@ -20,6 +20,7 @@ from bagel_mot.copying import merged_adapters
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.quantization import LayerFormats
+from bagel_mot.tokenizer import BagelTokenizer
 
 # Bytes an element takes once loaded, by what the model computes in.
 _WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -177,8 +178,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], dtype: str = "bfloat16") ->
     config = BagelConfig.from_folder(folder)
     stored = checkpoint.read_headers(folder)
     config = checkpoint.config_with_grids(config, stored)
-    with torch.device("meta"):
-        vae = AutoEncoder(config.vae)
+    vae = AutoEncoder.without_weights(config.vae)
     targets = checkpoint.model_targets(config)
     problems: list[str] = []
     formats = None
@@ -190,6 +190,10 @@ def inspect_checkpoint(path: str | os.PathLike[str], dtype: str = "bfloat16") ->
         checkpoint.check_names(stored, targets)
     except CheckpointError as error:
         problems = str(error).splitlines()
+    try:
+        BagelTokenizer.of_model(folder, config.llm.vocab_size)
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
     attention = choose_attention(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=getattr(torch, dtype),

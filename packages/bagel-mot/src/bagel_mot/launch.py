@@ -72,7 +72,10 @@ def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = Non
         port = probe.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    with _sigterm_raises(), tempfile.TemporaryDirectory(prefix="bagel-mot-") as folder:
+    if not {"", os.getcwd()} & {*sys.path}:
+        # `python -m` would look here first, where this process does not look at all.
+        meeting["PYTHONSAFEPATH"] = "1"
+    with sigterm_raises(), tempfile.TemporaryDirectory(prefix="bagel-mot-") as folder:
         logs = [Path(folder, f"rank{rank}") for rank in range(ranks)]
         running: dict[int, subprocess.Popen[bytes]] = {}
         try:
@@ -107,8 +110,11 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises SystemExit within the block; Python allows that in the main thread only."""
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises SystemExit within the block, where this is the main thread (Python's rule).
+
+    What is half done is then undone, as after Ctrl-C.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

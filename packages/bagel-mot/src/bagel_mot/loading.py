@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import torch
@@ -13,10 +14,14 @@ from bagel_mot.compressed import choose_formats
 from bagel_mot.config import BagelConfig
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.bagel import Bagel
+from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.parallel import Parallel, ParallelConfig, start, world_size_from_environment
 from bagel_mot.quantization import LayerFormats, Quantization
 from bagel_mot.tiny import model_folder
 from bagel_mot.tokenizer import BagelTokenizer
+
+# torch has one for the whole process, and modules are built in it.
+_DEFAULT_DTYPE = threading.Lock()
 
 
 def load(
@@ -36,14 +41,9 @@ def load(
     if not isinstance(parallel, ParallelConfig):
         raise TypeError(f"parallel is {parallel!r}; expected a bagel_mot.parallel.ParallelConfig")
     config = BagelConfig.from_folder(folder)
-    tokenizer = BagelTokenizer.from_folder(folder)
+    tokenizer = BagelTokenizer.of_model(folder, config.llm.vocab_size)
     stored = checkpoint.read_headers(folder)
     config = checkpoint.config_with_grids(config, stored)
-    if len(tokenizer) > config.llm.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
-            f"{config.llm.vocab_size} rows; the files belong to different models"
-        )
     parallel.check(config.llm, world_size_from_environment())
     formats, targets = choose_formats(folder, stored, config, quantization)
     if formats is not None:
@@ -52,10 +52,11 @@ def load(
     if attention is not None:
         # A backend that cannot be used is an error before anything is loaded.
         choose_attention(attention, device=place, dtype=dtype, head_dim=config.llm.head_dim)
+    # Before there is room for all of the model.
+    targets |= checkpoint.vae_targets(AutoEncoder.without_weights(config.vae))
+    checkpoint.check_names(stored, targets)
     joined, place = join(parallel, place)
     model = build_model(config, device=place, dtype=dtype, attention=attention, formats=formats)
-    targets |= checkpoint.vae_targets(model.vae)
-    checkpoint.check_names(stored, targets)
     checkpoint.load_checkpoint(model, stored, targets, on_tensor)
     return model, tokenizer, joined
 
@@ -106,13 +107,14 @@ def build_model(
     formats: LayerFormats | None = None,
 ) -> Bagel:
     """A `Bagel` with uninitialised weights; call `bagel_mot.parallel.start` first."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return Bagel(config, attention, formats)
-    finally:
-        torch.set_default_dtype(default)
+    with _DEFAULT_DTYPE:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                return Bagel(config, attention, formats)
+        finally:
+            torch.set_default_dtype(default)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -32,6 +32,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,11 @@ def merge_checkpoint(
             is wrong is listed.
         CheckpointError: the files do not hold exactly the model's tensors, or a merged weight has
             no finite value in its dtype.
+        TypeError: `scale` is no number.
         ValueError: `scale` cannot be, a config cannot be read, or the checkpoint is quantised.
     """
     source, adapter, destination = model_folder(source), Path(adapter), Path(destination)
-    if scale == 0 or not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; expected a finite number other than 0")
+    scale = _checked_scale(scale)
     check_destination(destination)
     original = Original.read(source)
     files = sorted({original.stored[name].file for name in original.targets})
@@ -141,6 +142,18 @@ def merge_checkpoint(
         copy_others(source, folder)
         for file in files:
             rewrite(file, folder / file.name, change, annotate)
+
+
+def _checked_scale(scale: object) -> float:
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"scale is {scale!r}; expected a number")
+    try:
+        found = float(scale)
+    except OverflowError:
+        found = math.inf
+    if found == 0 or not math.isfinite(found):
+        raise ValueError(f"scale is {scale}; expected a finite number other than 0")
+    return found
 
 
 def merged(weight: Tensor, up: Tensor, down: Tensor, factor: float) -> Tensor:

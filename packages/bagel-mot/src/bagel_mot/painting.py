@@ -98,11 +98,15 @@ class Painting:
         if not IS_FIRST_RANK:
             return
         with user_errors():
-            for request, result in zip(requests, results, strict=True):
-                for i, image in enumerate(result.images, first):
-                    told = _metadata(request, result, i)
-                    file = save_png(image, next(files), told, overwrite=self.overwrite)
-                    typer.echo(file.resolve())
+            saved = [
+                save_png(
+                    image, next(files), _metadata(request, result, i), overwrite=self.overwrite
+                )
+                for request, result in zip(requests, results, strict=True)
+                for i, image in enumerate(result.images, first)
+            ]
+            for file in saved:  # nobody may be listening any more
+                typer.echo(file.resolve())
 
 
 def _steps(request: Request) -> int:
@@ -126,4 +130,7 @@ def _metadata(request: Request, result: Result, i: int) -> dict[str, Any]:
         found["negative_prompt"] = request.negative_prompt
     if thought is not None:
         found["thought"] = thought
+        found["max_text_tokens"] = str(request.max_text_tokens)
+        if request.temperature is not None:
+            found["temperature"] = str(request.temperature)
     return found

@@ -50,8 +50,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("tensor", "ulysses", "ring", "allgather", "cfg"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} parallel size is {getattr(self, name)}; expected >= 1")
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} parallel size is {size!r}; expected a whole number")
+            if size < 1:
+                raise ValueError(f"{name} parallel size is {size}; expected >= 1")
         if self.allgather > 1 and self.ulysses * self.ring > 1:
             raise ValueError(
                 f"allgather={self.allgather} with ulysses={self.ulysses}, ring={self.ring}: "
@@ -79,7 +82,7 @@ class ParallelConfig:
         sizes = {"ulysses": 1, "ring": 1, "allgather": 1}
         for part in (sequence or "").split(",") if sequence else []:
             kind, _, size = part.strip().partition(":")
-            if kind not in sizes or not size.isdigit():
+            if kind not in sizes or not size.isdecimal():
                 raise ValueError(
                     f"sequence parallelism {part!r}; expected KIND:SIZE with KIND one of "
                     f"{', '.join(sizes)}, for example ulysses:2 or ulysses:2,ring:2"
@@ -200,7 +203,13 @@ def _groups_made() -> dict[tuple[int, ...], dist.ProcessGroup]:
 
 def world_size_from_environment() -> int:
     """Processes torchrun (or `bagel-mot --nproc`) started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(size)
+    except ValueError:
+        raise ValueError(
+            f"WORLD_SIZE is {size!r}; expected a number, as torchrun sets it"
+        ) from None
 
 
 def start(config: ParallelConfig, device_type: str) -> Parallel:

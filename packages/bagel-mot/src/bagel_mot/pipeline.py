@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Concatenate, NoReturn, ParamSpec, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -28,6 +29,9 @@ from bagel_mot.tokenizer import BagelTokenizer
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # Packed rows at which images are no longer denoised together: a GPU is full with fewer, and the
 # activations of more would only take memory.
 _ROWS_TOGETHER = 16384
@@ -35,6 +39,19 @@ _ROWS_TOGETHER = 16384
 
 class Cancelled(RuntimeError):
     """The caller's `cancel` event was set; nothing was kept."""
+
+
+def _in_its_own_dtypes(
+    method: Callable[Concatenate[BagelPipeline, P], T],
+) -> Callable[Concatenate[BagelPipeline, P], T]:
+    """The model knows what it computes in: the caller's autocast would mix in another dtype."""
+
+    @functools.wraps(method)
+    def run(self: BagelPipeline, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast(self.model.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class BagelPipeline:
@@ -70,6 +87,11 @@ class BagelPipeline:
             logger.warning("steps run launch by launch, without CUDA graphs: %s", why)
             capture = False
         self.workspace = Workspace(model, capture=capture)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a BagelPipeline cannot be copied or pickled; load another one with from_pretrained"
+        )
 
     @classmethod
     def from_pretrained(
@@ -143,7 +165,7 @@ class BagelPipeline:
             output="image",
             height=height,
             width=width,
-            settings=settings or ImageSettings(),
+            settings=ImageSettings() if settings is None else settings,
             think=think,
             **options,
         )
@@ -171,7 +193,7 @@ class BagelPipeline:
         return self.chat(
             [*pictures, prompt],
             output="image",
-            settings=settings or ImageSettings.for_editing(),
+            settings=ImageSettings.for_editing() if settings is None else settings,
             **options,
         )
 
@@ -211,12 +233,14 @@ class BagelPipeline:
             TypeError, ValueError: an argument that makes no sense; the message says which.
             Cancelled: `cancel` was set.
         """
+        _check_callbacks(on_step=on_step, on_text=on_text, cancel=cancel)
         prepared = self.prepare(
             Request(parts, **options), on_text=on_text, cancel=cancel, noise=noise
         )
         self.denoise(prepared.jobs, on_step=on_step, cancel=cancel)
         return self.finish(prepared, cancel=cancel)
 
+    @_in_its_own_dtypes
     def run(
         self,
         requests: Sequence[Request],
@@ -234,11 +258,17 @@ class BagelPipeline:
             on_step: called after each denoising step of each image.
             cancel: see `chat`.
         """
+        requests = list(requests)
+        for i, request in enumerate(requests):
+            if not isinstance(request, Request):
+                raise TypeError(f"requests[{i}] is a {type(request).__name__}; expected a Request")
+        _check_callbacks(on_step=on_step, cancel=cancel)
         prepared = self._prepared([self._read(each, cancel=cancel) for each in requests], cancel)
         jobs = [job for each in prepared for job in each.jobs]
         self.denoise(jobs, on_step=on_step, cancel=cancel)
         return [self.finish(each, cancel=cancel) for each in prepared]
 
+    @_in_its_own_dtypes
     def prepare(
         self,
         request: Request,
@@ -252,6 +282,7 @@ class BagelPipeline:
         (prepared,) = self._prepared([reading], cancel)
         return prepared
 
+    @_in_its_own_dtypes
     def denoise(
         self,
         jobs: Sequence[ImageJob],
@@ -276,6 +307,7 @@ class BagelPipeline:
                     for step in [each.kept() for each in steps]:
                         on_step(step)
 
+    @_in_its_own_dtypes
     @torch.no_grad()
     def finish(self, prepared: Prepared, *, cancel: threading.Event | None = None) -> Result:
         """Decode the images of a request whose jobs are done."""
@@ -303,7 +335,7 @@ class BagelPipeline:
             self.config,
             request,
             seed=seed,
-            noise=noise or Noise(seed),
+            noise=Noise(seed) if noise is None else noise,
             on_text=on_text,
             stop=lambda: self._stop_if(cancel),
         )
@@ -337,6 +369,15 @@ class BagelPipeline:
         patch = self.config.latent_patch_size
         latent = unpatchify(job.latents, *job.grid, patch)[None]
         return to_image(self.model.vae.decode(latent)[0])
+
+
+def _check_callbacks(*, cancel: object, **functions: object) -> None:
+    """Now, not after the first step."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is {function!r}; expected a function")
+    if cancel is not None and not hasattr(cancel, "is_set"):
+        raise TypeError(f"cancel is {cancel!r}; expected a threading.Event")
 
 
 def _pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:

@@ -39,6 +39,8 @@ def read_prompts(file: Path, make: Callable[..., Any]) -> list[Any]:
         raise FileNotFoundError(f"--prompts {file}: no such file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {file}: not UTF-8 ({error})") from error
+    except OSError as error:
+        raise OSError(f"--prompts {file}: {error.strerror}") from error
     made: list[Any] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -58,7 +58,7 @@ class Keep(BaseModel):
         known = {str(name): name for name in PROJECTIONS.values()}
         for word in filter(None, (part.strip() for part in words.split(","))):
             name, colon, count = word.partition(":")
-            if name in ends and (not colon or count.isdigit()):
+            if name in ends and (not colon or count.isdecimal()):
                 ends[name] = int(count) if colon else 1
             elif word in known:
                 projections.add(known[word])

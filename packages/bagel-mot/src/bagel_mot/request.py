@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -19,6 +20,8 @@ Part = str | Image.Image
 _LEAST_TEMPERATURE = 1e-6
 # Room is made for all of them at once; the released model was trained on a thirtieth of it.
 MOST_TEXT_TOKENS = 2**20
+# Seeds and files of all are settled before the first one is painted; more are several requests.
+MOST_IMAGES = 2**16
 _WHOLE = ("height", "width", "num_images", "seed", "max_text_tokens")
 
 
@@ -60,7 +63,7 @@ class Request:
     negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        _check_parts(self.parts)
+        object.__setattr__(self, "parts", _checked_parts(self.parts))
         if self.negative_prompt is not None:
             _check_text("negative_prompt", self.negative_prompt)
         if self.output not in ("text", "image"):
@@ -75,12 +78,13 @@ class Request:
                 f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "
                 "both start at 1"
             )
-        if self.max_text_tokens > MOST_TEXT_TOKENS:
-            raise ValueError(
-                f"max_text_tokens is {self.max_text_tokens}; expected at most {MOST_TEXT_TOKENS}"
-            )
+        for name, most in (("num_images", MOST_IMAGES), ("max_text_tokens", MOST_TEXT_TOKENS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at most {most}")
+        if self.think not in (True, False):
+            raise TypeError(f"think is {self.think!r}; expected True or False")
         if self.temperature is not None:
-            _check_temperature(self.temperature)
+            object.__setattr__(self, "temperature", _checked_temperature(self.temperature))
         if not isinstance(self.settings, ImageSettings):
             raise TypeError(f"settings is a {type(self.settings).__name__}; expected ImageSettings")
         last = 2**63 - self.num_images
@@ -168,9 +172,15 @@ def check_side(config: BagelConfig, name: str, side: int) -> None:
         raise ValueError(f"{name} is {side}; expected a multiple of {unit} in {unit}..{largest}")
 
 
-def _check_parts(parts: Sequence[Part]) -> None:
-    if isinstance(parts, str | Image.Image) or not len(parts):
+def _checked_parts(parts: object) -> tuple[Part, ...]:
+    """The parts, as they are now: a list may change before it is read."""
+    if isinstance(parts, str | Image.Image):
         raise ValueError("parts must be a list with at least one text or picture")
+    if not isinstance(parts, Sequence) or isinstance(parts, bytes):
+        raise TypeError(f"parts is a {type(parts).__name__}; expected a list of texts and pictures")
+    if not parts:
+        raise ValueError("parts must be a list with at least one text or picture")
+    parts = tuple(parts)
     for i, part in enumerate(parts):
         if isinstance(part, str):
             if not part.strip():
@@ -180,6 +190,7 @@ def _check_parts(parts: Sequence[Part]) -> None:
             raise TypeError(
                 f"parts[{i}] is a {type(part).__name__}; expected a string or a PIL image"
             )
+    return parts
 
 
 def _check_whole(name: str, value: object, *, or_none: bool) -> None:
@@ -189,18 +200,25 @@ def _check_whole(name: str, value: object, *, or_none: bool) -> None:
         raise TypeError(f"{name} is {value!r}; expected a whole number")
 
 
-def _check_temperature(value: object) -> None:
+def _checked_temperature(value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"temperature is {value!r}; expected a number")
-    if not float(value) >= _LEAST_TEMPERATURE:  # NaN included
+    try:
+        temperature = float(value)
+    except OverflowError:
+        temperature = math.nan
+    if not temperature >= _LEAST_TEMPERATURE:  # NaN included
         raise ValueError(
             f"temperature is {value}; expected {_LEAST_TEMPERATURE} or more (leave it out for the "
             "likeliest text)"
         )
+    return temperature
 
 
-def _check_text(name: str, text: str) -> None:
+def _check_text(name: str, text: object) -> None:
     """A shell passes bytes that are no UTF-8 as halves of surrogate pairs."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {text!r}; expected a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -103,6 +103,21 @@ class BagelTokenizer:
             return cls(tokenizer)
         return cls(_build_qwen2(folder))
 
+    @classmethod
+    def of_model(cls, path: str | os.PathLike[str], vocab_size: int) -> Self:
+        """As `from_folder`, for a model whose embedding has `vocab_size` rows.
+
+        Raises:
+            ValueError: those are too few, too.
+        """
+        tokenizer = cls.from_folder(path)
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
+                f"{vocab_size} rows; the files belong to different models"
+            )
+        return tokenizer
+
     def __len__(self) -> int:
         """Rows an embedding table needs for every token: the largest id plus one.
 

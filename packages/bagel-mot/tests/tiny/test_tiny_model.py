@@ -56,6 +56,9 @@ def test_demo(tmp_path: Path) -> None:
     assert odd.exit_code == 2
     assert "--side is 65; expected a multiple of 16" in odd.output
     assert "pass --overwrite" in again.output
+    for wrong in (["--num-timesteps", "100001"], ["--seed", str(2**63)]):
+        refused = CliRunner().invoke(app, [*command, "--overwrite", *wrong])
+        assert refused.exit_code == 2 and "error: " in refused.output
 
 
 def test_train_tiny_command(tmp_path: Path) -> None:

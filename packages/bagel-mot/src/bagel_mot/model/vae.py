@@ -13,6 +13,7 @@ the whole picture, strips overlap by what a convolution sees, and there are no s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,12 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(cfg)
         # The convolutions' output then is channels-last, too, whatever their input is.
         self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def without_weights(cls, cfg: VaeConfig) -> Self:
+        """For names and shapes: on the meta device."""
+        with torch.device("meta"):
+            return cls(cfg)
 
     def moments(self, x: Tensor) -> Tensor:
         """Means, then log-variances, of the latents.

@@ -44,8 +44,7 @@ class UndWeights:
             _module(name): (_module(place.parameter), place.shard)
             for name, place in self._places.items()
         }
-        with torch.device("meta"):
-            vae = AutoEncoder(config.vae)
+        vae = AutoEncoder.without_weights(config.vae)
         names = model_targets(config).keys() - self._places.keys()
         names |= {target.parameter.removeprefix("vae.") for target in vae_targets(vae).values()}
         self._unused = {_module(name) for name in names}

@@ -335,8 +335,7 @@ def _check_start(recipe: Recipe, folder: Path) -> None:
     with TemporaryDirectory() as place:
         recipe.write_configs(Path(place))
         config = recipe.config(Path(place))
-    with torch.device("meta"):
-        vae = AutoEncoder(config.vae)
+    vae = AutoEncoder.without_weights(config.vae)
     targets = checkpoint.model_targets(config) | checkpoint.vae_targets(vae)
     checkpoint.check_names(checkpoint.read_headers(folder), targets)
 
