@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Self
 
 import torch
@@ -39,6 +40,7 @@ class ParallelConfig:
         cfg: ranks that guidance contexts are spread over.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: a size below 1, or all-gather together with Ulysses or ring.
     """
 
@@ -51,7 +53,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tensor", "ulysses", "ring", "allgather", "cfg"):
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool):
+            if not isinstance(size, Integral) or isinstance(size, bool):
                 raise TypeError(f"{name} parallel size is {size!r}; expected a whole number")
             if size < 1:
                 raise ValueError(f"{name} parallel size is {size}; expected >= 1")
