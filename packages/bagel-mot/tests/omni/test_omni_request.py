@@ -49,7 +49,7 @@ def test_defaults(config: Any) -> None:
     assert asked.size == (1024, 1024)
     assert asked.num_images == 1
     own = asked.request
-    assert (own.parts, own.output, own.think) == (["a red fox"], "image", False)
+    assert (own.parts, own.output, own.think) == (("a red fox",), "image", False)
     assert (own.temperature, own.negative_prompt, own.max_text_tokens) == (None, None, 1000)
 
 
