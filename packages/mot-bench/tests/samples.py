@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 from mot_bench.cases import Layer, LinearCase, Model, Routing
+from mot_bench.model_results import Memory, Subject
+from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, RankUse
 from mot_bench.results import (
     KIND,
     SCHEMA,
@@ -76,6 +79,21 @@ def some_results() -> Results:
         complete=True,
         cases=cases,
     )
+
+
+def some_run(*names: str, ms: float = 1.0) -> ParallelResults:
+    """Results of one case; each mode takes twice the time of the one before."""
+    found = []
+    for i, name in enumerate(names):
+        timing = Timing(ms * 1e3 * 2**i, 1.0, 1.0, 1, "stream")
+        use = RankUse(0, 9, 100, Memory(1 << 30, 3 << 30), 200.0, 50.0)
+        other = dataclasses.replace(use, rank=1, rows=7, exchange_us=20.0)
+        ranks = (use,) if name == "1 rank" else (use, other)
+        found.append(ModeResult(name, name == "1 rank", timing, 1e-6, 0.0, ranks))
+    case = ParallelCase(64, 48, 2, 1, 16, 30, tuple(found))
+    environment = some_results().environment
+    subject = Subject("random", 1, 100, "bfloat16", "default", "default", "0", "0")
+    return ParallelResults(1, "step-ranks", "x", environment, subject, "x", True, (case,))
 
 
 def python_command(program: str) -> list[str]:

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,14 @@ import torch.distributed as dist
 from bagel_mot.launch import run_ranks
 from bagel_mot.parallel import ParallelConfig
 from rich.console import Console
-from samples import some_results
+from samples import some_run
 
 from mot_bench import modes, parallel_run
 from mot_bench.console import without
 from mot_bench.errors import MeasurementError, UsageError
 from mot_bench.exchange import ExchangeClock
-from mot_bench.model_results import Memory, Subject
 from mot_bench.model_tables import parallel_table
-from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, RankUse
+from mot_bench.parallel_results import ParallelResults
 from mot_bench.ranks import check_differences
 from mot_bench.report import read, report
 from mot_bench.results import Timing
@@ -231,21 +229,6 @@ def test_rounding_is_accepted() -> None:
     check_differences("cfg:2", [[0.0, 1e-2]], torch.bfloat16)
 
 
-def some_run(*names: str, ms: float = 1.0) -> ParallelResults:
-    """Results of one case; each mode takes twice the time of the one before."""
-    found = []
-    for i, name in enumerate(names):
-        timing = Timing(ms * 1e3 * 2**i, 1.0, 1.0, 1, "stream")
-        use = RankUse(0, 9, 100, Memory(1 << 30, 3 << 30), 200.0, 50.0)
-        other = dataclasses.replace(use, rank=1, rows=7, exchange_us=20.0)
-        ranks = (use,) if name == "1 rank" else (use, other)
-        found.append(ModeResult(name, name == "1 rank", timing, 1e-6, 0.0, ranks))
-    case = ParallelCase(64, 48, 2, 1, 16, 30, tuple(found))
-    environment = some_results().environment
-    subject = Subject("random", 1, 100, "bfloat16", "default", "default", "0", "0")
-    return ParallelResults(1, "step-ranks", "x", environment, subject, "x", True, (case,))
-
-
 def test_table_of_a_gpu() -> None:
     (case,) = some_run("1 rank", "cfg:2").cases
     console = Console(width=150, file=io.StringIO())
@@ -266,92 +249,6 @@ def test_report_of_a_gpu(tmp_path: Path) -> None:
     assert f"| 64x48, 2 branches | cfg:2 | {cells}" in lines
 
 
-def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"": some_run("1 rank"), "cfg:2;ring:2": some_run("cfg:2"), "tp:2": some_run("tp:2")}
-    calls: list[tuple[int, list[str]]] = []
-
-    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
-        assert seconds == 60.0
-        words = list(command)
-        named = words[words.index("--modes") + 1] if "--modes" in words else ""
-        folder = Path(words[words.index("--part") + 1])
-        calls.append((ranks, words[3:]))
-        (folder / parallel_run.RESULTS).write_text(named)
-        return 1 if "ring" in named else 0
-
-    monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
-    monkeypatch.setattr(ParallelResults, "read", lambda path: found[path.read_text()])
-    seen: list[ParallelResults] = []
-    results, failed = parallel_run.run_parts(
-        ["step", "--rounds", "2"],
-        modes.parse("cfg:2;tp:2;ring:2"),
-        command="mot-bench step",
-        cases=1,
-        say=lambda line: None,
-        on_part=seen.append,
-        seconds=60.0,
-    )
-    # A single rank before those that split the weights: only they are checked against it.
-    assert [ranks for ranks, _ in calls] == [2, 1, 2]
-    assert all(words[:3] == ["step", "--rounds", "2"] for _, words in calls)
-    assert failed == ["cfg:2; ring:2"]
-    assert results is not None and not results.complete and results.command == "mot-bench step"
-    assert [mode.mode for mode in results.cases[0].modes] == ["1 rank", "cfg:2", "tp:2"]
-    assert [len(each.cases[0].modes) for each in seen] == [1, 2, 3]
-
-
-def test_modes_after_one_that_fails_get_new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of three hangs: what the first found is kept, the third starts anew."""
-    started: list[str] = []
-
-    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
-        words = list(command)
-        named = words[words.index("--modes") + 1] if "--modes" in words else "1 rank"
-        started.append(named)
-        found = some_run(named.partition(";")[0])
-        found.write(Path(words[words.index("--part") + 1]) / parallel_run.RESULTS)
-        return 124 if "allgather" in named else 0
-
-    monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
-    results, failed = parallel_run.run_parts(
-        ["step"],
-        modes.parse("cfg:2;allgather:2;ulysses:2"),
-        command="",
-        cases=1,
-        say=lambda line: None,
-    )
-    assert started == ["cfg:2;allgather:2;ulysses:2", "ulysses:2", "1 rank"]
-    assert failed == ["cfg:2; allgather:2"]
-    assert results is not None and not results.complete
-    assert [mode.mode for mode in results.cases[0].modes] == ["1 rank", "cfg:2", "ulysses:2"]
-
-
-def test_what_was_found_is_kept_when_the_command_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM while the second set of processes runs."""
-
-    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
-        words = list(command)
-        file = Path(words[words.index("--part") + 1]) / parallel_run.RESULTS
-        some_run("cfg:2" if "--modes" in words else "1 rank").write(file)
-        if ranks == 1:
-            raise SystemExit(143)
-        return 0
-
-    monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
-    seen: list[ParallelResults] = []
-    with pytest.raises(SystemExit):
-        parallel_run.run_parts(
-            ["step"],
-            modes.parse("cfg:2;ring:2"),
-            command="",
-            cases=1,
-            say=lambda line: None,
-            on_part=seen.append,
-        )
-    assert [mode.mode for mode in seen[-1].cases[0].modes] == ["1 rank", "cfg:2"]
-    assert not seen[-1].complete
-
-
 def test_a_rank_that_fails_ends_at_once(
     mot_bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -364,45 +261,6 @@ def test_a_rank_that_fails_ends_at_once(
     monkeypatch.setenv("WORLD_SIZE", "2")
     answer = mot_bench(*TINY_STEP, "--modes", "cfg:2", "--part", str(tmp_path))
     assert codes == [1] and "the velocities are wrong" in answer.err
-
-
-def test_without_a_single_rank_split_weights_are_not_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(parallel_run, "run_ranks", lambda *_, **__: 3)
-    results, failed = parallel_run.run_parts(
-        ["step"], modes.parse("tp:2;cfg:2"), command="", cases=1, say=lambda line: None
-    )
-    assert results is None and failed == ["cfg:2", "1 rank"]
-
-
-@pytest.mark.parametrize("found", [0, 1])
-def test_modes_after_one_that_fails_early_get_new_processes(
-    found: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first mode fails in the first or the second of two cases."""
-    started: list[str] = []
-
-    def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None) -> int:
-        words = list(command)
-        named = words[words.index("--modes") + 1] if "--modes" in words else "1 rank"
-        started.append(named)
-        if named.startswith("cfg") and found == 0:
-            return 1
-        run = some_run(named.partition(";")[0])
-        run.write(Path(words[words.index("--part") + 1]) / parallel_run.RESULTS)
-        return 1 if named.startswith("cfg") else 0
-
-    monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
-    _, failed = parallel_run.run_parts(
-        ["step"],
-        modes.parse("cfg:2;allgather:2;ulysses:2"),
-        command="",
-        cases=2,
-        say=lambda line: None,
-    )
-    assert started == ["cfg:2;allgather:2;ulysses:2", "allgather:2;ulysses:2", "1 rank"]
-    assert failed == ["cfg:2"]
 
 
 def test_cases_of_parts_are_joined() -> None:

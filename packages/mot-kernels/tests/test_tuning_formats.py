@@ -127,6 +127,10 @@ def test_default_on_hopper(name: str, rows: int, hopper: bool) -> None:
             "block_k=128; schedule 'hopper' has 64 with format int8_w8a16",
         ),
         (
+            {"dtype": "float32", "config": asdict(TileConfig(16, 64, 64, 1, 4, 3, "few_rows"))},
+            "'few_rows', but it multiplies bfloat16 and float16, not torch.float32",
+        ),
+        (
             {"config": asdict(TileConfig(128, 256, 256, 8, 8, 8))},
             "config takes 1179648 bytes of shared memory; a block has 232448",
         ),

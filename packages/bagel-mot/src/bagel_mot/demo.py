@@ -57,11 +57,11 @@ def demo(
         from bagel_mot.sampling import ImageSettings
 
         (file,) = output_files(output, 1, overwrite)
+        settings = ImageSettings(num_timesteps=num_timesteps)
+        Request(PROMPTS, "image", seed=seed)  # refuses what no seed can be
         dtype = usual_dtype(device)
         pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
         check_side(pipeline.config, "--side", side)
-        settings = ImageSettings(num_timesteps=num_timesteps)
-        Request(PROMPTS, "image", seed=seed)  # refuses what no seed can be
     entries = _make(pipeline, side, settings, seed)
     with user_errors():
         # A folder's own name: where it lies is nobody else's business.

@@ -32,7 +32,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from bagel_mot.copying import (
     rewrite,
 )
 from bagel_mot.lora_config import WEIGHTS_FILE, AdapterConfig, AdapterError
+from bagel_mot.numeric import to_float
 from bagel_mot.tiny import model_folder
 
 # Elements of a weight that are in float32 at a time.
@@ -117,7 +117,10 @@ def merge_checkpoint(
         ValueError: `scale` cannot be, a config cannot be read, or the checkpoint is quantised.
     """
     source, adapter, destination = model_folder(source), Path(adapter), Path(destination)
-    scale = _checked_scale(scale)
+    number = to_float("scale", scale)
+    if number == 0 or not math.isfinite(number):
+        raise ValueError(f"scale is {scale}; expected a finite number other than 0")
+    scale = number
     check_destination(destination)
     original = Original.read(source)
     files = sorted({original.stored[name].file for name in original.targets})
@@ -142,18 +145,6 @@ def merge_checkpoint(
         copy_others(source, folder)
         for file in files:
             rewrite(file, folder / file.name, change, annotate)
-
-
-def _checked_scale(scale: object) -> float:
-    if not isinstance(scale, Real) or isinstance(scale, bool):
-        raise TypeError(f"scale is {scale!r}; expected a number")
-    try:
-        found = float(scale)
-    except OverflowError:
-        found = math.inf
-    if found == 0 or not math.isfinite(found):
-        raise ValueError(f"scale is {scale}; expected a finite number other than 0")
-    return found
 
 
 def merged(weight: Tensor, up: Tensor, down: Tensor, factor: float) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Self
 
 import torch
@@ -24,6 +23,7 @@ from vllm.distributed import get_tp_group
 
 from bagel_mot.config import LlmConfig
 from bagel_mot.model.sequence_parallel import SequenceParallel
+from bagel_mot.numeric import check_whole
 
 # An environment variable that torch reads.
 _BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
@@ -53,8 +53,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tensor", "ulysses", "ring", "allgather", "cfg"):
             size = getattr(self, name)
-            if not isinstance(size, Integral) or isinstance(size, bool):
-                raise TypeError(f"{name} parallel size is {size!r}; expected a whole number")
+            check_whole(f"{name} parallel size", size)
             if size < 1:
                 raise ValueError(f"{name} parallel size is {size}; expected >= 1")
         if self.allgather > 1 and self.ulysses * self.ring > 1:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Literal
 
 import torch
 from PIL import Image
 
 from bagel_mot.config import BagelConfig
+from bagel_mot.numeric import check_whole, to_float
 from bagel_mot.sampling import ImageSettings
 
 Part = str | Image.Image
@@ -70,9 +69,11 @@ class Request:
             raise ValueError(f"output is {self.output!r}; expected 'text' or 'image'")
         for name in _WHOLE:
             value = getattr(self, name)
-            _check_whole(name, value, or_none=name in ("height", "width", "seed"))
-            if value is not None:  # NumPy's are no longer whole when they overflow
-                object.__setattr__(self, name, int(value))
+            if value is None and name in ("height", "width", "seed"):
+                continue
+            check_whole(name, value)
+            # NumPy's are no longer whole when they overflow.
+            object.__setattr__(self, name, int(value))
         if self.num_images < 1 or self.max_text_tokens < 1:
             raise ValueError(
                 f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "
@@ -193,20 +194,8 @@ def _checked_parts(parts: object) -> tuple[Part, ...]:
     return parts
 
 
-def _check_whole(name: str, value: object, *, or_none: bool) -> None:
-    if value is None and or_none:
-        return
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; expected a whole number")
-
-
 def _checked_temperature(value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"temperature is {value!r}; expected a number")
-    try:
-        temperature = float(value)
-    except OverflowError:
-        temperature = math.nan
+    temperature = to_float("temperature", value)
     if not temperature >= _LEAST_TEMPERATURE:  # NaN included
         raise ValueError(
             f"temperature is {value}; expected {_LEAST_TEMPERATURE} or more (leave it out for the "

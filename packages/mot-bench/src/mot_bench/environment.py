@@ -58,13 +58,12 @@ def version_of(distribution: str, module: str | None = None) -> str:
 def _commit() -> str:
     here = Path(__file__).resolve()
     # An installed package may lie inside somebody else's repository: only ours knows this file.
-    if _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
+    git = "git", "-C", str(here.parent)
+    if _output(*git, "ls-files", "--error-unmatch", here.name) is None:
         return _UNKNOWN
-    commit = _output("git", "-C", str(here.parent), "rev-parse", "--short=12", "HEAD")
+    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
     # Results that land beside the code change nothing of it.
-    changes = _output(
-        "git", "-C", str(here.parent), "status", "--porcelain", "--untracked-files=no"
-    )
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
     if commit is None:
         return _UNKNOWN
     return f"{commit}-dirty" if changes else commit

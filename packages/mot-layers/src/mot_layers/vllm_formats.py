@@ -341,12 +341,10 @@ def _input_scale(layer: Any) -> torch.Tensor:
 def _per_channel(layer: Any, name: str, widths: list[int]) -> torch.Tensor:
     """A scale for each fused part becomes one for each of its rows: (N,). Nothing is rounded."""
     scales: torch.Tensor = getattr(layer, name).data.float()
-    is_loaded = _is_loaded(scales)
+    first, *others = _is_loaded(scales).tolist()
     # A file that holds the parts as one has one scale; vLLM leaves the others as it made them.
-    if bool(is_loaded[0]) and not bool(is_loaded[1:].any()):
-        scales = scales[:1].expand_as(scales)
-    else:
-        scales = _loaded(layer, name)
+    is_shared = first and not any(others)
+    scales = scales[:1].expand_as(scales) if is_shared else _loaded(layer, name)
     return scales.repeat_interleave(torch.tensor(widths, device=scales.device))
 
 

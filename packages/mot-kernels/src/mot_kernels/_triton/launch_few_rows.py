@@ -14,7 +14,7 @@ from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.formats import ExpertWeight, Int4W4A16
 from mot_kernels.plan import TileRange
 from mot_kernels.replay import Keep
-from mot_kernels.tuning.config import TileConfig
+from mot_kernels.tuning.config import TileConfig, why_other_dtype
 
 # So many programs a multiprocessor are to run at once; tiles leave shared memory and registers for
 # them. Of 4-bit weights, which take instructions, one more is worth its sums.
@@ -58,10 +58,8 @@ def launch_linear_few_rows(
     Raises:
         ValueError: x is float32.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"config has schedule 'few_rows', but it multiplies bfloat16 and float16, not {x.dtype}"
-        )
+    if (why := why_other_dtype(config, x.dtype)) is not None:
+        raise ValueError(why)
     rows, k = x.shape
     if isinstance(weight, ExpertWeight):
         data, scales, zeros = weight.data, weight.scales, weight.zero_points

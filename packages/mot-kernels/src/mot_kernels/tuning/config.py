@@ -150,10 +150,19 @@ def why_illegal(
             f"config has block_k={config.block_k}; schedule 'hopper' has "
             f"{HOPPER_ROW_BYTES // dtype.itemsize} with {dtype}"
         )
-    if config.schedule == "few_rows" and dtype is torch.float32:
-        return "config has schedule 'few_rows', but it multiplies bfloat16 and float16, not float32"
+    if (why := why_other_dtype(config, dtype)) is not None:
+        return why
     needed = config.shared_memory_bytes(dtype, silu_mul=silu_mul)
     return why_too_large(config, needed, silu_mul=silu_mul, shared_memory=shared_memory)
+
+
+def why_other_dtype(config: TileConfig, dtype: torch.dtype) -> str | None:
+    """As `why_illegal`, of a schedule that does not multiply rows of `dtype`, of any weight."""
+    if config.schedule == "few_rows" and dtype not in (torch.bfloat16, torch.float16):
+        return (
+            f"config has schedule 'few_rows', but it multiplies bfloat16 and float16, not {dtype}"
+        )
+    return None
 
 
 def why_too_large(

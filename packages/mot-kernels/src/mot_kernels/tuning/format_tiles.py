@@ -14,7 +14,7 @@ from mot_kernels.formats import (
     WeightScales,
     quantizes_activations,
 )
-from mot_kernels.tuning.config import FEW_ROWS, TileConfig, why_too_large
+from mot_kernels.tuning.config import FEW_ROWS, TileConfig, why_other_dtype, why_too_large
 
 # 8-bit matrix instructions take 32 at a time.
 _LEAST_BLOCK_K = 32
@@ -74,6 +74,8 @@ def why_illegal_format(
         check_format_config(config, format)
     except ValueError as error:
         return str(error)
+    if (why := why_other_dtype(config, dtype)) is not None:
+        return why
     needed = shared_memory_bytes(config, format, dtype, epilogue)
     silu_mul = epilogue == "silu_mul"
     return why_too_large(config, needed, silu_mul=silu_mul, shared_memory=shared_memory)
