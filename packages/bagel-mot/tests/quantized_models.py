@@ -48,8 +48,15 @@ def rounded_weight(weight: Tensor, format: str) -> Tensor:
     if format != "w4a16:32":
         return rounded(weight, format)
     groups = weight.unflatten(1, (-1, 32))
-    scale = groups.abs().amax(-1, keepdim=True) / 7
-    return ((groups / scale).round() * scale).flatten(1)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    largest = torch.where(high >= -low, high, low)
+    scales = [
+        largest.abs() / 7,
+        *(-largest / 8 * (percent / 100) for percent in range(100, 70, -5)),
+    ]
+    tried = torch.stack([(groups / scale).round().clamp(-8, 7) * scale for scale in scales])
+    best = (tried - groups).square().sum(-1, keepdim=True).argmin(0, keepdim=True)
+    return tried.gather(0, best.expand(1, *groups.shape))[0].flatten(1)
 
 
 def is_matrix(name: str) -> bool:
