@@ -62,6 +62,13 @@ def test_a_folder_of_this_name_is_found_before_painting() -> None:
     assert not Path("fox-0.png").exists()
 
 
+def test_a_place_that_takes_no_files_is_found_before_painting() -> None:
+    """Permissions do not tell: root may write everywhere, but makes no files in /proc."""
+    result = run("generate", "a fox", *SMALL, "-o", "/proc/fox.png")
+    assert result.exit_code == 2
+    assert said(result).startswith("error: --output /proc/fox.png: nothing can be written to /proc")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "overwriting"])
 def test_failing_save_leaves_nothing(

@@ -92,3 +92,10 @@ def test_bad_arguments(arguments: tuple[str, ...], message: str, mot_bench: Any)
     assert answer.code == 2
     assert message in answer.err
     assert answer.out == ""
+
+
+@pytest.mark.parametrize("option", ["--context-tokens", "--new-tokens", "--prompt-tokens"])
+def test_absurd_numbers_of_tokens_are_refused(mot_bench: Any, option: str) -> None:
+    answer = mot_bench("e2e", "--random", "tiny", option, 999_999_999)
+    assert answer.code == 2
+    assert option in answer.err and "1048576" in answer.err

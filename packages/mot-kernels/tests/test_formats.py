@@ -210,6 +210,17 @@ def test_int4_distance_of_gaussian_weights(format: Int4W4A16, most: float) -> No
     assert (back - w).norm() / w.norm() < most
 
 
+def test_int4_scales_do_not_depend_on_strides() -> None:
+    """Nor on the device: distances that are nearly equal are added up in one order."""
+    w = torch.randn(1, 512, 1024, generator=torch.Generator().manual_seed(153))
+    w = (w / 64).bfloat16().float()
+    straight = quantize_weight(w, Int4W4A16(128))
+    for other in (w.mT.contiguous().mT, w.repeat(1, 1, 2)[..., 1024:]):
+        again = quantize_weight(other, Int4W4A16(128))
+        assert torch.equal(again.data, straight.data)
+        assert torch.equal(again.scales, straight.scales)
+
+
 @pytest.mark.parametrize("format", INT4_FORMATS, ids=str)
 def test_int4_again_changes_nothing(format: Int4W4A16) -> None:
     w = torch.randn(2, 64, 512, generator=torch.Generator().manual_seed(0))

@@ -40,6 +40,15 @@ PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
             id="weight_list",
         ),
         pytest.param(
+            {"x": [1]}, TypeError, r"x is a list; expected a tensor \(M, K\)", id="x_list"
+        ),
+        pytest.param(
+            {"plan": torch.tensor([0, 1, 1])},
+            TypeError,
+            "plan is a Tensor; expected a RoutePlan or None",
+            id="plan_tensor",
+        ),
+        pytest.param(
             {"config": (16, 64, 32)},
             TypeError,
             "config is a tuple; expected a TileConfig",

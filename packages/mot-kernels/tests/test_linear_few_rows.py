@@ -268,6 +268,17 @@ def test_few_rows_parts_are_exact(
 
 
 @kernels
+@pytest.mark.parametrize("format", [Int8W8A16(), Int4W4A16(32), Int4W4A16(32, symmetric=False)])
+def test_few_rows_without_columns(format: Format, device: torch.device) -> None:
+    """No group of scales is there to be read; what is left is the bias."""
+    weight = quantize_weight(torch.randn(2, 48, 0, device=device), format)
+    plan = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2, device=device)
+    x = torch.randn(3, 0, device=device, dtype=torch.float16)
+    bias = torch.randn(2, 48, device=device, dtype=torch.float16)
+    assert torch.equal(mot_linear(x, weight, plan, bias=bias), bias[[0, 1, 1]])
+
+
+@kernels
 def test_few_rows_strides(device: torch.device) -> None:
     """Parts of larger tensors, K not contiguous either."""
     torch.manual_seed(0)

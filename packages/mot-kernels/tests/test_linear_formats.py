@@ -468,7 +468,7 @@ def shapes_and_errors() -> Sequence[tuple[type[Exception], dict[str, object], st
         (TypeError, {"x": torch.randn(4, 32).double()}, "x has dtype torch.float64"),
         (ValueError, {"bias": torch.randn(1, 8)}, r"bias has shape \(1, 8\); expected \(2, 8\)"),
         (TypeError, {"bias": torch.randn(2, 8).half()}, "bias has dtype torch.float16 but x"),
-        (ValueError, {"x": torch.randn(4, 32, requires_grad=True)}, "has no backward"),
+        (ValueError, {"x": torch.randn(4, 32, requires_grad=True)}, "has no derivative"),
         (ValueError, {"out": torch.empty(4, 9)}, r"out has shape \(4, 9\); expected \(4, 8\)"),
         (
             ValueError,
@@ -504,3 +504,12 @@ def test_formats_against_the_unrounded_weight(device: torch.device) -> None:
     for format in FORMATS:
         y = mot_linear(x, quantize_weight(w, format))
         assert (y - wanted).norm() / wanted.norm() < most[type(format)], str(format)
+
+
+@pytest.mark.parametrize("format", [Int8W8A16(), Int4W4A16(32), Int8W8A8()], ids=str)
+def test_linear_format_on_meta(format: Format) -> None:
+    """Shapes without numbers, routed as well."""
+    weight = quantize_weight(torch.randn(2, 6, 32), format).to("meta")
+    plan = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2).to("meta")
+    y = mot_linear(torch.randn(3, 32, device="meta"), weight, plan)
+    assert y.shape == (3, 6) and y.is_meta

@@ -342,6 +342,7 @@ def test_from_indices_errors(
         ),
         pytest.param(rows(0, -1), 2, ValueError, r"labels\[1\] is -1", id="negative"),
         pytest.param(rows(), 0, ValueError, "num_experts is 0; there must be", id="no_experts"),
+        pytest.param(rows(0), 2.0, TypeError, "num_experts is 2.0; expected", id="float_experts"),
         pytest.param([0, 1], 2, TypeError, "labels is a list", id="list"),
         pytest.param(torch.zeros(3), 2, TypeError, "dtype torch.float32", id="float"),
         pytest.param(torch.tensor([True]), 2, TypeError, r"a mask\?", id="mask"),

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from mot_kernels import (
     SILU_MUL,
@@ -409,3 +410,22 @@ def test_errors(which: int) -> None:
     error, call, message = errors()[which]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("format", [Int8W8A8(), Fp8W8A8()], ids=str)
+def test_static_scales_of_no_columns(format: Format, device: torch.device) -> None:
+    """A product without columns has the scales that rounding it by itself would give."""
+    weight = quantize_weight(torch.randn(2, 0, 64, device=device), format)
+    plan = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2, device=device)
+    static = torch.tensor([0.5, 0.25], device=device)
+    x = torch.randn(3, 64, device=device, dtype=torch.float16)
+    rows = mot_linear(x, weight, plan, quantize=format, activation_scale=static)
+    assert rows.data.shape == (3, 0)
+    assert rows.scales.flatten().tolist() == [0.5, 0.25, 0.25]
+
+
+def test_forward_mode_is_named() -> None:
+    weight = quantize_weight(torch.randn(1, 4, 32), Int8W8A16())
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode AD is on here"):
+        mot_linear(torch.randn(2, 32), weight)

@@ -95,8 +95,13 @@ def output_files(
     existing = next(path for path in (output.parent, *output.parent.parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--output {output}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"--output {output}: no permission to write to {existing}")
+    try:
+        # Permissions do not tell all: nobody makes files in /proc, root included.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(
+            f"--output {output}: nothing can be written to {existing} ({error.strerror})"
+        ) from error
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -109,6 +110,25 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         train(tmp_path, replace(PLAN, seed=1), device=CPU, deadline=0)
     with pytest.raises(ValueError, match="with samples 12, not 13; rows "):
         train(tmp_path, replace(PLAN, samples=13, rows=(1, 2, 3)), device=CPU, deadline=0)
+
+
+def test_a_folder_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another process is training in .*; wait for it"):
+            train(tmp_path, PLAN, device=CPU, deadline=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    train(tmp_path, PLAN, device=CPU, deadline=0, say=lambda _: None)  # it is free again
+
+
+def test_a_folder_that_is_none_or_broken_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("hi")
+    with pytest.raises(ValueError, match=r"RUN .*file is a file; give a folder"):
+        train(tmp_path / "file", PLAN, device=CPU, deadline=0)
+    for content, message in (("[]", "holds a JSON list"), ('{"a', "is not valid JSON")):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"run\.json {message}"):
+            train(tmp_path, PLAN, device=CPU, deadline=0)
 
 
 def test_pools_do_not_depend_on_the_workers(folder: Path) -> None:

@@ -90,7 +90,9 @@ def step(
     ] = "1024x1024,512x512",
     branches: Annotated[str, typer.Option(help="CFG branches, 1 to 3 each.")] = "1,2,3",
     batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text.")] = 30,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MOST_ROWS, help="Tokens of the text.")
+    ] = 30,
     provider: Annotated[
         list[str] | None,
         typer.Option(help="mot or gather-scatter (the baseline); repeat. Default: both."),
@@ -213,10 +215,16 @@ def e2e(
         str, typer.Option(metavar="HxW", help="Of image and edit, in pixels.")
     ] = "1024x1024",
     timesteps: Annotated[int, typer.Option(min=2, help="Of image and edit.")] = 50,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of image and edit.")] = 30,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MOST_ROWS, help="Of image and edit.")
+    ] = 30,
     batch: Annotated[str, typer.Option(help="Texts written together, e.g. 1,16.")] = "1,16",
-    context_tokens: Annotated[int, typer.Option(min=3, help="Read before a text.")] = 1024,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Written for each text.")] = 64,
+    context_tokens: Annotated[
+        int, typer.Option(min=3, max=options.MOST_ROWS, help="Read before a text.")
+    ] = 1024,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MOST_ROWS, help="Written for each text.")
+    ] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each request.")] = 3,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,

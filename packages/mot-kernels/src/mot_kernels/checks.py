@@ -30,6 +30,13 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def why_grad() -> str:
+    """Why `needs_grad` is true, to begin an error with."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is on here"
+    return "an input requires grad"
+
+
 def check_same_dtype(
     x: torch.Tensor | QuantizedRows, x_name: str = "x", /, **others: torch.Tensor | None
 ) -> None:
@@ -61,6 +68,8 @@ def check_plan(
         raise ValueError(f"{weight_name} has {experts} experts; expected at least 1")
     if plan is None:
         return
+    if not isinstance(plan, RoutePlan):
+        raise TypeError(f"plan is a {type(plan).__name__}; expected a RoutePlan or None")
     if plan.num_rows != rows:
         raise ValueError(
             f"plan routes {plan.num_rows} rows but {x_name} has {rows}; was the plan built for "

@@ -16,6 +16,7 @@ from mot_kernels.checks import (
     check_same_dtype,
     needs_grad,
     note_written,
+    why_grad,
 )
 from mot_kernels.epilogue import AddResidual, Epilogue, SiluMul
 from mot_kernels.formats import (
@@ -103,11 +104,13 @@ def mot_linear(
         epilogue. `QuantizedRows` with `quantize`, the same bits as from `quantize_rows(y)`.
 
     Raises:
-        TypeError: a dtype is not supported or differs from x's, or a format does not round
-            activations where it should.
+        TypeError: a dtype is not supported or differs from x's, a format does not round
+            activations where it should, or an argument is of another kind.
         ValueError: shapes or devices do not fit together, or autograd would need the backward of
             an `ExpertWeight` or of rounding, which there is not.
     """
+    if not isinstance(x, torch.Tensor | QuantizedRows):
+        raise TypeError(f"x is a {type(x).__name__}; expected a tensor (M, K) or QuantizedRows")
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # It would choose the dtype of plain products, and only of those.
         with torch.autocast(x.device.type, enabled=False):
@@ -120,7 +123,7 @@ def mot_linear(
     residual = epilogue.residual if isinstance(epilogue, AddResidual) else None
     key: Hashable = None
     if (
-        plan is not None
+        isinstance(plan, RoutePlan)
         and quantize is None
         and activation_scale is None
         and group_size is None
@@ -146,18 +149,19 @@ def mot_linear(
     given = (each for each in (x, weight, bias, residual) if isinstance(each, torch.Tensor))
     if quantize is not None and needs_grad(*given):
         raise ValueError(
-            "an input requires grad, but quantize rounds the result, which has no backward; use "
+            f"{why_grad()}, but quantize rounds the result, which has no derivative; use "
             "torch.no_grad()"
         )
     if isinstance(weight, ExpertWeight):
         if needs_grad(x if isinstance(x, torch.Tensor) else None, bias, residual):
             raise ValueError(
-                f"an input requires grad, but weight is {weight.format} and has no backward; use "
+                f"{why_grad()}, but weight is {weight.format} and has no derivative; use "
                 "torch.no_grad(), or dequantize(weight)"
             )
         narrow = quantizes_activations(weight.format)
         in_passing = activation_scale is not None or group_size is not None
-        if narrow and quantize is not None and in_passing:
+        # Without columns no tile would write the scales.
+        if narrow and quantize is not None and in_passing and shape[1] > 0:
             rows = empty_rows(weight.data, shape, quantize, x.dtype, group_size)
             _format_linear_(
                 rows.data, rows.scales, x, weight, plan, bias, epilogue, activation_scale, config

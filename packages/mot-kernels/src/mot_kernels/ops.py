@@ -211,7 +211,9 @@ def _linear_format(
         epilogue = AddResidual(residual)
     routing = None
     if row_ids is not None:
-        labels = torch.repeat_interleave(torch.tensor(counts, device=x.device))
+        # Of a size that is known the device is not asked, and meta tensors have one.
+        repeats = torch.tensor(counts, device=x.device)
+        labels = torch.repeat_interleave(repeats, output_size=x.shape[0])
         expert_ids = torch.empty_like(labels).index_copy_(0, row_ids.long(), labels)
         routing = _Routing(tuple(counts), row_ids, expert_ids)
     y = out if out_scales is None else torch.empty(out.shape, dtype=dtype, device=x.device)

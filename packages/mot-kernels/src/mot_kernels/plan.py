@@ -173,7 +173,7 @@ class RoutePlan:
             num_experts: E >= 1.
 
         Raises:
-            TypeError: `labels` is not a 1-D integer tensor.
+            TypeError: `labels` is not a 1-D integer tensor, or `num_experts` no integer.
             ValueError: `num_experts` < 1 or a label out of range.
 
         A tensor on a GPU is read back once (one device sync).
@@ -206,7 +206,7 @@ class RoutePlan:
             device: where the plan's tensors go (from pinned memory, asynchronously, for CUDA).
 
         Raises:
-            TypeError: an expert or a length is no integer.
+            TypeError: an expert, a length or `num_experts` is no integer.
             ValueError: `num_experts` < 1, an expert out of range or a negative length.
         """
         _check_num_experts(num_experts)
@@ -260,8 +260,16 @@ class RoutePlan:
 
 
 def replays_of(plan: RoutePlan | None) -> Replays:
-    """Where an operation keeps how it did a call with this plan, or without one."""
-    return UNROUTED if plan is None else plan.replays
+    """Where an operation keeps how it did a call with this plan, or without one.
+
+    Raises:
+        TypeError: the plan is something else.
+    """
+    if plan is None:
+        return UNROUTED
+    if not isinstance(plan, RoutePlan):
+        raise TypeError(f"plan is a {type(plan).__name__}; expected a RoutePlan or None")
+    return plan.replays
 
 
 class TileRange(NamedTuple):
@@ -308,6 +316,8 @@ def _check_integer_vector(name: str, value: object) -> None:
 
 
 def _check_num_experts(num_experts: int) -> None:
+    if not isinstance(num_experts, int | np.integer):
+        raise TypeError(f"num_experts is {num_experts!r}; expected an integer")
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; there must be at least one expert")
 

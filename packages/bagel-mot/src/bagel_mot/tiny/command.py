@@ -33,7 +33,7 @@ def train_tiny(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0, help="Highest learning rate of the model. Default: 0.001."),
+        typer.Option(min=0, max=1, help="Highest learning rate of the model. Default: 0.001."),
     ] = None,
     vae_steps: Annotated[
         int | None, typer.Option(min=1, help="Of the VAE, before that. Default: 5,000.")

@@ -338,9 +338,11 @@ class Stage:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if not all(map(math.isfinite, means.values())):
+            last = "no state was saved yet: begin again with a lower rate"
+            if self._state.is_file():
+                last = f"the last state is in {self._state}, lower the rate and resume from it"
             raise FloatingPointError(
-                f"stage {self.name}, step {self.step}: {means} is not finite; the last state is in "
-                f"{self._state}, lower the rate and resume from it"
+                f"stage {self.name}, step {self.step}: {means} is not finite; {last}"
             )
 
 

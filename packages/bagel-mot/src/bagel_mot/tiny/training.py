@@ -10,10 +10,11 @@ A run lives in one folder:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -25,6 +26,7 @@ from mot_kernels import reference
 from torch import Tensor
 
 from bagel_mot import checkpoint
+from bagel_mot.json_models import read_json
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.pipeline import build_model
@@ -113,13 +115,31 @@ def train(
 
     Raises:
         FileNotFoundError, ValueError: `start_from` holds no checkpoint of this recipe, or the
-            folder a run with another recipe, seed, samples or batches, or one that is past the
-            plan's steps. Nothing is written then.
+            folder a run with another recipe, seed, samples or batches, one that is past the
+            plan's steps, or one that another process is training. A run there stays as it is.
     """
     if start_from is not None:
         _check_start(plan.recipe, start_from)
-    place = folder / CHECKPOINT
     replicas, device = Replicas.find(device)
+    with _claimed(folder) if replicas.rank == 0 else nullcontext():
+        return _train(
+            folder, plan, device, replicas, start_from, deadline, workers, cuda_graphs, say
+        )
+
+
+def _train(
+    folder: Path,
+    plan: Plan,
+    device: torch.device,
+    replicas: Replicas,
+    start_from: Path | None,
+    deadline: float,
+    workers: int,
+    cuda_graphs: bool,
+    say: Callable[[str], None],
+) -> bool:
+    """See `train`; nobody else trains in this folder."""
+    place = folder / CHECKPOINT
     if replicas.rank > 0:
         say = _nothing
         replicas.meet()  # who finds the run's folder there checks it
@@ -340,6 +360,22 @@ def _check_start(recipe: Recipe, folder: Path) -> None:
     checkpoint.check_names(checkpoint.read_headers(folder), targets)
 
 
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """The folder is this process's; the system lets go of it however the process ends."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"RUN {folder} is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {folder}; wait for it, or choose another folder"
+            ) from None
+        yield
+
+
 def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> None:
     """Write what does not change during a run, or check that it is the same run."""
     identity = {
@@ -352,7 +388,7 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
     identity = json.loads(json.dumps(identity))
     file, place = folder / "run.json", folder / CHECKPOINT
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         differing = [
             f"{name} {found.get(name)}, not {value}"
             for name, value in identity.items()

@@ -66,7 +66,9 @@ def launch_linear_few_rows(
     else:
         data, scales, zeros = weight, None, None
     group = 0
-    if isinstance(weight, ExpertWeight) and isinstance(weight.format, Int4W4A16):
+    if k == 0:  # no product, and no group whose scale could be read
+        scales = zeros = None
+    elif isinstance(weight, ExpertWeight) and isinstance(weight.format, Int4W4A16):
         group = weight.format.group_size
     if tiles is None or tile_range is None:
         num_tiles = triton.cdiv(rows, config.block_m)
