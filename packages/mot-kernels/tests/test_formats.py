@@ -221,6 +221,21 @@ def test_int4_scales_do_not_depend_on_strides() -> None:
         assert torch.equal(again.scales, straight.scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_int4_scales_do_not_depend_on_the_default_dtype(
+    dtype: torch.dtype,
+) -> None:
+    w = torch.randn(1, 64, 512, generator=torch.Generator().manual_seed(0))
+    wanted = quantize_weight(w, Int4W4A16(128))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = quantize_weight(w, Int4W4A16(128))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got.data, wanted.data) and torch.equal(got.scales, wanted.scales)
+
+
 @pytest.mark.parametrize("format", INT4_FORMATS, ids=str)
 def test_int4_again_changes_nothing(format: Int4W4A16) -> None:
     w = torch.randn(2, 64, 512, generator=torch.Generator().manual_seed(0))

@@ -174,7 +174,8 @@ def _quantize_groups(
         amax = torch.maximum(high, -low)
         # Where both signs of the largest weight are there, the levels -7..7 hold them exactly.
         plain = scale_of(amax, 7.0)
-        signed = torch.where(high >= -low, -1.0, 1.0) * scale_of(amax, 8.0)
+        eighth = scale_of(amax, 8.0)
+        signed = torch.where(high >= -low, -eighth, eighth)
         zero = torch.full_like(amax, 8.0)
         candidates = [plain, *(signed * factor for factor in _SHRUNK)]
     else:
