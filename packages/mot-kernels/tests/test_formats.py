@@ -221,14 +221,14 @@ def test_int4_scales_do_not_depend_on_strides() -> None:
         assert torch.equal(again.scales, straight.scales)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 def test_int4_scales_do_not_depend_on_the_default_dtype(
-    dtype: torch.dtype,
+    default: torch.dtype,
 ) -> None:
     w = torch.randn(1, 64, 512, generator=torch.Generator().manual_seed(0))
     wanted = quantize_weight(w, Int4W4A16(128))
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(default)
     try:
         got = quantize_weight(w, Int4W4A16(128))
     finally:
