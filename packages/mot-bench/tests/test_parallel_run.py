@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from samples import some_run
@@ -17,6 +18,15 @@ def asked_of(command: Sequence[str]) -> tuple[str, Path]:
     words = list(command)
     named = words[words.index("--modes") + 1] if "--modes" in words else "1 rank"
     return named, Path(words[words.index("--part") + 1], parallel_run.RESULTS)
+
+
+def run_parts(
+    asked: str, *, cases: int = 1, **options: Any
+) -> tuple[ParallelResults | None, list[str]]:
+    """What is found of these modes, and which sets of processes failed."""
+    return parallel_run.run_parts(
+        ["step"], modes.parse(asked), command="", cases=cases, say=lambda line: None, **options
+    )
 
 
 def test_a_mode_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,13 +70,7 @@ def test_modes_after_one_that_fails_get_new_processes(monkeypatch: pytest.Monkey
         return 124 if "allgather" in named else 0
 
     monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
-    results, failed = parallel_run.run_parts(
-        ["step"],
-        modes.parse("cfg:2;allgather:2;ulysses:2"),
-        command="",
-        cases=1,
-        say=lambda line: None,
-    )
+    results, failed = run_parts("cfg:2;allgather:2;ulysses:2")
     assert started == ["cfg:2;allgather:2;ulysses:2", "ulysses:2", "1 rank"]
     assert failed == ["cfg:2; allgather:2"]
     assert results is not None and not results.complete
@@ -86,14 +90,7 @@ def test_what_was_found_is_kept_when_the_command_is_ended(monkeypatch: pytest.Mo
     monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
     seen: list[ParallelResults] = []
     with pytest.raises(SystemExit):
-        parallel_run.run_parts(
-            ["step"],
-            modes.parse("cfg:2;ring:2"),
-            command="",
-            cases=1,
-            say=lambda line: None,
-            on_part=seen.append,
-        )
+        run_parts("cfg:2;ring:2", on_part=seen.append)
     assert [mode.mode for mode in seen[-1].cases[0].modes] == ["1 rank", "cfg:2"]
     assert not seen[-1].complete
 
@@ -102,9 +99,7 @@ def test_without_a_single_rank_split_weights_are_not_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parallel_run, "run_ranks", lambda *_, **__: 3)
-    results, failed = parallel_run.run_parts(
-        ["step"], modes.parse("tp:2;cfg:2"), command="", cases=1, say=lambda line: None
-    )
+    results, failed = run_parts("tp:2;cfg:2")
     assert results is None and failed == ["cfg:2", "1 rank"]
 
 
@@ -124,12 +119,6 @@ def test_modes_after_one_that_fails_early_get_new_processes(
         return 1 if named.startswith("cfg") else 0
 
     monkeypatch.setattr(parallel_run, "run_ranks", run_ranks)
-    _, failed = parallel_run.run_parts(
-        ["step"],
-        modes.parse("cfg:2;allgather:2;ulysses:2"),
-        command="",
-        cases=2,
-        say=lambda line: None,
-    )
+    _, failed = run_parts("cfg:2;allgather:2;ulysses:2", cases=2)
     assert started == ["cfg:2;allgather:2;ulysses:2", "allgather:2;ulysses:2", "1 rank"]
     assert failed == ["cfg:2"]

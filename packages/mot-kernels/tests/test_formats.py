@@ -222,9 +222,7 @@ def test_int4_scales_do_not_depend_on_strides() -> None:
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
-def test_int4_scales_do_not_depend_on_the_default_dtype(
-    default: torch.dtype,
-) -> None:
+def test_int4_scales_do_not_depend_on_the_default_dtype(default: torch.dtype) -> None:
     w = torch.randn(1, 64, 512, generator=torch.Generator().manual_seed(0))
     wanted = quantize_weight(w, Int4W4A16(128))
     before = torch.get_default_dtype()

@@ -468,7 +468,7 @@ def shapes_and_errors() -> Sequence[tuple[type[Exception], dict[str, object], st
         (TypeError, {"x": torch.randn(4, 32).double()}, "x has dtype torch.float64"),
         (ValueError, {"bias": torch.randn(1, 8)}, r"bias has shape \(1, 8\); expected \(2, 8\)"),
         (TypeError, {"bias": torch.randn(2, 8).half()}, "bias has dtype torch.float16 but x"),
-        (ValueError, {"x": torch.randn(4, 32, requires_grad=True)}, "has no derivative"),
+        (ValueError, {"x": torch.randn(4, 32, requires_grad=True)}, "has no backward"),
         (ValueError, {"out": torch.empty(4, 9)}, r"out has shape \(4, 9\); expected \(4, 8\)"),
         (
             ValueError,

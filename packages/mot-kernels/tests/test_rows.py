@@ -356,6 +356,7 @@ def errors() -> list[tuple[type[Exception], Callable[[], object], str]]:
             lambda: quantize_rows(x, fp8, RoutePlan.from_runs([(0, 3)], num_experts=2)),
             "plan routes 3 rows but x has 4",
         ),
+        (TypeError, lambda: quantize_rows(x, fp8, torch.zeros(4)), "plan is a Tensor"),  # type: ignore[arg-type]
         (
             ValueError,
             lambda: mot_linear(x, int8, activation_scale=two),

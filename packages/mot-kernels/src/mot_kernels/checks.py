@@ -14,7 +14,7 @@ from mot_kernels.formats import (
     check_group_size,
     rows_dtype,
 )
-from mot_kernels.plan import RoutePlan
+from mot_kernels.plan import RoutePlan, check_kind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -25,16 +25,19 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd wants to see this call, backward or forward; the kernels have neither."""
-    if forward_ad._current_level >= 0:  # inside `dual_level` or `torch.func.jvp`
+    if _is_forward_mode():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def why_grad() -> str:
+def why_grad(name: str = "an input") -> str:
     """Why `needs_grad` is true, to begin an error with."""
-    if forward_ad._current_level >= 0:
-        return "forward-mode AD is on here"
-    return "an input requires grad"
+    return "forward-mode AD is on here" if _is_forward_mode() else f"{name} requires grad"
+
+
+def _is_forward_mode() -> bool:
+    """Whether this is inside `dual_level` or `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
 
 
 def check_same_dtype(
@@ -66,10 +69,9 @@ def check_plan(
     """The plan routes exactly these rows to exactly these experts, on this device."""
     if experts < 1:
         raise ValueError(f"{weight_name} has {experts} experts; expected at least 1")
+    check_kind(plan)
     if plan is None:
         return
-    if not isinstance(plan, RoutePlan):
-        raise TypeError(f"plan is a {type(plan).__name__}; expected a RoutePlan or None")
     if plan.num_rows != rows:
         raise ValueError(
             f"plan routes {plan.num_rows} rows but {x_name} has {rows}; was the plan built for "

@@ -149,14 +149,14 @@ def mot_linear(
     given = (each for each in (x, weight, bias, residual) if isinstance(each, torch.Tensor))
     if quantize is not None and needs_grad(*given):
         raise ValueError(
-            f"{why_grad()}, but quantize rounds the result, which has no derivative; use "
-            "torch.no_grad()"
+            f"{why_grad()}, but quantize rounds the result, which has no backward nor forward "
+            "mode; use torch.no_grad()"
         )
     if isinstance(weight, ExpertWeight):
         if needs_grad(x if isinstance(x, torch.Tensor) else None, bias, residual):
             raise ValueError(
-                f"{why_grad()}, but weight is {weight.format} and has no derivative; use "
-                "torch.no_grad(), or dequantize(weight)"
+                f"{why_grad()}, but weight is {weight.format} and has no backward nor forward "
+                "mode; use torch.no_grad(), or dequantize(weight)"
             )
         narrow = quantizes_activations(weight.format)
         in_passing = activation_scale is not None or group_size is not None

@@ -17,6 +17,7 @@ from mot_kernels.checks import (
     check_same_dtype,
     needs_grad,
     note_written,
+    why_grad,
 )
 from mot_kernels.formats import Format, QuantizedRows
 from mot_kernels.plan import RoutePlan, replays_of
@@ -123,7 +124,7 @@ def mot_rms_norm(
     if differentiable:
         if quantize is not None:
             raise ValueError(
-                "an input requires grad, but quantize has no backward; use torch.no_grad()"
+                f"{why_grad()}, but quantize has no backward nor forward mode; use torch.no_grad()"
             )
         dispatch.choose_path(x.device, x.dtype, needs_grad=True)  # raises where kernels are forced
         result = reference.mot_rms_norm(x, weight, plan, eps=eps, residual=residual)
@@ -233,7 +234,7 @@ def mot_qk_norm_rope(
     if differentiable:
         if q_out is not None or k_out is not None:
             raise ValueError(
-                "an input requires grad, but no gradient flows through q_out, k_out and v_out; "
+                f"{why_grad()}, but no gradient flows through q_out, k_out and v_out; "
                 "leave them out, or use torch.no_grad()"
             )
         # Raises where kernels are forced.

@@ -211,7 +211,7 @@ def _linear_format(
         epilogue = AddResidual(residual)
     routing = None
     if row_ids is not None:
-        # Of a size that is known the device is not asked, and meta tensors have one.
+        # With the size given nobody waits for the device, and meta tensors work.
         repeats = torch.tensor(counts, device=x.device)
         labels = torch.repeat_interleave(repeats, output_size=x.shape[0])
         expert_ids = torch.empty_like(labels).index_copy_(0, row_ids.long(), labels)

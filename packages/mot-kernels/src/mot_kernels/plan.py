@@ -265,11 +265,14 @@ def replays_of(plan: RoutePlan | None) -> Replays:
     Raises:
         TypeError: the plan is something else.
     """
-    if plan is None:
-        return UNROUTED
-    if not isinstance(plan, RoutePlan):
+    check_kind(plan)
+    return UNROUTED if plan is None else plan.replays
+
+
+def check_kind(plan: object) -> None:
+    """Refuse a caller's plan that is none."""
+    if plan is not None and not isinstance(plan, RoutePlan):
         raise TypeError(f"plan is a {type(plan).__name__}; expected a RoutePlan or None")
-    return plan.replays
 
 
 class TileRange(NamedTuple):

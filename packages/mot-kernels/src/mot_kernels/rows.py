@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mot_kernels import dispatch, ops
-from mot_kernels.checks import DTYPES, check_plan, needs_grad
+from mot_kernels.checks import DTYPES, check_plan, needs_grad, why_grad
 from mot_kernels.formats import (
     Format,
     QuantizedRows,
@@ -13,7 +13,7 @@ from mot_kernels.formats import (
     check_group_size,
     rows_dtype,
 )
-from mot_kernels.plan import RoutePlan, replays_of
+from mot_kernels.plan import RoutePlan, check_kind, replays_of
 from mot_kernels.replay import is_unobserved, metadata
 
 
@@ -53,13 +53,16 @@ def quantize_rows(
         raise TypeError(f"x has dtype {x.dtype}; quantize_rows takes {DTYPES}")
     rows_dtype(format)
     check_group_size(group_size, format, activation_scale)
+    check_kind(plan)
     if plan is not None:
         check_plan(plan, x.shape[0], plan.num_experts, x.device)
     if activation_scale is not None:
         experts = max(activation_scale.numel(), 1) if plan is None else plan.num_experts
         check_activation_scale(activation_scale, experts, x.device)
     if needs_grad(x):
-        raise ValueError("x requires grad, but rounding has no backward; use torch.no_grad()")
+        raise ValueError(
+            f"{why_grad('x')}, but rounding has no backward nor forward mode; use torch.no_grad()"
+        )
     rows = empty_rows(x, x.shape, format, x.dtype, group_size)
     tensors = (rows.data, rows.scales, x, activation_scale)
     expert_ids = None if plan is None else plan.expert_ids
