@@ -31,21 +31,27 @@ def run_checks(script: str, how: str) -> None:
 
 
 def compile_everywhere(
-    kernels: Iterable[tuple[Any, Mapping[str, Any]]], type_of: Callable[[str], str]
+    kernels: Iterable[tuple[Any, Mapping[str, Any]]],
+    type_of: Callable[[str], str],
+    *,
+    cuda: Iterable[int] = (80, 89, 90, 100),
+    hip: Iterable[str] = ("gfx942",),
 ) -> None:
     """Compile kernels for every kind of GPU.
 
     Args:
         kernels: each with its constants.
         type_of: from the name of any other argument to its type.
+        cuda, hip: the kinds, if some have no need of the kernels.
     """
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    targets = [GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)]
+    targets = [GPUTarget("cuda", arch, 32) for arch in cuda]
+    targets += [GPUTarget("hip", arch, 64) for arch in hip]
     kernels = list(kernels)
-    for target in (*targets, GPUTarget("hip", "gfx942", 64)):
+    for target in targets:
         for kernel, constants in kernels:
             types = {
                 name: "constexpr" if name in constants else type_of(name)

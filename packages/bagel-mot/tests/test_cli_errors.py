@@ -108,7 +108,7 @@ EDIT = ["edit", "at night", *ON_CPU, "--num-timesteps", "3"]
         ),
         pytest.param(
             [*GENERATE, "--attention", "fa9"],
-            r"attention is 'fa9'; known backends are fa3, fa2, cudnn, sdpa, math",
+            r"attention is 'fa9'; known backends are fa3, fa3-fp8, fa2, cudnn, sdpa, math",
             id="attention",
         ),
         pytest.param(

@@ -210,7 +210,7 @@ def test_bad_call(
         pytest.param({"device": "cpu:x"}, "device is 'cpu:x'; expected", id="device-index"),
         pytest.param(
             {"attention": "fa9"},
-            "attention is 'fa9'; known backends are fa3, fa2, cudnn, sdpa",
+            "attention is 'fa9'; known backends are fa3, fa3-fp8, fa2, cudnn, sdpa",
             id="attention",
         ),
     ],

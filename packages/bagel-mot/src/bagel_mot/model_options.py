@@ -51,7 +51,8 @@ DtypeOption = Annotated[
 AttentionOption = Annotated[
     str | None,
     typer.Option(
-        help="Attention: fa3, fa2, cudnn, sdpa or math. Default: the fastest; see inspect."
+        help="Attention: fa3, fa3-fp8 (8 bits), fa2, cudnn, sdpa or math. Default: the fastest "
+        "in 16 bits; see inspect."
     ),
 ]
 GraphsOption = Annotated[

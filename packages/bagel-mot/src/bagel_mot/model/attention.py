@@ -7,6 +7,7 @@ attend is described by `Span`s, made once a layout.
 | name | what runs | one call for all segments | lengths read on the device |
 |---|---|---|---|
 | fa3 | FlashAttention-3 (`fa3-fwd`, or its source build) | yes | yes |
+| fa3-fp8 | the same in 8 bits for pictures, see `attention_fp8` | yes | yes |
 | fa2 | FlashAttention-2 (`flash-attn`) | yes | yes |
 | cudnn | cuDNN through `scaled_dot_product_attention` | no | no |
 | sdpa | `scaled_dot_product_attention`, torch's choice | no | no |
@@ -127,8 +128,9 @@ class Flash(Backend):
         return _joined(q, [self._attend_span(q[s.packed_rows], k, v, s) for s in spans])
 
     def _attend_span(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, **more: torch.Tensor
     ) -> torch.Tensor:
+        """Attention of the span's own rows, q (m, H, D); `more` arguments go to the package."""
         # Between two segments the bounds describe a segment without rows, over the keys that lie
         # between: so the kernels, which want one sequence after the other, need no copy of K.
         # Their causal mask is aligned to the last row and the last key, which is ours.
@@ -143,6 +145,7 @@ class Flash(Backend):
             max_seqlen_k=span.most_keys,
             causal=span.causal,
             **self._options(span, q.shape[1] // k.shape[1]),
+            **more,
         )
         return y
 

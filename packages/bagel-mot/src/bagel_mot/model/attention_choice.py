@@ -21,9 +21,11 @@ from bagel_mot.model.attention import (
     Math,
     Sdpa,
 )
+from bagel_mot.model.attention_fp8 import HEAD_DIMS, FlashAttention3Fp8
 
 BACKENDS: dict[str, type[Backend]] = {
-    backend.name: backend for backend in (FlashAttention3, FlashAttention2, Cudnn, Sdpa, Math)
+    backend.name: backend
+    for backend in (FlashAttention3, FlashAttention3Fp8, FlashAttention2, Cudnn, Sdpa, Math)
 }
 
 
@@ -56,7 +58,8 @@ def choose_attention(
     """The backend called `name`, or the fastest that runs there.
 
     The order on Hopper GPUs is fa3, cudnn, fa2, sdpa (measured on an H200, 4,098 rows to 4,130
-    keys: 0.34, 0.44, 0.69, 0.69 ms), on other GPUs fa2, sdpa; on CPUs sdpa.
+    keys: 0.34, 0.44, 0.69, 0.69 ms), on other GPUs fa2, sdpa; on CPUs sdpa. fa3-fp8, which rounds
+    to 8 bits, runs only where it is asked for.
 
     Raises:
         ValueError: no backend has that name, or it does not run there; the message says why.
@@ -89,7 +92,8 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     if device.type != "cuda":
         return f"it needs a GPU, and the device is {device}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0) or (name == "fa3" and capability >= (10, 0)):
+    first = (9, 0) if name == "fa3-fp8" else (8, 0)
+    if capability < first or (name.startswith("fa3") and capability >= (10, 0)):
         return f"it has no kernels for compute capability {capability[0]}.{capability[1]}"
     backend, dtypes, widest = BACKENDS[name], [torch.bfloat16, torch.float16], 128
     if issubclass(backend, Flash):
@@ -99,11 +103,13 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         except Exception as error:  # a build for another torch or CUDA fails in ways of its own
             return f"it cannot be imported: {error}"
         widest = 256
-        if module == "fa3_fwd_interface":  # built without kernels for float16
+        # PyPI's package has no kernels for float16; those for 8 bits return bfloat16.
+        if module == "fa3_fwd_interface" or name == "fa3-fp8":
             dtypes.remove(torch.float16)
     if dtype not in dtypes:
         return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
-    if head_dim % 8 or head_dim > widest:
+    fits = head_dim in HEAD_DIMS if name == "fa3-fp8" else head_dim % 8 == 0
+    if not fits or head_dim > widest:
         return f"it has no kernels for heads of {head_dim}"
     return _why_not_cudnn(device, dtype, head_dim) if backend is Cudnn else None
 

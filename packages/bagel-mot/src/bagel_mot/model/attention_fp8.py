@@ -1,0 +1,196 @@
+"""FlashAttention-3 over Q, K and V in 8 bits, for pictures; asked for, never chosen by itself.
+
+What is rounded, each number once, to 3 bits of mantissa: Q, K minus a shift, V minus a shift. Each
+KV head of each sequence has shifts and scales of its own: no request depends on its neighbours.
+
+Shifts are near the means over the keys; any are right. K's falls out of the softmax (SageAttention,
+Zhang et al., arXiv:2410.02367). V's is added to the result, since probabilities add up to 1. Matrix
+units drop the low bits of 8-bit products at every addition, towards zero: without a shift, what all
+rows of V share becomes 6 % smaller over 4,000 keys (docs/log.md). Shifts are multiples of the
+spacing of bfloat16 numbers as large as the largest: otherwise all rows would lie off the points
+between which rounding decides by the same bit, and more would be rounded up, or down.
+
+Scales are powers of two, which round nothing. Those of K and V are exact. Q is written by a norm,
+with rows of about one length, so its scale comes from some of them, with room for 16 times that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from mot_kernels.dispatch import warn_once
+
+from bagel_mot.model.attention import FlashAttention3
+from bagel_mot.model.layout import Span
+
+# Rows of a segment from which rounding takes less time than it saves.
+LEAST_ROWS = 3072
+HEAD_DIMS = (64, 128, 256)
+
+# Rows that a shift is the mean of, and rows of Q that are looked at.
+SAMPLES = 256
+SAMPLES_OF_Q = 64
+# Scales of Q are larger by 2^4: an e4m3fn number loses nothing by it above 2^-10 of the largest.
+HEADROOM = 4
+
+_MOST = 448.0
+# FlashAttention multiplies scores of -inf by the scales of Q and K, which must not become 0.
+_LEAST_SCALE = -60
+
+
+class Fp8Heads(NamedTuple):
+    """Q, K and V in float8_e4m3fn; "sequences" are what a span's bounds describe.
+
+    Attributes:
+        q: (M, H, D).
+        k, v: (S, Hkv, D); zeros in rows that no segment reads.
+        scales: (3, 2n - 1, Hkv) float32, of q, k and v by sequence. The scale of q is that of all
+            query heads that read a KV head.
+        shifts: (2, 2n - 1, Hkv, D) float32, what k and v are less than they were. Like the scales
+            undefined for sequences without queries.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scales: torch.Tensor
+    shifts: torch.Tensor
+
+
+class FlashAttention3Fp8(FlashAttention3):
+    """`fa3`, with both products in 8 bits where many rows see each other (pictures)."""
+
+    name = "fa3-fp8"
+
+    def _attend_span(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, **more: torch.Tensor
+    ) -> torch.Tensor:
+        if span.causal or span.most_rows < LEAST_ROWS:
+            return super()._attend_span(q, k, v, span)
+        q, k, v, scales, shifts = round_heads(q, k, v, span)
+        names = ("q_descale", "k_descale", "v_descale")
+        y = super()._attend_span(q, k, v, span, **dict(zip(names, scales, strict=True)))
+        return add_shifts(y, shifts[1], span)
+
+    def attend_with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        warn_once("attention fa3-fp8 is fa3, in 16 bits, where ranks pass K and V around a ring")
+        return super().attend_with_lse(q, k, v)
+
+
+def round_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> Fp8Heads:
+    """Round the rows of a span and all that they see, to the nearest; on GPUs without a sync.
+
+    A scale is the least power of two that divides all finite numbers to 448 or less, for q those of
+    `SAMPLES_OF_Q` rows; `HEADROOM` then makes it larger. NaN and infinities become NaN.
+
+    Args:
+        q: (M, H, D), the span's rows.
+        k, v: (S, Hkv, D), all rows of a layer's cache.
+        span: not causal.
+
+    Raises:
+        RuntimeError: gradients are wanted.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError("attention fa3-fp8 has no backward pass; train with another, or none")
+    if not q.is_cuda:
+        return round_heads_reference(q, k, v, span)
+    from bagel_mot._triton.round_heads import launch_round_heads
+
+    own, keys, values = (
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) for x in (q, k, v)
+    )
+    sequences, (kv_heads, dim) = len(span.row_bounds) - 1, k.shape[1:]
+    scales = q.new_empty(3, sequences, kv_heads, dtype=torch.float32)
+    shifts = q.new_empty(2, sequences, kv_heads, dim, dtype=torch.float32)
+    launch_round_heads(
+        (own, keys, values),
+        scales,
+        shifts,
+        (q, k, v),
+        span.row_bounds,
+        span.kv_bounds,
+        SAMPLES,
+        HEADROOM,
+    )
+    return Fp8Heads(own, keys, values, scales, shifts)
+
+
+def add_shifts(y: torch.Tensor, shifts: torch.Tensor, span: Span) -> torch.Tensor:
+    """y (M, H, D), overwritten, plus the shifts (2n - 1, Hkv, D) of its rows' sequences."""
+    if y.is_cuda:
+        from bagel_mot._triton.round_heads import launch_add_shifts
+
+        launch_add_shifts(y, shifts, span.row_bounds)
+        return y
+    edges = span.row_bounds.tolist()
+    for i in range(0, len(edges), 2):
+        rows = y[edges[i] : edges[i + 1]].unflatten(1, (shifts.shape[1], -1))
+        rows += shifts[i][:, None]
+    return y
+
+
+def round_heads_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    span: Span,
+    shifts: torch.Tensor | None = None,
+) -> Fp8Heads:
+    """`round_heads`, a segment at a time, by torch's operations; with the given shifts, or its own.
+
+    Means are added up in another order than a kernel's, and numbers may then be rounded elsewhere.
+    """
+    own, keys = span.row_bounds.tolist(), span.kv_bounds.tolist()
+    if shifts is None:
+        shifts = torch.stack([_shifts(x, keys) for x in (k, v)])
+    none = torch.zeros_like(shifts[0])
+    (q, of_q), (k, of_k), (v, of_v) = (
+        _round_sequences(q, own, none, SAMPLES_OF_Q, HEADROOM),
+        _round_sequences(k, keys, shifts[0]),
+        _round_sequences(v, keys, shifts[1]),
+    )
+    return Fp8Heads(q, k, v, torch.stack([of_q, of_k, of_v]), shifts)
+
+
+def _shifts(x: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """Of x (S, Hkv, D), by sequence; (2n - 1, Hkv, D) float32."""
+    shifts = torch.zeros(len(bounds) - 1, *x.shape[1:], device=x.device)
+    for i in range(0, len(bounds), 2):
+        rows = _sampled(x[bounds[i] : bounds[i + 1]], SAMPLES).float().nan_to_num(0, 0, 0)
+        spacing = torch.exp2((torch.frexp(rows.abs().amax(0)).exponent - 8).clamp(-126).float())
+        shifts[i] = (rows.mean(0) / spacing).round() * spacing
+    return shifts
+
+
+def _sampled(x: torch.Tensor, samples: int) -> torch.Tensor:
+    """Rows at equal distances, from the first."""
+    return x[torch.arange(samples, device=x.device) * len(x) // samples]
+
+
+def _round_sequences(
+    x: torch.Tensor,
+    bounds: list[int],
+    shifts: torch.Tensor,
+    samples: int | None = None,
+    headroom: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (rows, heads, D) less the shifts, in e4m3fn, and the scales (2n - 1, Hkv) float32."""
+    kv_heads = shifts.shape[1]
+    rounded = torch.zeros(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    exponents = torch.full((len(bounds) - 1, kv_heads), _LEAST_SCALE + headroom, device=x.device)
+    for i in range(0, len(bounds), 2):
+        rows = slice(bounds[i], bounds[i + 1])
+        heads = x[rows].float().unflatten(1, (kv_heads, -1))
+        heads = heads.masked_fill(~heads.isfinite(), float("nan")) - shifts[i][:, None]
+        seen = heads if samples is None else _sampled(heads, samples)
+        mantissa, exponent = torch.frexp(seen.nan_to_num().abs().amax((0, 2, 3)) / _MOST)
+        exponent -= (mantissa == 0.5).int()
+        exponent = exponent.masked_fill(mantissa == 0, _LEAST_SCALE).clamp(_LEAST_SCALE)
+        exponents[i] = exponent + headroom
+        scaled = heads / torch.exp2(exponents[i].float())[:, None, None]
+        rounded[rows] = scaled.clamp(-_MOST, _MOST).flatten(1, 2).to(rounded.dtype)
+    return rounded, torch.exp2(exponents.float())

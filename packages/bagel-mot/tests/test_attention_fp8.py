@@ -1,0 +1,286 @@
+"""Attention in 8 bits: what is rounded, what is asked of FlashAttention-3, what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attention_fp8_checks as checks
+import pytest
+import torch
+from attention_cases import attend
+from golden_data import relative_error
+from kernel_checks import run_checks
+from torch import Tensor
+
+from bagel_mot.model import attention, attention_fp8
+from bagel_mot.model.attention import Math
+from bagel_mot.model.attention_choice import choose_attention
+from bagel_mot.model.attention_fp8 import HEADROOM, FlashAttention3Fp8, round_heads
+from bagel_mot.model.layout import Block, Segment, build_layout, build_spans
+
+CPU = torch.device("cpu")
+# Gaussian q, k and v, which is as bad as it gets: nothing stands out, so each row is a mean of
+# noise, and as uncertain as its parts. The probabilities' rounding is in it on a GPU only.
+ROUNDING = 0.05
+ROUNDING_ON_GPU = 0.07
+
+
+class _Package:
+    """Stands for FlashAttention-3: answers with math over what the 8 bits stand for."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def flash_attn_varlen_func(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.calls.append({"dtype": q.dtype, **options})
+        rows, keys = options["cu_seqlens_q"].tolist(), options["cu_seqlens_k"].tolist()
+        out = torch.full(q.shape, float("nan"))
+        for i in range(len(rows) - 1):
+            own, seen = slice(rows[i], rows[i + 1]), slice(keys[i], keys[i + 1])
+            if rows[i] == rows[i + 1]:
+                continue
+            factors = [options.get(f"{x}_descale") for x in "qkv"]
+            mine, their_k, their_v = (
+                x[part].float() if scales is None else _times(x[part], scales[i])
+                for x, part, scales in zip((q, k, v), (own, seen, seen), factors, strict=True)
+            )
+            segment = Segment(len(mine), 0, len(their_k) - len(mine), options["causal"])
+            out[own] = attend(Math(), mine, their_k, their_v, [segment])
+        return out
+
+
+def _times(x: Tensor, scales: Tensor) -> Tensor:
+    """x (rows, heads, D) times the scales of its KV heads."""
+    return (x.float().unflatten(1, (len(scales), -1)) * scales[:, None, None]).flatten(1, 2)
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> _Package:
+    stand = _Package()
+    monkeypatch.setattr(FlashAttention3Fp8, "modules", ("json",))  # any that is there
+    monkeypatch.setattr(attention.importlib, "import_module", lambda _name: stand)
+    return stand
+
+
+def gaussian(segments: list[Segment], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of heads of 128; rows that no segment reads are finite."""
+    draw = torch.Generator().manual_seed(0)
+    kv = torch.randn(segments[-1].region.stop + 3, 2, 2, 128, generator=draw)
+    q = torch.randn(sum(s.rows for s in segments), 6, 128, generator=draw)
+    q, kv = q.bfloat16().to(device), kv.bfloat16().to(device)
+    return q, kv[:, 0], kv[:, 1]
+
+
+@pytest.mark.parametrize("how", ["interpret", "compile"])
+def test_kernel_without_a_gpu(how: str) -> None:
+    run_checks(checks.__file__, how)
+
+
+@pytest.mark.parametrize("name", checks.CASES)
+def test_rounds_to_the_nearest(name: str) -> None:
+    """By at most half a step of 3 bits; the largest number of each KV head is past half of 448."""
+    q, k, v, span = checks.make(name, 1.0, CPU)
+    rounded = round_heads(q, k, v, span)
+    none = torch.zeros_like(rounded.shifts[0])
+    for x, y, scales, shifts, bounds in (
+        (q, rounded.q, rounded.scales[0], none, span.row_bounds.tolist()),
+        (k, rounded.k, rounded.scales[1], rounded.shifts[0], span.kv_bounds.tolist()),
+        (v, rounded.v, rounded.scales[2], rounded.shifts[1], span.kv_bounds.tolist()),
+    ):
+        untouched = torch.ones(len(x), dtype=torch.bool)
+        for i in range(0, len(bounds), 2):
+            rows = slice(bounds[i], bounds[i + 1])
+            untouched[rows] = False
+            each = x[rows].unflatten(1, (len(scales[i]), -1))
+            want = each.masked_fill(each.isinf(), float("nan")) - shifts[i][:, None]
+            own = scales[i][:, None, None]
+            got = y[rows].float().unflatten(1, (len(scales[i]), -1)) * own
+            assert torch.equal(got.isnan(), want.isnan())
+            off, size = (got - want).abs().nan_to_num(), want.abs().nan_to_num()
+            assert (off <= torch.maximum(size * 2**-4, own * 2**-10)).all()
+            most = size.amax((0, 2, 3)) / scales[i]
+            if x is q:
+                most *= 2**HEADROOM
+            assert ((most <= 448) & ((most > 224) | (most == 0))).all()
+        assert not y[untouched].float().any()
+
+
+def test_scales_of_exact_sizes() -> None:
+    """448 times a power of two needs that power, anything above the next one."""
+    (span,) = build_spans([Segment(1, 0, 0, False)], CPU)
+    for most, scale in ((448.0, 1.0), (448.0 * (1 + 2**-23), 2.0), (224.0, 0.5), (0.0, 2.0**-60)):
+        x = torch.full((1, 1, 16), most)
+        assert round_heads(x, x, x, span).scales[0].tolist() == [[scale * 2**HEADROOM]]
+
+
+def test_headroom_of_q() -> None:
+    """Rows that were not looked at may be 16 times as large; above, numbers become the largest."""
+    (span,) = build_spans([Segment(1000, 0, 0, False)], CPU)
+    x = torch.full((1000, 1, 16), 7.0)
+    x[1, 0, :2] = torch.tensor([7.0 * 16, -7.0 * 17])
+    rounded = round_heads(x, x, x, span)
+    assert (rounded.q[1].float() * rounded.scales[0, 0])[0, :3].tolist() == [112.0, -112.0, 7.0]
+
+
+def test_neighbours_do_not_matter() -> None:
+    one, other = Segment(40, 0, 10, False), Segment(60, 50, 3, False)
+    q, k, v = gaussian([one, other])
+    (alone,), (both,) = build_spans([one], CPU), build_spans([one, other], CPU)
+    want = round_heads(q[:40], k, v, alone)
+    q[40:], k[50:], v[50:] = q[40:] * 1000, k[50:] * 1000, float("inf")
+    got = round_heads(q, k, v, both)
+    assert torch.equal(got.q[:40].float(), want.q.float())
+    assert torch.equal(got.k[:50].float(), want.k[:50].float())
+    assert torch.equal(got.v[:50].float(), want.v[:50].float())
+    assert torch.equal(got.scales[:, 0], want.scales[:, 0])
+    assert torch.equal(got.shifts[:, 0], want.shifts[:, 0])
+
+
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_what_all_rows_share_costs_nothing(package: _Package, of: str) -> None:
+    """A K or V of which all rows are large in the same direction; only the rest is rounded."""
+    segments = [Segment(3100, 0, 30, False)]
+    q, k, v = gaussian(segments)
+    (k if of == "k" else v)[:] += 30.0
+    got = attend(FlashAttention3Fp8(), q, k, v, segments)
+    want = attend(Math(), q.float(), k.float(), v.float(), segments)
+    # V's own share of the result is exact to bfloat16; of K's there is none in it.
+    assert relative_error(got, want) <= (ROUNDING if of == "k" else 2**-8)
+
+
+def test_pictures_are_rounded(package: _Package) -> None:
+    segments = [Segment(3100, 0, 30, False, room=64), Segment(520, 3200, 0, False)]
+    q, k, v = gaussian(segments)
+    got = attend(FlashAttention3Fp8(), q, k, v, segments)
+    want = attend(Math(), q.float(), k.float(), v.float(), segments)
+    (call,) = package.calls
+    assert call["dtype"] is torch.float8_e4m3fn
+    assert all(call[f"{x}_descale"].shape == (3, 2) for x in "qkv")
+    for mine, theirs in zip(got.split([3100, 520]), want.split([3100, 520]), strict=True):
+        assert 0.01 < relative_error(mine, theirs) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [Segment(3100, 0, 30, True), Segment(1, 0, 3100, True), Segment(1026, 0, 30, False)],
+    ids=["text", "token", "picture"],
+)
+def test_texts_and_small_pictures_are_not(package: _Package, segment: Segment) -> None:
+    q, k, v = gaussian([segment])
+    got = attend(FlashAttention3Fp8(), q, k, v, [segment])
+    (call,) = package.calls
+    assert call["dtype"] is torch.bfloat16 and "q_descale" not in call
+    want = attend(Math(), q.float(), k.float(), v.float(), [segment])
+    assert relative_error(got, want) <= 1e-5
+
+
+def test_rings_are_not_and_it_is_said(
+    package: _Package, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(attention_fp8, "warn_once", said.append)
+    package.flash_attn_func = lambda q, k, v, **_: (q, torch.zeros(1, 6, len(q[0])))  # type: ignore[attr-defined]
+    FlashAttention3Fp8().attend_with_lse(*gaussian([Segment(9, 0, 0, False)]))
+    assert said == ["attention fa3-fp8 is fa3, in 16 bits, where ranks pass K and V around a ring"]
+
+
+def test_no_gradients() -> None:
+    (span,) = build_spans([Segment(9, 0, 0, False)], CPU)
+    q, k, v = gaussian([Segment(9, 0, 0, False)])
+    with pytest.raises(RuntimeError, match="attention fa3-fp8 has no backward pass"):
+        round_heads(q.requires_grad_(True), k, v, span)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "reason"),
+    [
+        ((8, 9), "bfloat16", 128, "it has no kernels for compute capability 8.9"),
+        ((10, 0), "bfloat16", 128, "it has no kernels for compute capability 10.0"),
+        ((9, 0), "float16", 128, "it has no kernels for float16"),
+        ((9, 0), "bfloat16", 80, "it has no kernels for heads of 80"),
+        ((9, 0), "bfloat16", 128, None),
+    ],
+)
+def test_where_it_runs(
+    package: _Package,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: str,
+    head_dim: int,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    where = {"device": "cuda", "dtype": getattr(torch, dtype), "head_dim": head_dim}
+    if reason is None:
+        assert str(choose_attention("fa3-fp8", **where)) == "fa3-fp8 (asked for)"
+        return
+    with pytest.raises(ValueError, match=f"attention is 'fa3-fp8'.*: {reason}"):
+        choose_attention("fa3-fp8", **where)
+
+
+def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> FlashAttention3Fp8:
+    """For segments of any size."""
+    monkeypatch.setattr(attention_fp8, "LEAST_ROWS", 1)
+    try:
+        choice = choose_attention("fa3-fp8", device="cuda", dtype=torch.bfloat16, head_dim=128)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert isinstance(choice.backend, FlashAttention3Fp8)
+    return choice.backend
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", checks.SCALES)
+@pytest.mark.parametrize("name", checks.CASES)
+def test_gpu_same_bits(name: str, scale: float, dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no units for e4m3fn")
+    q, k, v, span = checks.make(name, scale, torch.device("cuda"))
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    checks.check_bits(round_heads(q, k, v, span), (q, k, v, span))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [Segment(4098, 0, 30, False, room=256), Segment(1026, 4360, 0, False)],
+        [Segment(9, 0, 7, False), Segment(200, 300, 90, False), Segment(1, 700, 0, False)],
+    ],
+    ids=["pictures", "small"],
+)
+def test_gpu_error(monkeypatch: pytest.MonkeyPatch, segments: list[Segment]) -> None:
+    q, k, v = gaussian(segments, "cuda")
+    got = attend(gpu_backend(monkeypatch), q, k, v, segments).float()
+    want = attend(Math(), q.float(), k.float(), v.float(), segments)
+    sizes = [segment.rows for segment in segments]
+    for mine, theirs in zip(got.split(sizes), want.split(sizes), strict=True):
+        assert relative_error(mine, theirs) <= ROUNDING_ON_GPU
+
+
+@pytest.mark.gpu
+def test_gpu_graph_replays_over_other_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a graph, to the bit, whatever the prefixes and their sizes are by then."""
+    backend = gpu_backend(monkeypatch)
+
+    def blocks(*prefixes: int) -> list[Block]:
+        segments = [
+            Segment(200, i * 456, prefix, causal=False, room=256)
+            for i, prefix in enumerate(prefixes)
+        ]
+        return [Block(segment, ((0, 200),), 0) for segment in segments]
+
+    cuda = torch.device("cuda")
+    static = build_layout(blocks(30, 256), cuda)
+    q, k, v = gaussian([block.segment for block in blocks(30, 256)], "cuda")
+    backend.attend(q, k, v, static.spans)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = backend.attend(q, k, v, static.spans)
+    for turn, prefixes in enumerate(((30, 256), (1, 2), (200, 0))):
+        static.load(blocks(*prefixes))
+        k *= 2.0**turn
+        graph.replay()
+        want = backend.attend(q, k, v, build_layout(blocks(*prefixes), cuda).spans)
+        assert torch.equal(got, want)
