@@ -12,13 +12,7 @@ import torch
 from kernel_checks import compile_everywhere
 from torch import Tensor
 
-from bagel_mot.model.attention_fp8 import (
-    HEADROOM,
-    SAMPLES,
-    Fp8Heads,
-    add_shifts,
-    round_heads_reference,
-)
+from bagel_mot.model.attention_fp8 import Fp8Heads, add_shifts, round_heads_reference
 from bagel_mot.model.layout import Segment, Span, build_spans
 
 # Segments, query heads, KV heads, head dim: a block's edge inside a segment, several segments in a
@@ -93,7 +87,7 @@ def interpret_all() -> None:
             scales = torch.full((3, sequences, kv_heads), 7.0)
             shifts = torch.full((2, sequences, kv_heads, dim), 7.0)
             bounds = span.row_bounds, span.kv_bounds
-            launch_round_heads(to_round, scales, shifts, (q, k, v), *bounds, SAMPLES, HEADROOM)
+            launch_round_heads(to_round, scales, shifts, (q, k, v), *bounds)
             rounded = (x.to(torch.float8_e4m3fn) for x in to_round)
             check_bits(Fp8Heads(*rounded, scales, shifts), (q, k, v, span))
             want = add_shifts(q.clone(), shifts[1], span)
@@ -108,9 +102,9 @@ def compile_all() -> None:
     heads = {"KV_HEADS": 4, "D": 128}
     rows = {"BOUNDS": 8, "BLOCK": round_heads._BLOCK}
     kernels = [
-        (round_heads._samples_kernel, {**heads, "GROUP": 7, "SAMPLES": SAMPLES}),
+        (round_heads._samples_kernel, {**heads, "GROUP": 7}),
         (round_heads._magnitudes_kernel, {**heads, **rows}),
-        (round_heads._round_kernel, {**heads, **rows, "GROUP": 7, "HEADROOM": HEADROOM}),
+        (round_heads._round_kernel, {**heads, **rows, "GROUP": 7}),
         (round_heads._add_shifts_kernel, {**heads, **rows, "GROUP": 7}),
     ]
     compile_everywhere(kernels, _type_of, cuda=(90,), hip=())

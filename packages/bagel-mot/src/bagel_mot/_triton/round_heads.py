@@ -12,17 +12,18 @@ import triton
 import triton.language as tl
 
 from bagel_mot._triton import OPTIONS
+from bagel_mot.model.attention_fp8 import HEADROOM, LEAST_SCALE, SAMPLES, SAMPLES_OF_Q
 
 # Rows of a program.
 _BLOCK = 32
-# Rows of q that are looked at.
-_SAMPLES_OF_Q = tl.constexpr(64)
 
+_SAMPLES = tl.constexpr(SAMPLES)
+_SAMPLES_OF_Q = tl.constexpr(SAMPLES_OF_Q)
+_HEADROOM = tl.constexpr(HEADROOM)
+_LEAST_EXPONENT = tl.constexpr(127 + LEAST_SCALE)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 # Takes magnitudes above 1.75 * 2^n, and no others, to the next exponent: 448 is 1.75 * 2^8.
 _PAST_MOST = tl.constexpr(0x1FFFFF)
-# 2^-60: FlashAttention multiplies scores of -inf by the scales of q and k, which must not become 0.
-_LEAST_EXPONENT = tl.constexpr(67)
 
 
 def launch_round_heads(
@@ -32,8 +33,6 @@ def launch_round_heads(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     row_bounds: torch.Tensor,
     kv_bounds: torch.Tensor,
-    samples: int,
-    headroom: int,
 ) -> None:
     """Write what `bagel_mot.model.attention_fp8.round_heads` returns.
 
@@ -44,8 +43,9 @@ def launch_round_heads(
         tensors: q (M, H, D), k and v (S, Hkv, D) of the same strides, the last dimension
             contiguous, D a power of two.
         row_bounds, kv_bounds: (2n,) int32, see `Span`.
-        samples: rows that a shift is the mean of, a power of two.
-        headroom: exponent of the power of two that scales of q are larger by.
+
+    Raises:
+        ValueError: the strides of k and v differ.
     """
     q, k, v = tensors
     if k.stride() != v.stride():
@@ -79,7 +79,7 @@ def launch_round_heads(
         "BLOCK": _BLOCK,
     }
     with torch.cuda.device_of(q):
-        _samples_kernel[(kv_heads, sequences, 3)](**shared, **of_q, SAMPLES=samples, num_warps=8)
+        _samples_kernel[(kv_heads, sequences, 3)](**shared, **of_q, num_warps=8)
         _magnitudes_kernel[(triton.cdiv(len(k), _BLOCK), kv_heads, 2)](**shared, **blocks)
         # Rows first: with heads first it takes 8 % longer (12,294 rows on an H200).
         grid = (triton.cdiv(max(len(q), len(k)), _BLOCK), q.shape[1] + 2 * kv_heads)
@@ -89,7 +89,6 @@ def launch_round_heads(
             v_out_ptr=rounded[2],
             scales_ptr=scales,
             rows=len(q),
-            HEADROOM=headroom,
             **shared,
             **of_q,
             **blocks,
@@ -131,7 +130,6 @@ def _samples_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
-    SAMPLES: tl.constexpr,
 ):
     """Grid: (KV_HEADS, sequences, 3); rows at equal distances of q, of k or of v."""
     kv_head, sequence, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -152,7 +150,7 @@ def _samples_kernel(
         if which == 2:
             x_ptr = v_ptr
         x_ptr += kv_head * stride_kv_h
-        shift = _shift(x_ptr, kv_bounds_ptr + sequence, stride_kv_s, D, SAMPLES)
+        shift = _shift(x_ptr, kv_bounds_ptr + sequence, stride_kv_s, D)
         tl.store(shifts_ptr + ((which - 1) * others + place) * D + tl.arange(0, D), shift)
         tl.store(magnitudes_ptr + which * others + place, 0)
 
@@ -171,12 +169,12 @@ def _largest_of_q(q_ptr, bounds_ptr, stride_q_m, stride_q_h, GROUP: tl.constexpr
 
 
 @triton.jit
-def _shift(x_ptr, bounds_ptr, stride_x, D: tl.constexpr, SAMPLES: tl.constexpr):
+def _shift(x_ptr, bounds_ptr, stride_x, D: tl.constexpr):
     """Near the mean of a head's sampled rows, (D,)."""
-    rows = _sampled_rows(bounds_ptr, SAMPLES)
+    rows = _sampled_rows(bounds_ptr, _SAMPLES)
     x = tl.load(x_ptr + rows[:, None] * stride_x + tl.arange(0, D)[None, :]).to(tl.float32)
     bits = _finite_magnitudes(x)
-    mean = tl.sum(tl.where(bits == _magnitudes(x), x, 0.0), axis=0) / SAMPLES
+    mean = tl.sum(tl.where(bits == _magnitudes(x), x, 0.0), axis=0) / _SAMPLES
     # The spacing of bfloat16 at the largest, and its inverse; adding 1.5 * 2^23 rounds.
     exponent = tl.maximum((tl.max(bits, axis=0) >> 23) - 7, 1)
     spacing = (exponent << 23).to(tl.float32, bitcast=True)
@@ -239,7 +237,6 @@ def _round_kernel(
     stride_q_h,
     stride_kv_s,
     stride_kv_h,
-    HEADROOM: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -253,7 +250,7 @@ def _round_kernel(
         for start in range(0, 3 * others, BLOCK):
             i = start + tl.arange(0, BLOCK)
             most = tl.load(magnitudes_ptr + i, mask=i < 3 * others, other=0)
-            exponent = _scale_exponent(most) + tl.where(i < others, HEADROOM, 0)
+            exponent = _scale_exponent(most) + tl.where(i < others, _HEADROOM, 0)
             scale = (exponent << 23).to(tl.float32, bitcast=True)
             tl.store(scales_ptr + i, scale, mask=i < 3 * others)
     if head < KV_HEADS * GROUP:
@@ -261,7 +258,7 @@ def _round_kernel(
             q_ptr + head * stride_q_h, row_bounds_ptr, rows, sequences, stride_q_m, D, BOUNDS, BLOCK
         )
         magnitudes_ptr += head // GROUP
-        y = _scaled(x, magnitudes_ptr, sequence, HEADROOM, KV_HEADS)
+        y = _scaled(x, magnitudes_ptr, sequence, _HEADROOM, KV_HEADS)
         _store_rows(q_out_ptr + head * D, y, row, rows, KV_HEADS * GROUP * D, D)
     else:
         kv_head = head - KV_HEADS * GROUP

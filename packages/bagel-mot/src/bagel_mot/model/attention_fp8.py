@@ -31,12 +31,12 @@ HEAD_DIMS = (64, 128, 256)
 # Rows that a shift is the mean of, and rows of Q that are looked at.
 SAMPLES = 256
 SAMPLES_OF_Q = 64
-# Scales of Q are larger by 2^4: an e4m3fn number loses nothing by it above 2^-10 of the largest.
+# Exponent of what scales of Q are larger by: nothing is lost above 2^-9 of the largest number.
 HEADROOM = 4
+# Exponent. FlashAttention multiplies scores of -inf by the scales of Q and K: not to become 0.
+LEAST_SCALE = -60
 
 _MOST = 448.0
-# FlashAttention multiplies scores of -inf by the scales of Q and K, which must not become 0.
-_LEAST_SCALE = -60
 
 
 class Fp8Heads(NamedTuple):
@@ -107,14 +107,7 @@ def round_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -
     scales = q.new_empty(3, sequences, kv_heads, dtype=torch.float32)
     shifts = q.new_empty(2, sequences, kv_heads, dim, dtype=torch.float32)
     launch_round_heads(
-        (own, keys, values),
-        scales,
-        shifts,
-        (q, k, v),
-        span.row_bounds,
-        span.kv_bounds,
-        SAMPLES,
-        HEADROOM,
+        (own, keys, values), scales, shifts, (q, k, v), span.row_bounds, span.kv_bounds
     )
     return Fp8Heads(own, keys, values, scales, shifts)
 
@@ -181,7 +174,7 @@ def _round_sequences(
     """x (rows, heads, D) less the shifts, in e4m3fn, and the scales (2n - 1, Hkv) float32."""
     kv_heads = shifts.shape[1]
     rounded = torch.zeros(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    exponents = torch.full((len(bounds) - 1, kv_heads), _LEAST_SCALE + headroom, device=x.device)
+    exponents = torch.full((len(bounds) - 1, kv_heads), LEAST_SCALE + headroom, device=x.device)
     for i in range(0, len(bounds), 2):
         rows = slice(bounds[i], bounds[i + 1])
         heads = x[rows].float().unflatten(1, (kv_heads, -1))
@@ -189,7 +182,7 @@ def _round_sequences(
         seen = heads if samples is None else _sampled(heads, samples)
         mantissa, exponent = torch.frexp(seen.nan_to_num().abs().amax((0, 2, 3)) / _MOST)
         exponent -= (mantissa == 0.5).int()
-        exponent = exponent.masked_fill(mantissa == 0, _LEAST_SCALE).clamp(_LEAST_SCALE)
+        exponent = exponent.masked_fill(mantissa == 0, LEAST_SCALE).clamp(LEAST_SCALE)
         exponents[i] = exponent + headroom
         scaled = heads / torch.exp2(exponents[i].float())[:, None, None]
         rounded[rows] = scaled.clamp(-_MOST, _MOST).flatten(1, 2).to(rounded.dtype)
