@@ -131,7 +131,11 @@ def test_profiler(world: World) -> None:
         ({"enable_cpu_offload": True}, "enable_cpu_offload is set"),
         ({"enable_layerwise_offload": True}, "enable_layerwise_offload is set"),
         ({"lora_path": "adapter"}, "lora_path is set"),
-        ({"diffusion_kv_cache_dtype": "fp8"}, "diffusion_kv_cache_dtype is 'fp8'"),
+        (
+            {"diffusion_kv_cache_dtype": "int8"},
+            "diffusion_kv_cache_dtype is 'int8'; expected 'auto' or",
+        ),
+        ({"diffusion_kv_cache_skip_layers": "0-1"}, "diffusion_kv_cache_skip_layers is set"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -11,6 +11,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 from bagel_mot.config import LlmConfig
 from bagel_mot.parallel import ALONE, Parallel, ParallelConfig, start
+from bagel_mot.plugins.omni_attention import asked_attention
 from bagel_mot.plugins.omni_quantization import asked_quantization
 
 logger = logging.getLogger("bagel_mot")
@@ -46,11 +47,10 @@ def check_supported(od_config: OmniDiffusionConfig) -> None:
         asked_quantization(od_config.quantization_config)
     except ValueError as error:
         problems.append(str(error))
-    if (kept_in := od_config.diffusion_kv_cache_dtype) not in (None, "auto"):
-        problems.append(
-            f"diffusion_kv_cache_dtype is {kept_in!r}, but the cache is in the model's dtype; "
-            "expected 'auto'"
-        )
+    try:
+        asked_attention(od_config)
+    except ValueError as error:
+        problems.append(str(error))
     if od_config.cache_backend not in (None, "none"):
         problems.append(f"cache_backend is {od_config.cache_backend!r}; expected 'none'")
     for name in (
@@ -58,6 +58,8 @@ def check_supported(od_config: OmniDiffusionConfig) -> None:
         "enable_layerwise_offload",
         "enable_distributed_layerwise_offload",
         "diffusion_offload_config",
+        "diffusion_kv_cache_skip_steps",
+        "diffusion_kv_cache_skip_layers",
         "lora_path",
     ):
         if getattr(od_config, name, None):

@@ -21,6 +21,7 @@ from vllm_omni.errors import OmniClientError
 
 from bagel_mot.denoising import Denoising
 from bagel_mot.pipeline import BagelPipeline, Prepared, build_model
+from bagel_mot.plugins.omni_attention import usable_attention
 from bagel_mot.plugins.omni_checkpoint import Checkpoint, load_stream
 from bagel_mot.plugins.omni_context import contexts_from, handed_over_size
 from bagel_mot.plugins.omni_noise import noise_sources
@@ -91,7 +92,8 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
 
     Args:
         od_config: vLLM-Omni's configuration. Its tensor, sequence (Ulysses, ring, all-gather) and
-            CFG parallel sizes become ours, and so does its quantisation (`omni_quantization`).
+            CFG parallel sizes become ours, and so do its quantisation (`omni_quantization`) and
+            choice of attention (`omni_attention`).
         prefix: of parameter names; always "".
 
     Attributes:
@@ -126,7 +128,11 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
         self.tokenizer = loaded.tokenizer()
         # The parameters' names begin with this attribute's, the first that holds them.
         self.bagel = build_model(
-            loaded.config, device=self.device, dtype=od_config.dtype, formats=loaded.formats
+            loaded.config,
+            device=self.device,
+            dtype=od_config.dtype,
+            attention=usable_attention(od_config, self.device, loaded.config.llm.head_dim),
+            formats=loaded.formats,
         )
         self.transformer = self.bagel.transformer
         self.vae = self.bagel.vae
