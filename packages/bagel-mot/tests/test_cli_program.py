@@ -117,6 +117,22 @@ def test_no_memory(
     assert capsys.readouterr().err == "error: no memory for 9 rows: fewer take less\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk() -> None:
+    """One line, also where the answer is what has no room."""
+    for command in (["--version"], ["inspect", "--model", "tiny"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "bagel_mot", *command],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        want = "error: the standard output cannot be written: No space left on device\n"
+        assert (done.returncode, done.stderr) == (1, want)
+
+
 def test_module(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -m bagel_mot` as a shell sees it: none of vLLM's messages, no traces of a bar."""
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)

@@ -188,6 +188,15 @@ def test_python_m() -> None:
     assert done.stdout == f"mot-bench {package.__version__}\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk() -> None:
+    command = [*python_command("")[:-2], "-m", "mot_bench", "--version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    want = "mot-bench: the standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, want)
+
+
 def test_missing_kernels_are_named(mot_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mot_kernels", None)
     answer = mot_bench("kernels", "--shape", "8,8")

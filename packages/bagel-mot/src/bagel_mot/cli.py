@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,6 +106,8 @@ TaylorSeerOption = Annotated[
 
 # What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
+# Of errors that say that a disk, or a quota of it, is full.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Arguments of `generate` and `edit` that a `Request` takes as they are.
 _REQUEST_OPTIONS = (
@@ -331,8 +335,16 @@ def main() -> None:
         leave(1)
         raise SystemExit(1) from None
     except BaseException as error:
-        leave(1, error)
-        raise
+        if not (isinstance(error, OSError) and error.errno in _NO_ROOM):
+            leave(1, error)
+            raise
+        where = error.filename or "the standard output"
+        line = f"error: {where} cannot be written: {error.strerror}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        leave(1)
+        # At its end Python tries to write the rest once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _given(arguments: dict[str, Any], settings_class: type[Any]) -> dict[str, Any]:

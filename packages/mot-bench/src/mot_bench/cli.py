@@ -6,6 +6,7 @@ argument is wrong, in one line that says which; 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import shlex
@@ -349,6 +350,13 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        # At its end Python tries to write the rest once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where = error.filename or "the standard output"
+        return _fail(f"{where} cannot be written: {error.strerror}", 1)
     except Exception as error:
         # The errors of the option parser, whose class is click's or typer's own, by release.
         describe = getattr(error, "format_message", None)
