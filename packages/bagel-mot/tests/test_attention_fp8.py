@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import attention_fp8_checks as checks
@@ -12,17 +13,22 @@ from golden_data import relative_error
 from kernel_checks import run_checks
 from torch import Tensor
 
-from bagel_mot.model import attention, attention_fp8
-from bagel_mot.model.attention import Math
+from bagel_mot import ImageSettings
+from bagel_mot.model import attention, attention_fp8, layout
+from bagel_mot.model.attention import Math, Sdpa
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.attention_fp8 import HEADROOM, FlashAttention3Fp8, round_heads
 from bagel_mot.model.layout import Block, Segment, build_layout, build_spans
+from bagel_mot.pipeline import BagelPipeline
+from bagel_mot.request import Request
+from bagel_mot.synthetic import TINY, random_pipeline
 
 CPU = torch.device("cpu")
 # Gaussian q, k and v, which is as bad as it gets: nothing stands out, so each row is a mean of
 # noise, and as uncertain as its parts. The probabilities' rounding is in it on a GPU only.
 ROUNDING = 0.05
 ROUNDING_ON_GPU = 0.07
+SETTINGS = ImageSettings(num_timesteps=2, cfg_text_scale=1.0)
 
 
 class _Package:
@@ -69,6 +75,23 @@ def gaussian(segments: list[Segment], device: str = "cpu") -> tuple[Tensor, Tens
     q = torch.randn(sum(s.rows for s in segments), 6, 128, generator=draw)
     q, kv = q.bfloat16().to(device), kv.bfloat16().to(device)
     return q, kv[:, 0], kv[:, 1]
+
+
+def small_pipeline(device: torch.device, dtype: torch.dtype, **options: Any) -> BagelPipeline:
+    """Two random layers with heads of 64."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llm = TINY.llm.model_copy(update={**sizes, "num_key_value_heads": 2})
+    config = TINY.model_copy(update={"llm": llm})
+    return random_pipeline(config, device=device, dtype=dtype, **options)
+
+
+def velocities(pipeline: BagelPipeline, requests: list[Request]) -> list[Tensor]:
+    """Of all rows in the first step."""
+    seen: list[Tensor] = []
+    hook = pipeline.model.llm2vae.register_forward_hook(lambda _, x, y: seen.append(y.clone()))
+    pipeline.run(requests)
+    hook.remove()
+    return seen[:1]
 
 
 @pytest.mark.parametrize("how", ["interpret", "compile"])
@@ -148,24 +171,26 @@ def test_what_all_rows_share_costs_nothing(package: _Package, of: str) -> None:
     assert relative_error(got, want) <= (ROUNDING if of == "k" else 2**-8)
 
 
-def test_pictures_are_rounded(package: _Package) -> None:
-    segments = [Segment(3100, 0, 30, False, room=64), Segment(520, 3200, 0, False)]
+def test_large_pictures_are_rounded(package: _Package) -> None:
+    """K and V of different sizes, whose scales must not be mixed up."""
+    segments = [Segment(3100, 0, 30, False, room=64), Segment(3072, 3200, 0, False)]
     q, k, v = gaussian(segments)
+    v *= 64
     got = attend(FlashAttention3Fp8(), q, k, v, segments)
     want = attend(Math(), q.float(), k.float(), v.float(), segments)
     (call,) = package.calls
     assert call["dtype"] is torch.float8_e4m3fn
     assert all(call[f"{x}_descale"].shape == (3, 2) for x in "qkv")
-    for mine, theirs in zip(got.split([3100, 520]), want.split([3100, 520]), strict=True):
+    for mine, theirs in zip(got.split([3100, 3072]), want.split([3100, 3072]), strict=True):
         assert 0.01 < relative_error(mine, theirs) <= ROUNDING
 
 
 @pytest.mark.parametrize(
     "segment",
-    [Segment(3100, 0, 30, True), Segment(1, 0, 3100, True), Segment(1026, 0, 30, False)],
+    [Segment(3100, 0, 30, True), Segment(1, 0, 3100, True), Segment(3071, 0, 30, False)],
     ids=["text", "token", "picture"],
 )
-def test_texts_and_small_pictures_are_not(package: _Package, segment: Segment) -> None:
+def test_texts_and_smaller_pictures_are_not(package: _Package, segment: Segment) -> None:
     q, k, v = gaussian([segment])
     got = attend(FlashAttention3Fp8(), q, k, v, [segment])
     (call,) = package.calls
@@ -174,9 +199,63 @@ def test_texts_and_small_pictures_are_not(package: _Package, segment: Segment) -
     assert relative_error(got, want) <= 1e-5
 
 
-def test_rings_are_not_and_it_is_said(
-    package: _Package, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_small_pictures_do_not_depend_on_large_ones(package: _Package) -> None:
+    segments = [
+        Segment(100, 0, 5, False),
+        Segment(3100, 105, 0, False),
+        Segment(90, 3205, 2, False),
+    ]
+    q, k, v = gaussian(segments)
+    got = attend(FlashAttention3Fp8(), q, k, v, segments).split([100, 3100, 90])
+    for i in (0, 2):
+        own = q.split([100, 3100, 90])[i]
+        assert torch.equal(got[i], attend(FlashAttention3Fp8(), own, k, v, [segments[i]]))
+    assert [call["dtype"].itemsize for call in package.calls] == [2, 1, 2, 2, 2]
+
+
+def test_parts_of_a_large_picture_are_rounded(package: _Package) -> None:
+    """With all-gather KV a rank has few of its rows, and sees all."""
+    segment = Segment(100, 0, 30, False, first=500, block_rows=4098)
+    (span,) = build_spans([segment], CPU)
+    q, k, v = gaussian([replace(segment, rows=4098)])
+    FlashAttention3Fp8().attend(q[:100], k, v, [span])
+    assert [call["dtype"] for call in package.calls] == [torch.float8_e4m3fn]
+
+
+def test_room_beyond_is_left_alone(package: _Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may be many times what this step needs."""
+    seen: list[int] = []
+    monkeypatch.setattr(
+        attention_fp8,
+        "round_heads",
+        lambda q, k, *rest: seen.append(len(k)) or round_heads(q, k, *rest),
+    )
+    segments = [Segment(3100, 7, 30, False, room=64)]
+    q, k, v = gaussian(segments)
+    more = torch.zeros(9000, *k.shape[1:], dtype=k.dtype)
+    attend(FlashAttention3Fp8(), q, torch.cat([k, more]), torch.cat([v, more]), segments)
+    assert seen == [7 + 64 + 3100]
+
+
+def test_through_the_pipeline(package: _Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole request, alone and beside a small one, in 8 bits and in 16."""
+    monkeypatch.setattr(layout, "LARGE_PICTURE", 30)
+    pipeline = small_pipeline(CPU, torch.float32)
+    large = Request(["a red circle"], "image", settings=SETTINGS, height=96, width=96, seed=0)
+    small = Request(["a blue square"], "image", settings=SETTINGS, height=64, width=64, seed=1)
+    pipeline.model.attention = Sdpa()
+    plain = velocities(pipeline, [large])
+    pipeline.model.attention = FlashAttention3Fp8()
+    (rounded,), (alone,) = velocities(pipeline, [large]), velocities(pipeline, [small])
+    assert {call["dtype"] for call in package.calls} == {torch.float8_e4m3fn, torch.float32}
+    assert 1e-4 < relative_error(rounded, plain[0]) <= 0.02
+    (beside,) = velocities(pipeline, [large, small])
+    # Other rows beside them are other shapes for torch's products, which may add in another order.
+    assert relative_error(beside[: len(rounded)], rounded) <= 1e-2
+    assert relative_error(beside[len(rounded) :], alone) <= 1e-5
+
+
+def test_rings_are_not_and_it_is_said(package: _Package, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(attention_fp8, "warn_once", said.append)
     package.flash_attn_func = lambda q, k, v, **_: (q, torch.zeros(1, 6, len(q[0])))  # type: ignore[attr-defined]
@@ -189,6 +268,19 @@ def test_no_gradients() -> None:
     q, k, v = gaussian([Segment(9, 0, 0, False)])
     with pytest.raises(RuntimeError, match="attention fa3-fp8 has no backward pass"):
         round_heads(q.requires_grad_(True), k, v, span)
+
+
+def test_strides_must_agree() -> None:
+    from bagel_mot._triton.round_heads import launch_round_heads
+
+    (span,) = build_spans([Segment(9, 0, 0, False)], CPU)
+    q, k, v = gaussian([Segment(9, 0, 0, False)])
+    with pytest.raises(
+        ValueError, match=r"k and v have strides \(512, 128, 1\) and \(256, 128, 1\)"
+    ):
+        launch_round_heads(
+            (q, k, v), q[:1], q[:1], (q, k, v.contiguous()), span.row_bounds, span.kv_bounds
+        )
 
 
 @pytest.mark.parametrize(
@@ -220,7 +312,7 @@ def test_where_it_runs(
 
 def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> FlashAttention3Fp8:
     """For segments of any size."""
-    monkeypatch.setattr(attention_fp8, "LEAST_ROWS", 1)
+    monkeypatch.setattr(layout, "LARGE_PICTURE", 1)
     try:
         choice = choose_attention("fa3-fp8", device="cuda", dtype=torch.bfloat16, head_dim=128)
     except ValueError as error:
@@ -251,12 +343,31 @@ def test_gpu_same_bits(name: str, scale: float, dtype: torch.dtype) -> None:
     ids=["pictures", "small"],
 )
 def test_gpu_error(monkeypatch: pytest.MonkeyPatch, segments: list[Segment]) -> None:
+    """V of another size than K; and with what all its rows share, which must not shrink."""
+    backend = gpu_backend(monkeypatch)
     q, k, v = gaussian(segments, "cuda")
-    got = attend(gpu_backend(monkeypatch), q, k, v, segments).float()
-    want = attend(Math(), q.float(), k.float(), v.float(), segments)
     sizes = [segment.rows for segment in segments]
-    for mine, theirs in zip(got.split(sizes), want.split(sizes), strict=True):
-        assert relative_error(mine, theirs) <= ROUNDING_ON_GPU
+    for scale, mean, bound in ((64, 0, ROUNDING_ON_GPU), (1, 30, 2**-8)):
+        values = v * scale + mean
+        got = attend(backend, q, k, values, segments).float()
+        want = attend(Math(), q.float(), k.float(), values.float(), segments)
+        for mine, theirs in zip(got.split(sizes), want.split(sizes), strict=True):
+            assert relative_error(mine, theirs) <= bound
+
+
+@pytest.mark.gpu
+def test_gpu_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in CUDA graphs are those without."""
+    gpu_backend(monkeypatch)
+    monkeypatch.setattr(layout, "LARGE_PICTURE", 30)
+    request = Request(["a red circle"], "image", settings=SETTINGS, height=96, width=96, seed=0)
+    images = []
+    for graphs in (True, False):
+        pipeline = small_pipeline(
+            torch.device("cuda"), torch.bfloat16, attention="fa3-fp8", cuda_graphs=graphs
+        )
+        images.append(pipeline.run([request])[0].image)
+    assert images[0].tobytes() == images[1].tobytes()
 
 
 @pytest.mark.gpu

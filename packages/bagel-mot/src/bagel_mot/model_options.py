@@ -52,7 +52,7 @@ AttentionOption = Annotated[
     str | None,
     typer.Option(
         help="Attention: fa3, fa3-fp8 (8 bits), fa2, cudnn, sdpa or math. Default: the fastest "
-        "in 16 bits; see inspect."
+        "that does not round; see inspect."
     ),
 ]
 GraphsOption = Annotated[

@@ -32,7 +32,8 @@ def step_heading(results: StepResults) -> str:
         f"ceilings in this run: {top.dtype} matmul {rate(top.matmul_tflops)} TFLOP/s, copy "
         f"{rate(top.copy_gbps)} GB/s; attention {attention}\n"
         "× baseline is time: below 1 is faster than the baseline. % of floor: the time that dense "
-        "unquantized matmuls, the fastest attention and moving each activation once would take."
+        "unquantized matmuls, the fastest 16-bit attention and moving each activation once would "
+        "take."
     )
 
 

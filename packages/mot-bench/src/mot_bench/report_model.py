@@ -34,9 +34,9 @@ def step_sections(path: PurePath, results: StepResults) -> list[str]:
     header = ["step", "provider", "ms", "× baseline", "% of floor", "GPU busy, %", "launches"]
     return [
         *_opening(f"Denoising step, {results.environment.device}", path, results, facts),
-        "The floor is the time of dense unquantized matmuls, the fastest attention and moving each "
-        "activation once at the ceilings of the run. Memory is what torch reserved beyond the "
-        "weights.",
+        "The floor is the time of dense unquantized matmuls, the fastest 16-bit attention and "
+        "moving each activation once at the ceilings of the run. Memory is what torch reserved "
+        "beyond the weights.",
         table([*header, "GiB beyond weights"], rows),
     ]
 

@@ -49,11 +49,16 @@ class Backend(ABC):
             they may change between replays of a CUDA graph.
         needs_finite_rows: whether rows behind a segment's must be finite in the cache. Kernels
             that load whole tiles of K and V multiply those rows by 0, and 0 * NaN is NaN.
+        capabilities: of GPUs that it has kernels for, from the first to before the second.
+        dtypes, head_dims: that it has kernels for.
     """
 
     name: ClassVar[str]
     device_lengths: ClassVar[bool]
     needs_finite_rows: ClassVar[bool] = False
+    capabilities: ClassVar[tuple[tuple[int, int], tuple[int, int]]] = ((8, 0), (99, 0))
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
+    head_dims: ClassVar[Sequence[int]] = range(8, 257, 8)
 
     @abstractmethod
     def attend(
@@ -128,9 +133,15 @@ class Flash(Backend):
         return _joined(q, [self._attend_span(q[s.packed_rows], k, v, s) for s in spans])
 
     def _attend_span(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span
+    ) -> torch.Tensor:
+        """Attention of the span's own rows, q (m, H, D)."""
+        return self._call(q, k, v, span)
+
+    def _call(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, **more: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of the span's own rows, q (m, H, D); `more` arguments go to the package."""
+        """What the package makes of a span, and of `more` arguments."""
         # Between two segments the bounds describe a segment without rows, over the keys that lie
         # between: so the kernels, which want one sequence after the other, need no copy of K.
         # Their causal mask is aligned to the last row and the last key, which is ours.
@@ -183,6 +194,7 @@ class FlashAttention3(Flash):
     name = "fa3"
     # The package on PyPI, forward only and bfloat16 only, before a build of one's own.
     modules = ("fa3_fwd_interface", "flash_attn_interface")
+    capabilities = ((8, 0), (10, 0))
 
     def _options(self, span: Span, group: int) -> dict[str, object]:
         # The kernel can put the rows of a KV head's query heads together in tiles of 128, so that
@@ -276,6 +288,7 @@ class Cudnn(Sdpa):
     """cuDNN's kernels for pictures and long texts, torch's choice for the rest."""
 
     name = "cudnn"
+    head_dims = range(8, 129, 8)
 
     def _attend_segment(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment

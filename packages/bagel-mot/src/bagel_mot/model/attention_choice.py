@@ -21,7 +21,7 @@ from bagel_mot.model.attention import (
     Math,
     Sdpa,
 )
-from bagel_mot.model.attention_fp8 import HEAD_DIMS, FlashAttention3Fp8
+from bagel_mot.model.attention_fp8 import FlashAttention3Fp8
 
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend
@@ -92,24 +92,22 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     if device.type != "cuda":
         return f"it needs a GPU, and the device is {device}"
     capability = torch.cuda.get_device_capability(device)
-    first = (9, 0) if name == "fa3-fp8" else (8, 0)
-    if capability < first or (name.startswith("fa3") and capability >= (10, 0)):
+    backend = BACKENDS[name]
+    first, beyond = backend.capabilities
+    if not first <= capability < beyond:
         return f"it has no kernels for compute capability {capability[0]}.{capability[1]}"
-    backend, dtypes, widest = BACKENDS[name], [torch.bfloat16, torch.float16], 128
+    dtypes = list(backend.dtypes)
     if issubclass(backend, Flash):
         try:
             module = backend.module()
             importlib.import_module(module)
         except Exception as error:  # a build for another torch or CUDA fails in ways of its own
             return f"it cannot be imported: {error}"
-        widest = 256
-        # PyPI's package has no kernels for float16; those for 8 bits return bfloat16.
-        if module == "fa3_fwd_interface" or name == "fa3-fp8":
-            dtypes.remove(torch.float16)
+        if module == "fa3_fwd_interface":  # built without kernels for float16
+            dtypes = [torch.bfloat16]
     if dtype not in dtypes:
         return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
-    fits = head_dim in HEAD_DIMS if name == "fa3-fp8" else head_dim % 8 == 0
-    if not fits or head_dim > widest:
+    if head_dim not in backend.head_dims:
         return f"it has no kernels for heads of {head_dim}"
     return _why_not_cudnn(device, dtype, head_dim) if backend is Cudnn else None
 

@@ -1,4 +1,4 @@
-"""FlashAttention-3 over Q, K and V in 8 bits, for pictures; asked for, never chosen by itself.
+"""FlashAttention-3 over Q, K and V in 8 bits, for large pictures, where it is asked for.
 
 What is rounded, each number once, to 3 bits of mantissa: Q, K minus a shift, V minus a shift. Each
 KV head of each sequence has shifts and scales of its own: no request depends on its neighbours.
@@ -6,7 +6,7 @@ KV head of each sequence has shifts and scales of its own: no request depends on
 Shifts are near the means over the keys; any are right. K's falls out of the softmax (SageAttention,
 Zhang et al., arXiv:2410.02367). V's is added to the result, since probabilities add up to 1. Matrix
 units drop the low bits of 8-bit products at every addition, towards zero: without a shift, what all
-rows of V share becomes 6 % smaller over 4,000 keys (docs/log.md). Shifts are multiples of the
+rows of V share becomes 3 to 7 % smaller over 4,000 keys (docs/log.md). Shifts are multiples of the
 spacing of bfloat16 numbers as large as the largest: otherwise all rows would lie off the points
 between which rounding decides by the same bit, and more would be rounded up, or down.
 
@@ -23,10 +23,6 @@ from mot_kernels.dispatch import warn_once
 
 from bagel_mot.model.attention import FlashAttention3
 from bagel_mot.model.layout import Span
-
-# Rows of a segment from which rounding takes less time than it saves.
-LEAST_ROWS = 3072
-HEAD_DIMS = (64, 128, 256)
 
 # Rows that a shift is the mean of, and rows of Q that are looked at.
 SAMPLES = 256
@@ -59,18 +55,23 @@ class Fp8Heads(NamedTuple):
 
 
 class FlashAttention3Fp8(FlashAttention3):
-    """`fa3`, with both products in 8 bits where many rows see each other (pictures)."""
+    """`fa3`, with both products in 8 bits for large pictures (`LARGE_PICTURE`)."""
 
     name = "fa3-fp8"
+    capabilities = ((9, 0), (10, 0))
+    dtypes = (torch.bfloat16,)  # whatever is rounded, this is what it returns
+    head_dims = (64, 128, 256)
 
     def _attend_span(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, **more: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span
     ) -> torch.Tensor:
-        if span.causal or span.most_rows < LEAST_ROWS:
+        if not span.is_large:
             return super()._attend_span(q, k, v, span)
-        q, k, v, scales, shifts = round_heads(q, k, v, span)
-        names = ("q_descale", "k_descale", "v_descale")
-        y = super()._attend_span(q, k, v, span, **dict(zip(names, scales, strict=True)))
+        # The cache may have room for more: it is kept, and as large as any step wanted it.
+        end = span.segments[-1].region.stop
+        q, k, v, scales, shifts = round_heads(q, k[:end], v[:end], span)
+        of_q, of_k, of_v = scales
+        y = self._call(q, k, v, span, q_descale=of_q, k_descale=of_k, v_descale=of_v)
         return add_shifts(y, shifts[1], span)
 
     def attend_with_lse(
@@ -88,7 +89,7 @@ def round_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -
 
     Args:
         q: (M, H, D), the span's rows.
-        k, v: (S, Hkv, D), all rows of a layer's cache.
+        k, v: (S, Hkv, D), a layer's cache, at least up to the last segment's region.
         span: not causal.
 
     Raises:

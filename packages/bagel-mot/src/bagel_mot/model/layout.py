@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 UND, GEN = 0, 1
 
+# Rows from which a picture is large: from which attention in 8 bits pays (see `attention_fp8`).
+LARGE_PICTURE = 3072
+
 # Rows that a cache is grown by at most, beyond what is needed.
 _SPARE = 2048
 
@@ -45,6 +48,11 @@ class Segment:
     room: int = 0
 
     @property
+    def is_large(self) -> bool:
+        """Whether it is of a large picture, however few of its rows are here."""
+        return not self.causal and (self.block_rows or self.rows) >= LARGE_PICTURE
+
+    @property
     def own_rows(self) -> slice:
         """Cache rows of the block's own K and V."""
         start = self.kv_start + self.prefix
@@ -66,7 +74,8 @@ class Segment:
 class Span:
     """Consecutive segments that one call of a variable-length kernel can attend for.
 
-    They are all causal or all not, and lie in the cache in their own order. Example: two segments
+    They are all causal or all not, all large or none, so that how a picture is attended to does
+    not depend on others, and lie in the cache in their own order. Example: two segments
     of 4 rows, one behind 3 rows at cache row 0, the other behind 2 rows at cache row 10::
 
         row_bounds   [0, 4, 4, 8]
@@ -91,6 +100,11 @@ class Span:
     def causal(self) -> bool:
         """Whether its segments are causal."""
         return self.segments[0].causal
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its segments are."""
+        return self.segments[0].is_large
 
     @property
     def packed_rows(self) -> slice:
@@ -289,6 +303,7 @@ def _split_into_spans(segments: Sequence[Segment]) -> list[list[Segment]]:
         if (
             before is None
             or before.causal != segment.causal
+            or before.is_large != segment.is_large
             or segment.kv_start < before.region.stop
         ):
             spans.append([])

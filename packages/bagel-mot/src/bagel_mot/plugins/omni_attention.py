@@ -18,8 +18,6 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from bagel_mot.model.attention_choice import choose_attention
 
 _BACKENDS = {"FLASH_ATTN": ("fa3", "fa2"), "CUDNN_ATTN": ("cudnn",), "TORCH_SDPA": ("sdpa",)}
-# What leaves the choice to us, and what leaves Q, K and V as they are.
-_OWN_CHOICE = (None, "AUTO")
 _UNROUNDED = (None, "auto", "float")
 
 
@@ -32,25 +30,25 @@ def asked_attention(od_config: OmniDiffusionConfig) -> Sequence[str]:
     asked = od_config.diffusion_attention_config
     spec = asked.per_role.get("self", asked.default)
     backend = None if spec is None else spec.backend.upper()
-    if backend not in (*_OWN_CHOICE, *_BACKENDS):
+    if backend is not None and backend not in _BACKENDS:
         raise ValueError(
-            f"the attention backend is {backend!r}; expected one of {', '.join(_BACKENDS)}, or none"
+            f"diffusion_attention_config (or DIFFUSION_ATTENTION_BACKEND) is {backend!r}; expected "
+            f"{', '.join(_BACKENDS)} or auto"
         )
     rounded = od_config.diffusion_kv_cache_dtype
     if rounded in _UNROUNDED:
-        return () if backend in _OWN_CHOICE else _BACKENDS[backend]
+        return () if backend is None else _BACKENDS[backend]
     if rounded != "fp8":
         raise ValueError(f"diffusion_kv_cache_dtype is {rounded!r}; expected 'auto' or 'fp8'")
-    if backend not in (*_OWN_CHOICE, "FLASH_ATTN"):
+    if backend not in (None, "FLASH_ATTN"):
         raise ValueError(
-            f"diffusion_kv_cache_dtype is 'fp8', but the attention backend is {backend!r}; "
-            "expected FLASH_ATTN, or none"
+            f"diffusion_kv_cache_dtype is 'fp8', but diffusion_attention_config is {backend!r}; "
+            "expected FLASH_ATTN or auto"
         )
-    if od_config.parallel_config.ring_degree > 1:
+    if (ring := od_config.parallel_config.ring_degree) > 1:
         raise ValueError(
-            "diffusion_kv_cache_dtype is 'fp8', but ring_degree is "
-            f"{od_config.parallel_config.ring_degree}: rings attend in 16 bits; use "
-            "ulysses_degree, or 'auto'"
+            f"diffusion_kv_cache_dtype is 'fp8', but ring_degree is {ring}: around a ring attention"
+            " is in 16 bits; use ulysses_degree, or 'auto'"
         )
     return ("fa3-fp8",)
 
@@ -73,5 +71,10 @@ def usable_attention(
         else:
             return name
     if reasons:
-        raise ValueError("; ".join(reasons))
+        rounds = names == ("fa3-fp8",)
+        option = "diffusion_kv_cache_dtype" if rounds else "diffusion_attention_config"
+        raise ValueError(
+            f"MoTBagelPipeline cannot run with this configuration: {option} asks for attention "
+            f"that is not there ({'; '.join(reasons)})"
+        )
     return None
