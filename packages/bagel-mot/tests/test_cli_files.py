@@ -204,3 +204,13 @@ def test_painted_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     said = succeed("generate", "a fox", *SMALL, "-o", "fox.png").stdout
     assert said == f"{Path.cwd() / 'fox-1.png'}\n"
     assert Path("fox.png").read_text() == "somebody's"
+
+
+def test_full_disk_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device: 'fox\.png'"):
+        save_png(Image.new("RGB", (4, 4)), Path("fox.png"), {})
+    assert written() == []

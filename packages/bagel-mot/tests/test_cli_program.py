@@ -133,6 +133,22 @@ def test_full_disk() -> None:
         assert (done.returncode, done.stderr) == (1, want)
 
 
+@pytest.mark.parametrize(
+    ("change", "want"),
+    [("sys.stdout = None", ""), ("sys.stdout.reconfigure(encoding='latin-1')", "caf\u00e9 ?\n")],
+    ids=["closed", "latin-1"],
+)
+def test_output_that_takes_less(change: str, want: str) -> None:
+    """Closed by who started the command, or without the letters of an answer."""
+    program = (
+        f"import sys; {change}; import typer, bagel_mot.cli as cli;"
+        "cli.app = lambda: typer.echo('caf\u00e9 \u732b'); cli.main()"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, encoding="latin-1")
+    assert (done.returncode, done.stdout) == (0, want), done.stderr
+
+
 def test_module(cpu: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -m bagel_mot` as a shell sees it: none of vLLM's messages, no traces of a bar."""
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)

@@ -10,6 +10,7 @@ import torch
 from golden_data import GOLDEN
 from golden_requests import request_parts
 from pictures import QUICK, SMALL, STREET, assert_same_picture, small_image
+from PIL import Image
 from watched import forwards
 
 from bagel_mot.pipeline import BagelPipeline, Cancelled
@@ -207,3 +208,32 @@ def test_cancel_from_another_thread(cpu: BagelPipeline, what: str) -> None:
         thread.join(timeout=60)
     assert 1 <= count < 20_000
     assert_same_picture(small_image(cpu, seed=1), want)
+
+
+# --- who calls, and from where
+
+
+def test_threads_wait_for_each_other(cpu: BagelPipeline) -> None:
+    texts = ["a fox", "a cat", "an owl"]
+    want = [cpu.generate(text, settings=QUICK, seed=1, **SMALL).image for text in texts]
+    got: dict[str, Image.Image | None] = {}
+
+    def paint(text: str) -> None:
+        got[text] = cpu.generate(text, settings=QUICK, seed=1, **SMALL).image
+
+    threads = [threading.Thread(target=paint, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for text, image in zip(texts, want, strict=True):
+        assert_same_picture(got[text], image)
+
+
+def test_default_device_of_the_caller(cpu: BagelPipeline) -> None:
+    want = cpu.generate("a fox", settings=QUICK, seed=1, **SMALL).image
+    picture = small_image(cpu)
+    answer = cpu.ask(picture, "What is this?", max_text_tokens=3)
+    with torch.device("meta"):
+        assert_same_picture(cpu.generate("a fox", settings=QUICK, seed=1, **SMALL).image, want)
+        assert cpu.ask(picture, "What is this?", max_text_tokens=3) == answer

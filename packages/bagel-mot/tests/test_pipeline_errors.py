@@ -291,3 +291,8 @@ def test_latents_of_another_shape(cpu: BagelPipeline) -> None:
         ValueError, match=r"the latents of a job are \(1, 64\); expected \(16, 64\)"
     ):
         cpu.generate("a fox", height=64, width=64, settings=QUICK, on_step=change)
+
+
+def test_noise_of_another_kind(cpu: BagelPipeline) -> None:
+    with pytest.raises(TypeError, match=r"noise is <torch.*Generator.*; expected a Noise"):
+        cpu.generate("a fox", noise=torch.Generator())

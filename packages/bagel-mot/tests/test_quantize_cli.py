@@ -150,3 +150,26 @@ def test_nothing_is_left_when_told_to_end(
         done = run("merge", CHECKPOINT, str(adapter), out)
     assert done.exit_code == 143, done.output
     assert [path.name for path in tmp_path.iterdir() if path.name != "adapter"] == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)], ids=str
+)
+def test_signal_that_torch_swallows(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.asarray turns what a handler raises into an error of its own."""
+
+    @contextlib.contextmanager
+    def progress(*_: object, **__: object) -> Iterator[Callable[[int], None]]:
+        def swallows(_: int) -> None:
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), number)
+            raise ValueError("could not determine the shape of object type")
+
+        yield swallows
+
+    monkeypatch.setattr("bagel_mot.quantize_command.progress", progress)
+    done = run("quantize", CHECKPOINT, str(tmp_path / "out"), "--format", "fp8")
+    assert done.exit_code == code, done.output
+    assert not list(tmp_path.iterdir())

@@ -51,6 +51,26 @@ def test_batch_changes_while_images_are_denoised(roomy: BagelPipeline) -> None:
         assert_close("image", job.latents, paint(roomy, text, i))
 
 
+def test_job_that_another_batch_moves_on(roomy: BagelPipeline) -> None:
+    """Two batches that share a job and take its steps in turn."""
+    workspace = Workspace(roomy.model)
+    texts = ("a fox", "a cat")
+    jobs = [
+        ImageJob(contexts_of(roomy, text), noise_of(i), GRID, GUIDED)
+        for i, text in enumerate(texts)
+    ]
+    one, both = (
+        Denoising(roomy.model, roomy.tokenizer, members, workspace=workspace)
+        for members in (jobs[:1], jobs)
+    )
+    for batch in (one, both, one, both):
+        batch.step()
+    while not all(job.done for job in jobs):
+        both.step()
+    for i, (job, text) in enumerate(zip(jobs, texts, strict=True)):
+        assert_close("image", job.latents, paint(roomy, text, i))
+
+
 def test_latents_put_in_place_between_steps(roomy: BagelPipeline) -> None:
     job = ImageJob(contexts_of(roomy, "a fox"), noise_of(0), GRID, GUIDED)
     batch = Denoising(roomy.model, roomy.tokenizer, [job], workspace=Workspace(roomy.model))

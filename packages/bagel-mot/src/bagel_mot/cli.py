@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from dataclasses import fields
@@ -321,6 +322,10 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script; a rank that fails ends without waiting for others."""
+    if sys.stdout is None:  # closed by who started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # answers may have letters that it has not
     try:
         app()
     except SystemExit as done:  # its error has been told

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bagel_mot.files import open_to_others
+from bagel_mot.files import naming, open_to_others
 from bagel_mot.images import PNG_STRATEGY, check_depth
+from bagel_mot.launch import signals_raise
 from bagel_mot.tiny import model_folder
 
 
@@ -121,7 +123,8 @@ def save_png(
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".png")
     os.close(handle)
     try:
-        image.save(temporary, pnginfo=info, compress_type=PNG_STRATEGY)
+        with naming(file):
+            image.save(temporary, pnginfo=info, compress_type=PNG_STRATEGY)
         open_to_others(temporary)
         saved = file
         if overwrite:
@@ -214,7 +217,9 @@ def user_errors() -> Iterator[None]:
     need their traceback.
     """
     try:
-        yield
+        # Not to take for an error of the user's what an interruption becomes inside of torch.
+        with signals_raise(signal.SIGINT):
+            yield
     except ValidationError as error:
         for problem in error.errors():
             cause = problem.get("ctx", {}).get("error")  # a check of our own: it says it all

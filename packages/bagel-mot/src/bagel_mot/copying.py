@@ -22,7 +22,7 @@ from bagel_mot import checkpoint
 from bagel_mot.checkpoint import VAE_FILE, CheckpointError, StoredTensor, Target
 from bagel_mot.compressed import stored_formats
 from bagel_mot.config import BagelConfig
-from bagel_mot.files import open_to_others
+from bagel_mot.files import naming, open_to_others
 from bagel_mot.model.vae import AutoEncoder
 
 MERGED_KEY = "bagel_mot.merged_lora"
@@ -125,7 +125,11 @@ def rewrite(
     Raises:
         CheckpointError: `source` is no complete safetensors file.
     """
-    with checkpoint.opened(source) as tensors, destination.open("wb") as copy:
+    with (
+        checkpoint.opened(source) as tensors,
+        naming(destination),
+        destination.open("wb") as copy,
+    ):
         with source.open("rb") as file:  # it has been opened: the header is sound
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header[METADATA] = annotate(header.get(METADATA, {}))

@@ -64,7 +64,10 @@ class Denoising:
         self._runner: StepRunner | None = None
         self._views: list[torch.Tensor] = []
         self._made = 0
+        # The schedules of the steps since then, from those of the jobs.
         self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._ahead_since = 0
+        self._ahead_from = [job.index for job in self.jobs]
         self._pace = _Pace(model.device)
 
     @torch.no_grad()
@@ -155,9 +158,17 @@ class Denoising:
 
     def _set_controls(self, runner: StepRunner) -> None:
         """Put what the step needs of the schedules into the runner's buffers."""
-        place = self._made % _STEPS_AHEAD
-        if place == 0 or self._ahead is None:
-            self._ahead = self._schedule()
+        place = self._made - self._ahead_since
+        # A job may have moved on elsewhere, in another batch that it is part of.
+        moved = any(
+            job.index != start + place
+            for job, start in zip(self.jobs, self._ahead_from, strict=True)
+            if not job.done
+        )
+        if self._ahead is None or place == _STEPS_AHEAD or moved:
+            self._ahead, place = self._schedule(), 0
+            self._ahead_since = self._made
+            self._ahead_from = [job.index for job in self.jobs]
         times, controls = self._ahead
         runner.times.copy_(times[place])
         runner.controls.copy_(controls[place])

@@ -1,8 +1,10 @@
-"""Permissions of what is written under another name first."""
+"""What is written under another name first: its permissions, and its name in errors."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,3 +13,14 @@ def open_to_others(path: str | Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
+
+
+@contextmanager
+def naming(file: str | Path) -> Iterator[None]:
+    """Errors of the system that name no file, such as those of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error

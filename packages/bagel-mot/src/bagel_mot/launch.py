@@ -75,7 +75,7 @@ def run_ranks(command: Sequence[str], ranks: int, *, seconds: float | None = Non
     if not {"", os.getcwd()} & {*sys.path}:
         # `python -m` would look here first, where this process does not look at all.
         meeting["PYTHONSAFEPATH"] = "1"
-    with sigterm_raises(), tempfile.TemporaryDirectory(prefix="bagel-mot-") as folder:
+    with signals_raise(*ENDING), tempfile.TemporaryDirectory(prefix="bagel-mot-") as folder:
         logs = [Path(folder, f"rank{rank}") for rank in range(ranks)]
         running: dict[int, subprocess.Popen[bytes]] = {}
         try:
@@ -109,27 +109,46 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises SystemExit within the block, where this is the main thread (Python's rule).
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What asks a process to end, in order or because its terminal is gone."""
 
-    What is half done is then undone, as after Ctrl-C.
+
+@contextlib.contextmanager
+def signals_raise(*numbers: int) -> Iterator[None]:
+    """Signals end the block, where this is the main thread (Python's rule).
+
+    SIGINT raises KeyboardInterrupt, others SystemExit: what is half done is undone. Code in between
+    may swallow that (torch.asarray does) and fail of something else: it is raised again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
         # A second one would cut the ending short; ignored by the system instead, one that has come
         # in the meantime makes Python complain.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        raise SystemExit(128 + number)
+        signal.signal(number, lambda *_: None)
+        came.append(number)
+        raise _raised_by(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    # Who runs this under nohup wants it to go on; what is None was not set by Python.
+    others = (signal.SIG_IGN, None)
+    heard = [number for number in numbers if signal.getsignal(number) not in others]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
+    except Exception as error:
+        if came:
+            raise _raised_by(came[0]) from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raised_by(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _wait_for_failures(

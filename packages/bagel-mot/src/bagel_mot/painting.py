@@ -19,6 +19,7 @@ from bagel_mot.cli_io import (
     save_png,
     user_errors,
 )
+from bagel_mot.files import naming
 from bagel_mot.model_options import Place
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ class Painting:
                 for request, result in zip(requests, results, strict=True)
                 for i, image in enumerate(result.images, first)
             ]
-            for file in saved:  # nobody may be listening any more
-                typer.echo(file.resolve())
+            with naming("the standard output"):
+                for file in saved:  # nobody may be listening any more
+                    typer.echo(file.resolve())
 
 
 def _steps(request: Request) -> int:

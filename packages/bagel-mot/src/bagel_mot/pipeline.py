@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -41,14 +42,23 @@ class Cancelled(RuntimeError):
     """The caller's `cancel` event was set; nothing was kept."""
 
 
-def _in_its_own_dtypes(
+def _on_its_own(
     method: Callable[Concatenate[BagelPipeline, P], T],
 ) -> Callable[Concatenate[BagelPipeline, P], T]:
-    """The model knows what it computes in: the caller's autocast would mix in another dtype."""
+    """One thread at a time, and without what callers may have set for their own tensors.
+
+    The model knows what it computes in and where: autocast would mix in another dtype, a default
+    device would have tables made there that belong to the host.
+    """
 
     @functools.wraps(method)
     def run(self: BagelPipeline, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.autocast(self.model.device.type, enabled=False):
+        moved = torch.get_default_device().type != "cpu"
+        with (
+            self._lock,
+            torch.autocast(self.model.device.type, enabled=False),
+            torch.device("cpu") if moved else contextlib.nullcontext(),
+        ):
             return method(self, *args, **kwargs)
 
     return run
@@ -57,7 +67,7 @@ def _in_its_own_dtypes(
 class BagelPipeline:
     """A loaded BAGEL and the requests one can make of it.
 
-    The methods are not to be called from several threads at once.
+    Calls from several threads wait for each other; `run` answers several requests together.
 
     Args:
         model, tokenizer: belong together.
@@ -87,6 +97,7 @@ class BagelPipeline:
             logger.warning("steps run launch by launch, without CUDA graphs: %s", why)
             capture = False
         self.workspace = Workspace(model, capture=capture)
+        self._lock = threading.RLock()  # callbacks may call the pipeline again
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -240,7 +251,7 @@ class BagelPipeline:
         self.denoise(prepared.jobs, on_step=on_step, cancel=cancel)
         return self.finish(prepared, cancel=cancel)
 
-    @_in_its_own_dtypes
+    @_on_its_own
     def run(
         self,
         requests: Sequence[Request],
@@ -268,7 +279,7 @@ class BagelPipeline:
         self.denoise(jobs, on_step=on_step, cancel=cancel)
         return [self.finish(each, cancel=cancel) for each in prepared]
 
-    @_in_its_own_dtypes
+    @_on_its_own
     def prepare(
         self,
         request: Request,
@@ -278,11 +289,14 @@ class BagelPipeline:
         noise: Noise | None = None,
     ) -> Prepared:
         """Read a request's prompt and write its text, if any; see `chat` for the arguments."""
+        _check_callbacks(on_text=on_text, cancel=cancel)
+        if noise is not None and not callable(getattr(noise, "normal", None)):
+            raise TypeError(f"noise is {noise!r}; expected a Noise, such as Noise(seed)")
         reading = self._read(request, on_text=on_text, cancel=cancel, noise=noise)
         (prepared,) = self._prepared([reading], cancel)
         return prepared
 
-    @_in_its_own_dtypes
+    @_on_its_own
     def denoise(
         self,
         jobs: Sequence[ImageJob],
@@ -307,7 +321,7 @@ class BagelPipeline:
                     for step in [each.kept() for each in steps]:
                         on_step(step)
 
-    @_in_its_own_dtypes
+    @_on_its_own
     @torch.no_grad()
     def finish(self, prepared: Prepared, *, cancel: threading.Event | None = None) -> Result:
         """Decode the images of a request whose jobs are done."""

@@ -43,7 +43,7 @@ class Request:
             the official code the last one is chosen, but not kept.
         temperature: None writes the most likely text; otherwise text is sampled, at 1e-6 or more.
         negative_prompt: text that the image is guided away from, in place of the request's last
-            text; None guides away from no text.
+            text if no picture follows that, else behind all parts; None guides away from no text.
 
     Raises:
         TypeError, ValueError: an argument that makes no sense; the message says which.

@@ -287,7 +287,7 @@ class _Tokens:
     def __init__(self, tokens: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if tokens.is_cuda:
-            self._host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
+            self._host = torch.empty(len(tokens), dtype=tokens.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tokens, non_blocking=True)
             self._event = torch.cuda.Event(blocking=True)
             self._event.record(torch.cuda.current_stream(tokens.device))

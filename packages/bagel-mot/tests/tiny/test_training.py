@@ -189,21 +189,35 @@ def test_resumed_is_uninterrupted(
     assert any(not torch.equal(want[name], averages[name]) for name in want)
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError("disk full"), "^disk full"),
+        (RuntimeError("unexpected pos 9 vs 3"), r"model\.pt cannot be written: unexpected pos"),
+    ],
+    ids=["system", "torch"],
+)
 def test_a_crash_while_saving_keeps_the_old_state(
-    stage_of: Callable[[Path], Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage_of: Callable[[Path], Stage],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    said: str,
 ) -> None:
+    """And leaves nothing that takes the room of the next one."""
     stage = stage_of(tmp_path)
     stage.save()
-    before = (tmp_path / "model.pt").read_bytes()
+    before, files = (tmp_path / "model.pt").read_bytes(), sorted(tmp_path.iterdir())
 
     def crash(state: object, file: Path) -> None:
         Path(file).write_bytes(b"half")
-        raise OSError("disk full")
+        raise raised
 
     monkeypatch.setattr(trainer.torch, "save", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=said):
         stage.save()
     assert (tmp_path / "model.pt").read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_a_state_past_the_end_is_refused(stage_of: Callable[[Path], Stage], tmp_path: Path) -> None:

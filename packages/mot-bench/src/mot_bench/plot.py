@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+from mot_bench.files import write_bytes
 from mot_bench.results import CaseResult, Results, times_baseline
 
 _BAR = 0.8  # of the room a case has
@@ -25,8 +27,9 @@ def plot_kernels(results: Results, path: Path) -> None:
         _draw(panel, op, group)
     where = results.environment
     figure.suptitle(f"{where.device}, {results.ceilings.dtype}, commit {where.commit}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    write_bytes(path, picture.getvalue())
 
 
 def _draw(panel: object, op: str, cases: list[CaseResult]) -> None:

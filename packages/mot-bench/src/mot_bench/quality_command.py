@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from mot_bench import options
 from mot_bench.errors import MeasurementError, UsageError
-from mot_bench.files import write_json
+from mot_bench.files import write_bytes, write_json
 
 if TYPE_CHECKING:
     from mot_bench.quality import Quality
@@ -98,7 +99,9 @@ def run_quality(
     for name, pictures in _SHEETS.items():
         entries = [entry for _, entry in measured.pictures if len(entry) == pictures]
         file = folder / name
-        contact_sheet(entries[:64]).save(file)
+        sheet = io.BytesIO()
+        contact_sheet(entries[:64]).save(sheet, "png")
+        write_bytes(file, sheet.getvalue())
         screen.print(str(file), highlight=False)
 
 

@@ -293,8 +293,14 @@ class Stage:
             "average": self.average,
             "optimizer": self._optimizer.state_dict(),
         }
-        torch.save(state, temporary)
-        os.replace(temporary, self._state)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self._state)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError):  # torch's own words for a full disk
+                raise OSError(f"{self._state} cannot be written: {error}") from error
+            raise
 
     @torch.no_grad()
     def _resume(self) -> None:
