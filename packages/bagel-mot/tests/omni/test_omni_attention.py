@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from omni_harness import World
+from omni_harness import World, require_omni
 
 from bagel_mot.model import attention_choice
 from bagel_mot.model.attention import Math, Sdpa
+
+require_omni()
 
 CPU = torch.device("cpu")
 
