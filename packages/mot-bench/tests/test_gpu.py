@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mot_bench.model_results import E2eResults, StepResults
+from mot_bench.model_results import AccuracyResults, E2eResults, StepResults
 from mot_bench.protocol import StreamStopwatch, ceilings, measure, rotation
 
 pytestmark = pytest.mark.gpu
@@ -134,6 +134,18 @@ def test_tune_a_small_shape(mot_bench: Any, tmp_path: Path) -> None:
     (path,) = (tmp_path / "mot_linear").glob("*.json")
     (entry,) = json.loads(path.read_text())["entries"]
     assert entry["us"] <= entry["default_us"] * 1.05
+
+
+def test_accuracy_through_the_kernels(mot_bench: Any, tmp_path: Path) -> None:
+    run = ("accuracy", "--model", "tiny", "--resolution", "96x96")
+    answer = mot_bench(*run, "--quantization", "w8a16,w4a16:32", "--output", tmp_path)
+    assert answer.code == 0, answer.err
+    (path,) = tmp_path.glob("*.json")
+    results = AccuracyResults.read(path)
+    assert results.subject.dtype == "bfloat16"
+    _, eight, four = results.variants
+    for near, far in zip(eight.velocities, four.velocities, strict=True):
+        assert 0 < near.relative < 0.05 < far.relative < 0.5
 
 
 def test_step_and_e2e_see_the_gpu(mot_bench: Any, tmp_path: Path) -> None:

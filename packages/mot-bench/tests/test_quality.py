@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("bagel_mot.pipeline", reason="needs bagel-mot and vLLM")
 
 from bagel_mot import BagelPipeline, ImageSettings, Request, Result
+from bagel_mot.quantization import Keep, Quantization
 from bagel_mot.taylorseer import TaylorSeer
 from bagel_mot.tiny.drawing import draw_image
 from bagel_mot.tiny.language import draw_edit, draw_painting
@@ -101,7 +102,8 @@ def test_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     painter = Painter()
-    painter.model = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    model = SimpleNamespace(device=torch.device("cpu"), attention=SimpleNamespace(name="math"))
+    painter.model = model  # type: ignore[assignment]
     asked_for: dict[str, object] = {}
 
     def from_pretrained(path: str, **options: object) -> Painter:
@@ -111,17 +113,31 @@ def test_command(
     monkeypatch.setattr(BagelPipeline, "from_pretrained", from_pretrained)
     arguments = ["quality", "--model", "DIR", "--samples", str(SAMPLES), "--device", "cpu"]
     settings = ["--set", "num_timesteps=9", "--set", "cfg_text_scale=2"]
+    settings += ["--quantization", "fp8", "--keep-bf16", "first", "--attention", "math"]
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, *settings, "--output", str(tmp_path)])
     assert exit_.value.code == 0
-    assert asked_for == {"path": "DIR", "device": "cpu", "dtype": "float32"}
+    assert asked_for == {
+        "path": "DIR",
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "math",
+        "quantization": Quantization(format="fp8", keep=Keep(first=1)),
+    }
     written = json.loads((tmp_path / "quality.json").read_text())
     assert [task["percent"] for task in written["tasks"]] == [100.0] * len(TARGETS)
     assert (written["schema"], written["kind"]) == (1, "quality")  # by which `report` knows it
+    assert [written[key] for key in ("attention", "quantization", "keep")] == [
+        "math",
+        "fp8",
+        "first",
+    ]
     assert written["settings"] == {"num_timesteps": "9", "cfg_text_scale": "2"}
     assert written["command"].startswith("mot-bench quality --model DIR")
     assert {file.name for file in tmp_path.iterdir()} == {"quality.json", "images.png", "edits.png"}
-    assert "images: shapes, colours, counts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "float32, fp8, first kept, attention math" in said
+    assert "images: shapes, colours, counts" in said
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, "--output", str(tmp_path)])
     assert exit_.value.code == 2
@@ -137,6 +153,8 @@ def test_command(
         (["--set", "cfg_interval=1,0"], "--set: cfg_interval is 1.0, 0.0; expected 0 <= low <= hi"),
         (["--set", "cfg_interval=1"], "--set: cfg_interval is '1': Input should be a valid tuple"),
         (["--model", "no/such/folder"], "no/such/folder"),
+        (["--quantization", "fp9"], "quantization is 'fp9'; expected one of fp8"),
+        (["--keep-bf16", "first"], "--keep-bf16 is 'first', but nothing is quantized"),
     ],
 )
 def test_command_refuses(

@@ -12,8 +12,10 @@ import pytest
 from samples import python_command, some_results
 
 from mot_bench.model_results import (
+    AccuracyResults,
     Activity,
     AttentionRate,
+    Distance,
     E2eResults,
     Memory,
     Phase,
@@ -22,6 +24,7 @@ from mot_bench.model_results import (
     StepProvider,
     StepResults,
     Subject,
+    VariantResult,
     Work,
 )
 from mot_bench.report import read, report
@@ -66,6 +69,25 @@ def some_requests() -> E2eResults:
         command="mot-bench e2e",
         environment=some_results().environment,
         requests=(request, cpu),
+        **HEAD,
+    )
+
+
+def some_accuracy() -> AccuracyResults:
+    """Two branches, of which the second is off by more."""
+    none, near, far = Distance(1.0, 0.0), Distance(0.99987, 0.016), Distance(0.99871, 0.051)
+    plain = VariantResult("none", "fa3", 27 * 2**30, (none, none), none, none, none)
+    other = VariantResult("fp8", "fa3", 15 * 2**30, (near, far), far, near, none)
+    return AccuracyResults(
+        kind="accuracy",
+        command="mot-bench accuracy --quantization fp8",
+        environment=some_results().environment,
+        height=1024,
+        width=512,
+        branches=2,
+        batch=1,
+        prompt="a red fox",
+        variants=(plain, other),
         **HEAD,
     )
 
@@ -195,10 +217,10 @@ def test_report_command_leaves_other_results_out(kind: str, mot_bench: Any, tmp_
     target.unlink()
     answer = mot_bench("report", other, "--output", target)
     assert answer.code == 2 and not target.exists()
-    assert "JSON names no results of kernels, step or e2e" in answer.err
+    assert "JSON names no results of kernels, step, e2e or accuracy" in answer.err
 
 
-@pytest.mark.parametrize("make", [some_steps, some_requests])
+@pytest.mark.parametrize("make", [some_steps, some_requests, some_accuracy])
 def test_report_reads_every_kind(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     make().write(path)
@@ -215,10 +237,9 @@ def test_report_refuses_other_files(content: str, tmp_path: Path) -> None:
         read(path)
 
 
-def test_report_of_steps_and_requests() -> None:
-    lines = report(
-        [(Path("a/step.json"), some_steps()), (Path("e2e.json"), some_requests())]
-    ).splitlines()
+def test_report_of_whole_models() -> None:
+    runs = [(Path("a/step.json"), some_steps()), (Path("e2e.json"), some_requests())]
+    lines = report([*runs, (Path("accuracy.json"), some_accuracy())]).splitlines()
     for line in (
         "## Denoising step, Some GPU",
         "| model | random, 7b, 14.00 billion parameters, bfloat16; weights 28.00 GiB |",
@@ -228,6 +249,9 @@ def test_report_of_steps_and_requests() -> None:
         "## Requests, Some GPU",
         "| image | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | 99 | 31.0 |",
         "| edit | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | - | - |",
+        "## Accuracy, Some GPU",
+        "| none | fa3 | 27.00 | 1.00000 | 0.0e+00 | 1.00000 | 1.00000 | 1.00000 |",
+        "| fp8 | fa3 | 15.00 | 0.99871 | 5.1e-02 | 0.99871 | 0.99987 | 1.00000 |",
     ):
         assert line in lines
     assert any("attention slow 40 TFLOP/s, fast 50 TFLOP/s" in line for line in lines)

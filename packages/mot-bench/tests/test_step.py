@@ -126,11 +126,12 @@ def test_subject_says_what_ran(captures: bool, pipeline: Any) -> None:
 
 
 def test_quantization(mot_bench: Any, tmp_path: Path) -> None:
-    answer = mot_bench(*TINY_RUN, "--quantization", "w4a16:32", "--output", tmp_path)
+    options = ("--quantization", "w4a16:32", "--keep-bf16", "last,o_proj", "--output", tmp_path)
+    answer = mot_bench(*TINY_RUN, *options)
     assert answer.code == 0, answer.err
     results = only_results(tmp_path)
-    assert results.subject.quantization == "w4a16:32"
-    assert "quantization w4a16:32" in answer.out
+    assert results.subject.quantization == "w4a16:32, last,o_proj kept"
+    assert "quantization w4a16:32, last,o_proj kept" in answer.out
     assert [provider.name for case in results.cases for provider in case.providers] == (
         ["mot"] * len(results.cases)
     )
@@ -154,12 +155,10 @@ def test_quantized_checkpoint(mot_bench: Any, tmp_path: Path) -> None:
 
 
 def test_tiny_model(mot_bench: Any, tmp_path: Path) -> None:
-    from bagel_mot.tiny import FOLDER
-
     run = ("step", "--model", "tiny", "--resolutions", "64x64", "--branches", 1, "--rounds", 2)
     answer = mot_bench(*run, "--output", tmp_path)
     assert answer.code == 0, answer.err
-    assert only_results(tmp_path).subject.weights == str(FOLDER)
+    assert only_results(tmp_path).subject.weights == "tiny, trained"
 
 
 def test_read_results_from_before_quantization(mot_bench: Any, tmp_path: Path) -> None:
@@ -191,6 +190,7 @@ def test_read_results_from_before_quantization(mot_bench: Any, tmp_path: Path) -
             ("--quantization", "fp8", "--provider", "gather-scatter"),
             "--provider gather-scatter has 16-bit weights",
         ),
+        (("--keep-bf16", "first"), "--keep-bf16 is 'first', but nothing is quantized; give"),
         (("--attention", "slow"), "the model cannot be loaded: attention is 'slow'"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,14 +19,17 @@ from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
 from bagel_mot.parallel import ParallelConfig
 from bagel_mot.pipeline import BagelPipeline
+from bagel_mot.quantization import Quantization
 from bagel_mot.request import Noise, image_size
 from bagel_mot.sampling import ImageJob, ImageSettings
 from bagel_mot.synthetic import SIZES, random_pipeline
 from bagel_mot.text import TextJob, generate_texts
+from bagel_mot.tiny import FOLDER as TINY_FOLDER
 from bagel_mot.tokenizer import BagelTokenizer
 
 from mot_bench.environment import version_of
 from mot_bench.errors import UsageError
+from mot_bench.model_options import NOTHING_TO_KEEP
 from mot_bench.model_results import Subject
 
 _WORDS = ("a", "red", "fox", "in", "the", "deep", "snow", "under", "tall", "trees")
@@ -42,6 +46,7 @@ class Choice:
         attention: backend, None for the model's own choice.
         cuda_graphs: None for the pipeline's own choice.
         quantization: format of the decoder layers' weights; None leaves them as they are.
+        keep: what of them stays in 16 bits, in the words of `bagel_mot.quantization.Keep.parse`.
     """
 
     folder: Path | None
@@ -50,6 +55,46 @@ class Choice:
     attention: str | None = None
     cuda_graphs: bool | None = None
     quantization: str | None = None
+    keep: str = ""
+
+    @property
+    def weights(self) -> str:
+        """The format and what is kept, in words."""
+        kept = f", {self.keep} kept" if self.keep else ""
+        return f"{self.quantization or 'none'}{kept}"
+
+
+def variants(
+    choice: Choice, formats: Sequence[str], keep: str, backends: Sequence[str | None]
+) -> list[Choice]:
+    """A model as it is, then in each format, each with every attention backend.
+
+    Args:
+        choice: the model as it is.
+        formats: of the decoder layers' weights; "none" adds nothing.
+        keep: what of them stays in 16 bits.
+        backends: of attention.
+
+    Raises:
+        UsageError: a format is not known, the model's sizes do not go with it, or nothing is
+            left to be kept.
+    """
+    llm = config_of(choice).llm
+    quantized = [name for name in dict.fromkeys(formats) if name != "none"]
+    if keep and not quantized:
+        raise UsageError(NOTHING_TO_KEEP.format(keep))
+    for name in quantized:
+        try:
+            Quantization.parse(name, keep).formats(llm).check(llm)
+        except ValueError as error:
+            raise UsageError(f"--quantization is {name!r}: {error}") from error
+    plain = dataclasses.replace(choice, quantization=None, keep="")
+    weights = [plain, *(dataclasses.replace(plain, quantization=n, keep=keep) for n in quantized)]
+    return [
+        dataclasses.replace(each, attention=backend)
+        for each in weights
+        for backend in dict.fromkeys(backends)
+    ]
 
 
 def config_of(choice: Choice) -> BagelConfig:
@@ -85,11 +130,11 @@ def load(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": choice.attention}
     if parallel is not None and parallel.world_size > 1:
         options |= {"parallel": parallel, "device": torch.device(device.type)}
-    if choice.quantization is not None:
-        options["quantization"] = choice.quantization
     if choice.cuda_graphs is not None:
         options["cuda_graphs"] = choice.cuda_graphs
     try:
+        if choice.quantization is not None:
+            options["quantization"] = Quantization.parse(choice.quantization, choice.keep)
         if choice.folder is not None:
             return BagelPipeline.from_pretrained(choice.folder, **options)
         return random_pipeline(SIZES[choice.size], **options)
@@ -106,7 +151,7 @@ def subject(choice: Choice, pipeline: BagelPipeline) -> Subject:
     device = pipeline.model.device
     found = "as in the checkpoint" if pipeline.model.routes_und_rows else "none"
     return Subject(
-        weights=f"random, {choice.size}" if choice.folder is None else str(choice.folder),
+        weights=_name_of(choice),
         parameters=parameter_count(pipeline),
         bytes=parameter_bytes(pipeline.model),
         dtype=choice.dtype,
@@ -114,9 +159,16 @@ def subject(choice: Choice, pipeline: BagelPipeline) -> Subject:
         cuda_graphs="on" if pipeline.workspace.capture else "off",
         bagel_mot=version_of("bagel-mot", "bagel_mot"),
         vllm=version_of("vllm", "vllm"),
-        quantization=choice.quantization or found,
+        quantization=found if choice.quantization is None else choice.weights,
         loading=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
+
+
+def _name_of(choice: Choice) -> str:
+    if choice.folder is None:
+        return f"random, {choice.size}"
+    # Where the package lies is of no interest.
+    return "tiny, trained" if choice.folder == TINY_FOLDER else str(choice.folder)
 
 
 def parameter_count(pipeline: BagelPipeline) -> int:

@@ -1,4 +1,4 @@
-"""The command `mot-bench`: kernels, step, e2e, tune, report, quality, serve.
+"""The command `mot-bench`: kernels, step, e2e, accuracy, modes, tune, report, quality, serve.
 
 Exit codes: 0 all went well; 1 measuring went wrong, or a provider computes something wrong; 2 an
 argument is wrong, in one line that says which; 130 interrupted.
@@ -255,7 +255,8 @@ def tune(
 @app.command()
 def report(
     files: Annotated[
-        list[Path], typer.Argument(metavar="JSON", help="Results of kernels, step and e2e.")
+        list[Path],
+        typer.Argument(metavar="JSON", help="Results of kernels, step, e2e and accuracy."),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE.md", help="The page to write.")],
 ) -> None:
@@ -276,47 +277,9 @@ def report(
         except ValueError as error:
             raise UsageError(f"JSON is {str(path)!r}: {error}") from error
     if not runs:
-        raise UsageError("JSON names no results of kernels, step or e2e")
+        raise UsageError("JSON names no results of kernels, step, e2e or accuracy")
     write_text(output, page(runs))
     typer.echo(output)
-
-
-@app.command()
-def quality(
-    context: typer.Context,
-    model: Annotated[
-        str, typer.Option("--model", metavar="DIR", help="Checkpoint folder, or tiny.")
-    ] = "tiny",
-    samples: Annotated[
-        int, typer.Option(min=1, help="Captions, edits, and questions of each kind.")
-    ] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is asked for.")] = 0,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A sampling setting; repeat."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="E.g. cuda:0 or cpu. Default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16, on a CPU float32.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write results and pictures there.")
-    ] = None,
-) -> None:
-    """Grade what a model paints, edits and answers in the tiny model's world."""
-    from mot_bench.quality_command import run_quality
-
-    run_quality(
-        model,
-        samples=samples,
-        seed=seed,
-        settings=options.settings("--set", setting or []),
-        device=device,
-        dtype=dtype,
-        folder=None if output is None else options.output_folder(output),
-        command=command_line(context.obj),
-        screen=screen(),
-    )
 
 
 app.command()(serve)

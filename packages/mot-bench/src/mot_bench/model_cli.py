@@ -1,83 +1,44 @@
-"""The commands `mot-bench step` and `mot-bench e2e`: a whole model is measured."""
+"""The commands that measure whole models: `step`, `e2e`, `accuracy`, `quality`; and `modes`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mot_bench import options
-from mot_bench.console import command_line, device_or_say, screen
+from mot_bench.console import command_line, screen
 from mot_bench.errors import MeasurementError, UsageError
+from mot_bench.model_options import (
+    NO_MODEL,
+    AttentionOption,
+    CfgParallelOption,
+    DeviceOption,
+    DtypeOption,
+    GraphsOption,
+    KeepOption,
+    ModelOption,
+    ModesOption,
+    NprocOption,
+    OutputOption,
+    QuantizationOption,
+    RandomOption,
+    SpOption,
+    TpOption,
+    choose,
+)
 
-if TYPE_CHECKING:
-    import torch
-    from bagel_mot.pipeline import BagelPipeline
-
-    from mot_bench.bagel import Choice
-    from mot_bench.model_results import Subject
-
-SIZES = ("7b", "tiny")
 PROVIDERS = ("mot", "gather-scatter")
 REQUESTS = ("image", "edit", "text")
-_NO_MODEL = "bagel-mot cannot be imported ({}); pip install 'mot-bench[bagel]' and vLLM"
-
-ModelOption = Annotated[
-    Path | None,
-    typer.Option("--model", metavar="DIR", help="Checkpoint, or tiny. Default: random weights."),
-]
-RandomOption = Annotated[
-    str | None,
-    typer.Option("--random", metavar="SIZE", help="Random weights: 7b (default) or tiny."),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, on a CPU float32."),
-]
-AttentionOption = Annotated[
-    str | None, typer.Option(help="Attention backend. Default: the model's own choice.")
-]
-GraphsOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--cuda-graphs/--no-cuda-graphs",
-        help="Default: the model's own choice.",
-        show_default=False,
-    ),
-]
-QuantizationOption = Annotated[
-    str | None,
-    typer.Option(help="Format of the decoder layers' weights: fp8, int8, w8a16, w4a16[:GROUP]."),
-]
-TpOption = Annotated[int, typer.Option(min=1, help="Tensor parallel ranks.")]
-SpOption = Annotated[
-    str | None,
-    typer.Option(help="Sequence parallel ranks: ulysses:2, ring:3, ulysses:2,ring:2, allgather:2."),
-]
-CfgParallelOption = Annotated[int, typer.Option(min=1, help="Ranks the guidance is spread over.")]
-ModesOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODE;...",
-        help="Ways to share a step among ranks, e.g. 'cfg:2;ulysses:2,ring:2;tp:2'.",
-    ),
-]
-NprocOption = Annotated[
-    int | None, typer.Option(help="Start this many ranks here (else: torchrun does).")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cuda or cpu. Default: a GPU if there is one.")
-]
-OutputOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Write the results there as JSON.")
-]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(step)
     app.command()(e2e)
+    app.command()(accuracy)
+    app.command()(quality)
     app.command()(modes)
 
 
@@ -102,6 +63,7 @@ def step(
     attention: AttentionOption = None,
     cuda_graphs: GraphsOption = None,
     quantization: QuantizationOption = None,
+    keep_bf16: KeepOption = "",
     device: DeviceOption = None,
     tp: TpOption = 1,
     sp: SpOption = None,
@@ -129,8 +91,15 @@ def step(
     for name in asked:
         options.one_of("--provider", name, PROVIDERS)
     folder = None if output is None else options.output_folder(output)
-    choice, place = _choose(
-        *(model, random, dtype, attention, cuda_graphs, quantization, device),
+    choice, place = choose(
+        model,
+        random,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        cuda_graphs=cuda_graphs,
+        quantization=quantization,
+        keep=keep_bf16,
         is_part=part is not None,
     )
 
@@ -230,6 +199,7 @@ def e2e(
     attention: AttentionOption = None,
     cuda_graphs: GraphsOption = None,
     quantization: QuantizationOption = None,
+    keep_bf16: KeepOption = "",
     device: DeviceOption = None,
     output: OutputOption = None,
 ) -> None:
@@ -242,11 +212,22 @@ def e2e(
         options.one_of("--request", name, REQUESTS)
     batches = options.integers("--batch", batch, least=1, example="1,16")
     folder = None if output is None else options.output_folder(output)
-    pipeline, subject = _load(model, random, dtype, attention, cuda_graphs, quantization, device)
+    choice, place = choose(
+        model,
+        random,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        cuda_graphs=cuda_graphs,
+        quantization=quantization,
+        keep=keep_bf16,
+    )
 
     from mot_bench import bagel, model_tables
     from mot_bench import e2e as runs
 
+    pipeline = bagel.load(choice, place)
+    subject = bagel.subject(choice, pipeline)
     bagel.check_size(pipeline.config, "--resolution", *size)
     requests: list[runs.Painting | runs.Writing] = []
     if "image" in names:
@@ -273,6 +254,109 @@ def e2e(
         typer.echo(path)
 
 
+def accuracy(
+    context: typer.Context,
+    model: ModelOption = None,
+    random: RandomOption = None,
+    quantization: Annotated[
+        str, typer.Option(metavar="FORMAT,...", help="Formats of the decoder layers' weights.")
+    ] = "fp8,int8,w8a16,w4a16",
+    keep_bf16: KeepOption = "",
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Attention backends, each with every format; the first one is compared with. "
+            "Default: the model's own choice.",
+        ),
+    ] = None,
+    resolution: Annotated[
+        str, typer.Option(metavar="HxW", help="Of the picture, in pixels.")
+    ] = "1024x1024",
+    branches: Annotated[int, typer.Option(min=1, max=3, help="CFG branches.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures, of different noise.")] = 1,
+    prompt: Annotated[str, typer.Option(help="What the picture is of.")] = "a red fox in deep snow",
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Measure how far number formats and attention backends move what a model computes."""
+    (size, *more) = options.resolutions("--resolution", resolution)
+    if more:
+        raise UsageError(f"--resolution is {resolution!r}; expected one, for example 1024x1024")
+    folder = None if output is None else options.output_folder(output)
+    formats = options.words("--quantization", quantization)
+    backends: list[str | None] = [None]
+    if attention is not None:
+        backends[:] = options.words("--attention", attention)
+    choice, place = choose(model, random, dtype=dtype, device=device, attention=backends[0])
+
+    from mot_bench import bagel, model_tables
+    from mot_bench.accuracy import run_accuracy
+
+    bagel.check_size(bagel.config_of(choice), "--resolution", *size)
+    results = run_accuracy(
+        bagel.variants(choice, formats, keep_bf16, backends),
+        place,
+        size=size,
+        branches=branches,
+        batch=batch,
+        prompt=prompt,
+        command=command_line(context.obj),
+        say=lambda line: typer.echo(f"mot-bench: {line}", err=True),
+    )
+    console = screen()
+    console.print(model_tables.accuracy_heading(results), highlight=False, markup=False)
+    console.print(model_tables.accuracy_table(results))
+    if folder is not None:
+        path = folder / results.file_name()
+        results.write(path)
+        typer.echo(path)
+
+
+def quality(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option("--model", metavar="DIR", help="Checkpoint folder, or tiny.")
+    ] = "tiny",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Captions, edits, and questions of each kind.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is asked for.")] = 0,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A sampling setting; repeat."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="E.g. cuda:0 or cpu. Default: a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16, on a CPU float32.")] = None,
+    attention: AttentionOption = None,
+    quantization: QuantizationOption = None,
+    keep_bf16: KeepOption = "",
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write results and pictures there.")
+    ] = None,
+) -> None:
+    """Grade what a model paints, edits and answers in the tiny model's world."""
+    from mot_bench.quality_command import run_quality
+
+    run_quality(
+        model,
+        samples=samples,
+        seed=seed,
+        settings=options.settings("--set", setting or []),
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        quantization=quantization,
+        keep=keep_bf16,
+        folder=None if output is None else options.output_folder(output),
+        command=command_line(context.obj),
+        screen=screen(),
+    )
+
+
 def modes(
     files: Annotated[
         list[Path], typer.Argument(metavar="JSON", help="Results of step on several ranks.")
@@ -296,7 +380,7 @@ def modes(
         from mot_bench.cost import CostModel
         from mot_bench.parallel_page import modes_page
     except ImportError as error:
-        raise MeasurementError(_NO_MODEL.format(error)) from error
+        raise MeasurementError(NO_MODEL.format(error)) from error
 
     runs = []
     for path in files:
@@ -313,73 +397,3 @@ def modes(
         typer.echo(f"mot-bench: {line}", err=True)
     write_text(output, modes_page(runs, model, counts))
     typer.echo(output)
-
-
-def _load(
-    model: Path | None,
-    random: str | None,
-    dtype: str | None,
-    attention: str | None,
-    cuda_graphs: bool | None,
-    quantization: str | None,
-    device: str | None,
-) -> tuple[BagelPipeline, Subject]:
-    """The model that the options name, and the facts about it; see `_choose`."""
-    choice, place = _choose(model, random, dtype, attention, cuda_graphs, quantization, device)
-
-    from mot_bench import bagel
-
-    pipeline = bagel.load(choice, place)
-    return pipeline, bagel.subject(choice, pipeline)
-
-
-def _choose(
-    model: Path | None,
-    random: str | None,
-    dtype: str | None,
-    attention: str | None,
-    cuda_graphs: bool | None,
-    quantization: str | None,
-    device: str | None,
-    *,
-    is_part: bool = False,
-) -> tuple[Choice, torch.device]:
-    """The model that the options name, and where it is to run.
-
-    Raises:
-        UsageError: they make no sense.
-        MeasurementError: bagel-mot is not installed.
-    """
-    if model is not None and random is not None:
-        raise UsageError("--model and --random both name weights; give one of them")
-    model = None if model is None else options.model_folder(model)
-    if model is not None and not model.is_dir():
-        raise UsageError(f"--model is {str(model)!r}: no such folder; give a BAGEL checkpoint")
-    size = options.one_of("--random", random or SIZES[0], SIZES)
-    if dtype is not None:
-        options.dtype(dtype)
-    if device is not None:
-        options.one_of("--device", device, ("cuda", "cpu"))
-    try:
-        from bagel_mot.cli_io import quiet_vllm
-
-        quiet_vllm()
-        from bagel_mot.parallel import world_size_from_environment
-
-        from mot_bench import bagel
-    except ImportError as error:
-        raise MeasurementError(_NO_MODEL.format(error)) from error
-
-    place = device_or_say(device, is_rank=is_part or world_size_from_environment() > 1)
-    on_gpu = place.type == "cuda"
-    if not on_gpu and model is None and size != "tiny":
-        raise UsageError(f"--random {size} needs a GPU; --random tiny runs anywhere")
-    choice = bagel.Choice(
-        folder=model,
-        size=size,
-        dtype=dtype or ("bfloat16" if on_gpu else "float32"),
-        attention=attention,
-        cuda_graphs=cuda_graphs,
-        quantization=quantization,
-    )
-    return choice, place

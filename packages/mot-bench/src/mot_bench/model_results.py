@@ -273,3 +273,62 @@ class E2eResults(Run):
     requests: tuple[RequestResult, ...]
 
     KIND = "e2e"
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between what was computed and what it is compared with, all numbers in one vector.
+
+    Attributes:
+        cosine: of the angle between them.
+        relative: L2 norm of the difference, relative to what it is compared with.
+    """
+
+    cosine: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What one variant of a model computes, against the first variant.
+
+    Attributes:
+        weights: format of the decoder layers' weights and what of them is kept, or "none".
+        attention: the backend.
+        bytes: of all parameters, scales included.
+        velocities: of each branch, all pictures' in one vector.
+        guided: of the velocity that guidance makes of them.
+        logits: of the token after the prompt.
+        attention_alone: velocities of all branches, against the same weights with the first
+            backend.
+    """
+
+    weights: str
+    attention: str
+    bytes: int
+    velocities: tuple[Distance, ...]
+    guided: Distance
+    logits: Distance
+    attention_alone: Distance
+
+
+@dataclass(frozen=True)
+class AccuracyResults(Run):
+    """A run of `mot-bench accuracy`; its subject is the first variant.
+
+    Attributes:
+        height, width: of the picture, in pixels.
+        branches: contexts that guide it.
+        batch: pictures.
+        prompt: what they are of.
+        variants: in the order they ran.
+    """
+
+    height: int
+    width: int
+    branches: int
+    batch: int
+    prompt: str
+    variants: tuple[VariantResult, ...]
+
+    KIND = "accuracy"

@@ -1,4 +1,4 @@
-"""Results of `step` and `e2e` as tables in a terminal."""
+"""Results of `step`, `e2e` and `accuracy` as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mot_bench.model_results import (
+    AccuracyResults,
     Activity,
     AttentionRate,
     E2eResults,
@@ -18,6 +19,7 @@ from mot_bench.model_results import (
     Subject,
 )
 from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, ms, span
+from mot_bench.report_model import ACCURACY_COLUMNS, accuracy_cells
 from mot_bench.results import Environment, rate
 
 _GIB = 1 << 30
@@ -167,6 +169,25 @@ def e2e_table(request: RequestResult, results: E2eResults) -> Group:
     return Group(Text(title, style="bold"), table)
 
 
+def accuracy_heading(results: AccuracyResults) -> str:
+    """Where the run took place, on which model, and what the columns mean."""
+    return (
+        f"{_where(results.environment, results.subject)}\n"
+        f"{results.height}x{results.width}, {_count(results.branches, 'branch', 'branches')}, "
+        f"{_count(results.batch, 'image', 'images')}, {results.prompt!r}. Cosines with the first "
+        "variant; of velocities the branch that is worst, and how far it is off (relative L2). "
+        "attention alone: velocities against the same weights with the first backend."
+    )
+
+
+def accuracy_table(results: AccuracyResults) -> Table:
+    """All variants."""
+    table = _table(*ACCURACY_COLUMNS[1:], corner=ACCURACY_COLUMNS[0])
+    for each in results.variants:
+        table.add_row(*accuracy_cells(each))
+    return table
+
+
 def _speed(request: RequestResult, phase: str, seconds: float) -> str:
     """What a phase makes a second, in its own unit."""
     if phase == "denoise":
@@ -205,10 +226,10 @@ def _count(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, corner: str = "") -> Table:
     # Its title is printed before it: rich would break it at the table's width.
     table = Table()
-    table.add_column("", no_wrap=True)
+    table.add_column(corner, no_wrap=True)
     for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     return table

@@ -53,6 +53,14 @@ def settings(option: str, texts: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def words(option: str, text: str) -> list[str]:
+    """Words separated by commas; what they may be is for their reader to say."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise UsageError(f"{option} is {text!r}; expected words separated by commas")
+    return found
+
+
 def one_of(option: str, value: str, known: Sequence[str]) -> str:
     """One of a few words."""
     if value not in known:

@@ -17,6 +17,7 @@ from rich.table import Table
 from mot_bench import options
 from mot_bench.errors import MeasurementError, UsageError
 from mot_bench.files import write_bytes, write_json
+from mot_bench.model_options import NOTHING_TO_KEEP
 
 if TYPE_CHECKING:
     from mot_bench.quality import Quality
@@ -34,6 +35,9 @@ def run_quality(
     settings: dict[str, str],
     device: str | None,
     dtype: str | None,
+    attention: str | None,
+    quantization: str | None,
+    keep: str,
     folder: Path | None,
     command: str,
     screen: Console,
@@ -45,6 +49,7 @@ def run_quality(
         quiet_vllm()
         from bagel_mot import BagelPipeline
         from bagel_mot.loading import usual_dtype
+        from bagel_mot.quantization import Quantization
 
         from mot_bench.environment import environment
         from mot_bench.quality import TARGETS, contact_sheet, measure
@@ -53,13 +58,21 @@ def run_quality(
             f"bagel-mot cannot be imported ({error}); pip install 'mot-bench[bagel]'"
         ) from error
     changes = _image_settings(settings)  # a wrong one is an error before loading
+    if keep and quantization is None:
+        raise UsageError(NOTHING_TO_KEEP.format(keep))
     if folder is not None:
         for file in (folder / name for name in (_RESULTS, *_SHEETS)):
             if file.exists():
                 raise UsageError(f"--output {folder}: {file} exists; choose another folder")
     try:
         dtype = dtype or usual_dtype(device)
-        pipeline = BagelPipeline.from_pretrained(model, device=device, dtype=dtype)
+        pipeline = BagelPipeline.from_pretrained(
+            model,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            quantization=None if quantization is None else Quantization.parse(quantization, keep),
+        )
     except (ValueError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     began = time.monotonic()
@@ -76,7 +89,12 @@ def run_quality(
         )
     seconds = time.monotonic() - began
     where = environment(pipeline.model.device)
-    screen.print(f"{where.device}, {dtype}, torch {where.torch}, {seconds:.0f} s", highlight=False)
+    weights = "" if quantization is None else f", {quantization}" + f", {keep} kept" * bool(keep)
+    screen.print(
+        f"{where.device}, {dtype}{weights}, attention {pipeline.model.attention.name}, torch "
+        f"{where.torch}, {seconds:.0f} s",
+        highlight=False,
+    )
     screen.print(quality_table(measured))
     if folder is None:
         return
@@ -88,6 +106,9 @@ def run_quality(
             "command": command,
             "environment": asdict(where),
             "dtype": dtype,
+            "attention": pipeline.model.attention.name,
+            "quantization": quantization,
+            "keep": keep,
             "samples": samples,
             "seed": seed,
             "settings": settings,

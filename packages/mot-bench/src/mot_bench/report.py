@@ -7,9 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 from mot_bench.markdown import environment_facts, percent, table
-from mot_bench.model_results import E2eResults, StepResults
+from mot_bench.model_results import AccuracyResults, E2eResults, StepResults
 from mot_bench.parallel_results import ParallelResults
-from mot_bench.report_model import e2e_sections, parallel_sections, step_sections
+from mot_bench.report_model import (
+    accuracy_sections,
+    e2e_sections,
+    parallel_sections,
+    step_sections,
+)
 from mot_bench.results import (
     KIND,
     CaseResult,
@@ -30,7 +35,7 @@ _TITLES = {
 }
 
 
-AnyResults = Results | StepResults | ParallelResults | E2eResults
+AnyResults = Results | StepResults | ParallelResults | E2eResults | AccuracyResults
 
 # Commands whose results have no place on the page.
 _OTHER_KINDS = ("quality", "serve")
@@ -41,7 +46,7 @@ class NotOnThePage(ValueError):
 
 
 def read(path: Path) -> AnyResults:
-    """A result file of `mot-bench kernels`, `step` or `e2e`.
+    """A result file of `mot-bench kernels`, `step`, `e2e` or `accuracy`.
 
     Raises:
         NotOnThePage: it is of another command.
@@ -54,9 +59,9 @@ def read(path: Path) -> AnyResults:
         kind = KIND  # whose reader says what is wrong
     if kind in _OTHER_KINDS:
         raise NotOnThePage(
-            f"{path} is of mot-bench {kind}; the page is about kernels, step and e2e"
+            f"{path} is of mot-bench {kind}; the page is about kernels, step, e2e and accuracy"
         )
-    for known in (StepResults, ParallelResults, E2eResults):
+    for known in (StepResults, ParallelResults, E2eResults, AccuracyResults):
         if kind == known.KIND:
             return known.read(path)
     return Results.read(path)
@@ -83,6 +88,8 @@ def report(runs: Sequence[tuple[PurePath, AnyResults]]) -> str:
                 parts += parallel_sections(path, results)
             case E2eResults():
                 parts += e2e_sections(path, results)
+            case AccuracyResults():
+                parts += accuracy_sections(path, results)
             case _:
                 parts += _run(path, results)
     return "\n\n".join(parts) + "\n"

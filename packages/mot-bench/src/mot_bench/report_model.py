@@ -1,4 +1,4 @@
-"""The part of `mot-bench report` about steps and requests: their sections and tables."""
+"""The part of `mot-bench report` about whole models: their sections and tables."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from types import MappingProxyType
 
 from mot_bench.markdown import environment_facts, percent, table
 from mot_bench.model_results import (
+    AccuracyResults,
     E2eResults,
     Run,
     StepCase,
     StepProvider,
     StepResults,
     Subject,
+    VariantResult,
 )
 from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, ms, span
 from mot_bench.results import rate
+
+ACCURACY_COLUMNS = (
+    *("weights", "attention", "GiB", "velocities", "off by", "guided", "logits"),
+    "attention alone",
+)
 
 
 def step_sections(path: PurePath, results: StepResults) -> list[str]:
@@ -103,6 +110,34 @@ def e2e_sections(path: PurePath, results: E2eResults) -> list[str]:
         "the run left (buffers, graphs). A card with that and what its driver takes is large "
         "enough.",
         table([*header, "GiB in all"], rows),
+    ]
+
+
+def accuracy_sections(path: PurePath, results: AccuracyResults) -> list[str]:
+    """One run of `mot-bench accuracy`."""
+    branches = f"{results.branches} branch{'es' * (results.branches > 1)}"
+    images = f"{results.batch} image{'s' * (results.batch > 1)}"
+    return [
+        *_opening(f"Accuracy, {results.environment.device}", path, results),
+        f'{results.height}x{results.width}, {branches}, {images}, "{results.prompt}". '
+        "Cosines with the first line's; of velocities the branch that is worst, and how far it is "
+        "off (relative L2). Attention alone: velocities against the same weights with the first "
+        "backend.",
+        table(ACCURACY_COLUMNS, [accuracy_cells(each) for each in results.variants]),
+    ]
+
+
+def accuracy_cells(variant: VariantResult) -> list[str]:
+    """A line of the table; see `ACCURACY_COLUMNS`."""
+    return [
+        variant.weights,
+        variant.attention,
+        f"{variant.bytes / 2**30:.2f}",
+        f"{min(each.cosine for each in variant.velocities):.5f}",
+        f"{max(each.relative for each in variant.velocities):.1e}",
+        f"{variant.guided.cosine:.5f}",
+        f"{variant.logits.cosine:.5f}",
+        f"{variant.attention_alone.cosine:.5f}",
     ]
 
 
