@@ -196,7 +196,8 @@ def _torch(session: nox.Session) -> Path:
 
     Two gigabytes that they share; what they add is in environments of their own.
     """
-    home = session.cache_dir.absolute() / f"{TORCH}-{sys.implementation.cache_tag}"
+    version = TORCH.replace("==", "-")
+    home = session.cache_dir.absolute() / f"{version}-{sys.implementation.cache_tag}"
     complete = home / "complete"
     if not complete.exists():
         python = _virtualenv(session, home)
