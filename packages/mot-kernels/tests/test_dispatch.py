@@ -145,6 +145,12 @@ def test_choose_format_path_cpu() -> None:
     )
 
 
+def test_use_path_of_a_word() -> None:
+    said = r"path is 'reference'; expected Path.TRITON or Path.REFERENCE"
+    with pytest.raises(TypeError, match=said), use_path("reference"):
+        pytest.fail("a block that would run on any path")
+
+
 def test_use_path_reference() -> None:
     with use_path(Path.REFERENCE):
         choice = choose_path(CUDA, torch.float16)

@@ -49,6 +49,19 @@ PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
             id="plan_tensor",
         ),
         pytest.param(
+            {"config": {"block_m": 16}}, TypeError, "config is a dict; expected", id="config_dict"
+        ),
+        pytest.param({"bias": [X]}, TypeError, "bias is a list; expected a tensor", id="bias_list"),
+        pytest.param(
+            {"epilogue": AddResidual(None)},
+            TypeError,
+            r"epilogue\.residual is a NoneType; expected a tensor of shape \(3, 6\)",
+            id="residual_none",
+        ),
+        pytest.param(
+            {"out": [X]}, TypeError, r"out is a list; expected a tensor of shape", id="out_list"
+        ),
+        pytest.param(
             {"config": (16, 64, 32)},
             TypeError,
             "config is a tuple; expected a TileConfig",
@@ -182,3 +195,30 @@ def test_mot_linear_errors(
     arguments = {"x": X, "weight": WEIGHT, "plan": PLAN} | changes
     with pytest.raises(error, match=message):
         mot_linear(**arguments)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_out_that_is_still_read(device: torch.device) -> None:
+    """The residual alone may be `out`, element by element: each is read before it is written."""
+    x, weight = torch.randn(4, 8, device=device), torch.randn(2, 8, 8, device=device)
+    plan = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2, device=device)
+    for out in (x[:3], x[1:]):
+        with pytest.raises(ValueError, match="out overlaps x, which is still read"):
+            mot_linear(x[:3], weight, plan, out=out)
+    residual = torch.randn(4, 8, device=device)
+    with pytest.raises(ValueError, match="out overlaps the residual, which is still read"):
+        mot_linear(x[:3], weight, plan, epilogue=AddResidual(residual[:3]), out=residual[1:])
+    one_row = torch.empty(1, 8, device=device).expand(3, 8)
+    with pytest.raises(ValueError, match=r"out has strides \(0, 1\): several of its elements"):
+        mot_linear(x[:3], weight, plan, out=one_row)
+
+    wanted = mot_linear(x[:3], weight, plan, epilogue=AddResidual(residual[:3]))
+    both = torch.empty(3, 16, device=device)  # side by side in one buffer
+    both[:, :8] = x[:3]
+    for epilogue, out in ((AddResidual(residual[:3]), residual[:3]), (None, both[:, 8:])):
+        rows = both[:, :8] if epilogue is None else x[:3]
+        got = mot_linear(rows, weight, plan, epilogue=epilogue, out=out)
+        assert got is out
+        if epilogue is not None:
+            assert torch.equal(got, wanted)
+    assert torch.equal(both[:, 8:], mot_linear(x[:3], weight, plan))

@@ -203,8 +203,22 @@ def test_forward_mode_is_not_lost() -> None:
 
     found = tangent(lambda g: mot_rms_norm(x, g, plan), gamma)
     torch.testing.assert_close(found, mot_rms_norm(x, torch.ones_like(gamma), plan))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="jvp"):
         tangent(lambda w: mot_linear(x, w, plan), weight)
+
+
+@differentiable
+def test_gradients_of_torch_func() -> None:
+    plan = RoutePlan.from_runs([(0, 2), (1, 4)], num_experts=2)
+    x, bias = torch.randn(6, 16), torch.randn(2, 8)
+    weight = torch.randn(2, 8, 16, requires_grad=True)
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return mot_linear(x, weight, plan, bias=bias).square().sum()
+
+    found = torch.func.grad(loss)(weight.detach())
+    loss(weight).backward()
+    assert torch.equal(found, weight.grad)
 
 
 @differentiable

@@ -26,6 +26,20 @@ PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
             {"weight": torch.zeros(2, 9)}, ValueError, r"weight \(2, 9\); exp", id="weight_width"
         ),
         pytest.param(
+            {"weight": [torch.zeros(8)] * 2}, TypeError, "weight is a list; exp", id="weight_list"
+        ),
+        pytest.param({"x": [1.0]}, TypeError, "x is a list; expected a tensor", id="x_list"),
+        pytest.param(
+            {"residual": [1.0]}, TypeError, "residual is a list; expected", id="residual_list"
+        ),
+        pytest.param({"quantize": {}}, TypeError, r"format is {}; expected", id="quantize_dict"),
+        pytest.param(
+            {"out": torch.zeros(1, 8).expand(3, 8)},
+            ValueError,
+            r"out has strides \(0, 1\): several of its elements are one",
+            id="out_expanded",
+        ),
+        pytest.param(
             {"x": torch.zeros(3, 0), "weight": torch.zeros(2, 0), "quantize": Int8W8A8()},
             ValueError,
             "x has 0 columns, so quantize has nothing to round",

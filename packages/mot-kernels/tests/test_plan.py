@@ -382,7 +382,12 @@ def test_from_runs_of_an_iterator() -> None:
 
 @pytest.mark.parametrize(
     ("run", "message"),
-    [((0, 2.7), "runs.0. has length 2.7; expected"), (("a", 2), "runs.0. has expert 'a'")],
+    [
+        ((0, 2.7), "runs.0. has length 2.7; expected"),
+        (("a", 2), "runs.0. has expert 'a'"),
+        ((0, 1, 2), r"runs.0. is \(0, 1, 2\); expected \(expert, length\)"),
+        (3, r"runs.0. is 3; expected \(expert, length\)"),
+    ],
 )
 def test_from_runs_of_no_integers(run: tuple[int, int], message: str) -> None:
     with pytest.raises(TypeError, match=message):

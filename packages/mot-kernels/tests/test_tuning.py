@@ -386,6 +386,15 @@ def test_find_config_refuses_tiles_that_do_not_fit_this_gpu(
     assert find_config(PROBLEM, GPU).block_n == 256
 
 
+@pytest.mark.usefixtures("h200")
+def test_find_config_where_torch_knows_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of torch's ROCm builds, whose properties lack `shared_memory_per_block_optin`."""
+    properties = SimpleNamespace(shared_memory_per_block=64 * KB)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert find_config(PROBLEM, GPU) == default_config(PROBLEM, 64 * KB)
+
+
 def test_find_config_without_gpu_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
     find_config(PROBLEM, torch.device("cpu"))
     assert not caplog.records

@@ -268,6 +268,18 @@ class TestReplacedParameters:
             layer(torch.randn(16, HIDDEN), make_plan("every_second_row"))
 
 
+def test_norm_weights_that_would_get_no_gradient() -> None:
+    norm = MoTRMSNorm(HIDDEN)
+    x, plan = torch.randn(16, HIDDEN, requires_grad=True), make_plan("every_second_row")
+    norm(x, plan).sum().backward()
+    assert x.grad is not None
+    norm.gen_exp.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="MoTRMSNorm: its parameters require grad, but with a"):
+        norm(x, plan)
+    with torch.no_grad():
+        norm(x, plan)
+
+
 def test_parameters_that_would_get_no_gradient() -> None:
     layer = built(Layer("qkv", "bias"))
     x, plan = torch.randn(16, HIDDEN), make_plan("every_second_row")

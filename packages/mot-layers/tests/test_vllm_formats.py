@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from format_cases import (
+    FFN,
     HIDDEN,
     KINDS,
     PLAN,
@@ -155,9 +156,10 @@ def test_not_processed() -> None:
         layer(x, PLAN)
 
 
-def test_parts_fused_in_the_file() -> None:
+@pytest.mark.parametrize("name", ["fp8", "compressed-int8-tensor", "awq"])
+def test_parts_fused_in_the_file(name: str) -> None:
     """A file may hold gate and up as one matrix, with one scale."""
-    checkpoint = next(c for c in CHECKPOINTS if c.name == "fp8")
+    checkpoint = next(c for c in CHECKPOINTS if c.name == name)
     layer, own = build("gate_up", checkpoint.config()), Weights.of("gate_up")
     files = [checkpoint.write(matrix) for matrix in own.weight]
     for expert, file in zip((layer, layer.gen_exp), files, strict=True):
@@ -192,6 +194,36 @@ def test_missing_scales(name: str, kind: str, missing: str, of: int) -> None:
     load(layer, kind, Weights.of(kind), file)
     with pytest.raises(ValueError, match=f"{missing} was not loaded, or not all of it"):
         process(layer)
+
+
+@pytest.mark.parametrize("kind", ["gate_up", "row"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=str)
+def test_whatever_is_missing(checkpoint: Checkpoint, kind: str) -> None:
+    """Any parameter that is read, of the last part of either expert."""
+    for name in build(kind, checkpoint.config()).quant_method.reading.needs:
+        for lacking in (pieces(kind, 0)[-1], pieces(kind, 1)[-1]):
+            layer = build(kind, checkpoint.config())
+
+            def file(piece: torch.Tensor, *, name: str = name, lacking: Any = lacking) -> Any:
+                tensors = dict(checkpoint.write(piece).tensors)
+                if torch.equal(piece, lacking):
+                    del tensors[name]
+                return tensors
+
+            load(layer, kind, Weights.of(kind), file)
+            with pytest.raises(ValueError, match=f"{name} was not loaded, or not all of it"):
+                process(layer)
+
+
+def test_weights_that_come_without_loaders() -> None:
+    """As vLLM's `load_format="dummy"` writes them."""
+    checkpoint = next(c for c in CHECKPOINTS if c.name == "compressed-w4a16-group32")
+    layer = build("gate_up", checkpoint.config())
+    for expert in (layer, layer.gen_exp):
+        expert.weight_packed.data.zero_()
+        expert.weight_scale.data.fill_(0.5)
+    process(layer)
+    assert torch.equal(dequantize(layer.routed_weight), torch.full((2, 2 * FFN, HIDDEN), -4.0))
 
 
 @pytest.mark.parametrize(

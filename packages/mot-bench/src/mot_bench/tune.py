@@ -19,7 +19,7 @@ from mot_kernels import Choice, ExpertWeight, TileConfig, choose_path
 from mot_kernels import Path as KernelPath
 from mot_kernels.dispatch import choose_format_path, why_not_hopper, why_not_hopper_format
 from mot_kernels.formats import FORMATS
-from mot_kernels.tuning.lookup import Problem, default_config
+from mot_kernels.tuning.lookup import Problem, default_config, shared_memory_of
 
 from mot_bench import formats
 from mot_bench.cases import LinearCase
@@ -43,9 +43,6 @@ from mot_bench.tuned import State, config_key, merge_entry, result_path
 _QUICK_ROUNDS = 5
 _BEST_REGROUPED = 4
 _FINALISTS = 6
-
-# Shared memory a block may have where no device can be asked (Triton's interpreter).
-_LEAST_SHARED_MEMORY = 99 * 1024
 
 
 class Progress:
@@ -150,7 +147,7 @@ class _Tuner:
         self._settings = settings
         self._state = state
         self._progress = progress
-        self._shared_memory = _shared_memory(settings.device)
+        self._shared_memory = shared_memory_of(settings.device)
         sets = rotation(case.bytes_moved, settings.device).sets
         make = make_problem if case.format is None else formats.make_problem
         self._inputs: LinearProblem = make(case, sets, settings.device)
@@ -295,9 +292,3 @@ class _Tuner:
             raise MeasurementError(
                 f"the GPU stopped answering {when}: {first_line(error)}"
             ) from error
-
-
-def _shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _LEAST_SHARED_MEMORY
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)

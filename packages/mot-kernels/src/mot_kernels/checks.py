@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.autograd import forward_ad
@@ -27,7 +27,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd wants to see this call, backward or forward; the kernels have neither."""
     if _is_forward_mode():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
+    )
 
 
 def why_grad(name: str = "an input") -> str:
@@ -44,6 +46,9 @@ def check_same_dtype(
     x: torch.Tensor | QuantizedRows, x_name: str = "x", /, **others: torch.Tensor | None
 ) -> None:
     """x has a supported dtype, and the others share its dtype and device."""
+    for name, each in ((x_name, x), *others.items()):
+        if not isinstance(each, torch.Tensor | QuantizedRows | None):
+            raise TypeError(f"{name} is a {type(each).__name__}; expected a tensor")
     # float64 is not computed by any kernel, but the reference path takes it (gradient checks).
     if x.dtype not in DTYPES and not (x.dtype is torch.float64 and x.device.type == "cpu"):
         raise TypeError(f"{x_name} has dtype {x.dtype}; supported are {_names(DTYPES)}")
@@ -90,9 +95,52 @@ def check_out(
     name: str, out: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor | QuantizedRows
 ) -> None:
     """A tensor of the caller's to write to or add: shape given, dtype and device of x."""
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"{name} is a {type(out).__name__}; expected a tensor of shape {shape}")
     if tuple(out.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(out.shape)}; expected {shape}")
     check_same_dtype(x, **{name: out})
+
+
+def check_written(
+    out: torch.Tensor,
+    reads: Mapping[str, torch.Tensor | None],
+    may_be: torch.Tensor | None = None,
+) -> None:
+    """`out` can be written to: no element twice, and none that is still to be read.
+
+    Args:
+        reads: what the kernels read while they write.
+        may_be: one of these that `out` may be, element by element.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(
+            f"out has strides {out.stride()}: several of its elements are one (expand does that)"
+        )
+    for name, other in reads.items():
+        if other is None or not _overlap(out, other):
+            continue
+        same = _span(out) == _span(other) and out.stride() == other.stride()
+        if not (same and other is may_be):
+            raise ValueError(f"out overlaps {name}, which is still read while out is written")
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share memory; of strided ones only the same beginning is seen."""
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    if a_begin == a_end or b_begin == b_end:
+        return False
+    if a.is_contiguous() and b.is_contiguous():
+        return a_begin < b_end and b_begin < a_end
+    return a_begin == b_begin
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """Addresses from the first byte to behind the last, if t is contiguous."""
+    return t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
 
 
 def note_written(*tensors: torch.Tensor | None) -> None:

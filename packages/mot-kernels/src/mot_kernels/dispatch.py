@@ -48,8 +48,13 @@ def use_path(path: Path) -> Iterator[None]:
     """Run every operation inside the block on `path` (for baselines, tests and training).
 
     It holds for the whole process, other threads included: do not enter it in several at once.
+
+    Raises:
+        TypeError: `path` is not a `Path`.
     """
     global _forced
+    if not isinstance(path, Path):
+        raise TypeError(f"path is {path!r}; expected Path.TRITON or Path.REFERENCE")
     previous, _forced = _forced, path
     try:
         yield

@@ -370,8 +370,9 @@ def check_format(format: object) -> None:
 
 
 def _check_dtype(name: str, t: torch.Tensor, *dtypes: torch.dtype) -> None:
-    if t.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {t.dtype}; expected {' or '.join(map(str, dtypes))}")
+    found = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
+    if found not in dtypes:
+        raise TypeError(f"{name} has dtype {found}; expected {' or '.join(map(str, dtypes))}")
 
 
 def check_k(format: Format, k: int) -> None:

@@ -14,6 +14,7 @@ from mot_kernels.checks import (
     check_plan,
     check_quantize,
     check_same_dtype,
+    check_written,
     needs_grad,
     note_written,
     why_grad,
@@ -129,6 +130,7 @@ def mot_linear(
         and group_size is None
         and isinstance(x, torch.Tensor)
         and isinstance(weight, torch.Tensor)
+        and (config is None or isinstance(config, TileConfig))
         and is_unobserved(x, weight, bias, residual, out)
         and not needs_grad(x, weight, bias, residual)
     ):
@@ -145,6 +147,9 @@ def mot_linear(
     shape = _check(x, weight, plan, bias, epilogue, config)
     if out is not None:
         check_out("out", out, shape, x)
+        if is_unobserved(out):  # tracers have no addresses
+            given_x = x if isinstance(x, torch.Tensor) else x.data
+            check_written(out, {"x": given_x, "the residual": residual}, may_be=residual)
     check_quantize(quantize, activation_scale, out, weight.shape[0], x, group_size)
     given = (each for each in (x, weight, bias, residual) if isinstance(each, torch.Tensor))
     if quantize is not None and needs_grad(*given):

@@ -15,11 +15,12 @@ from mot_kernels.checks import (
     check_reach,
     check_row_contiguous,
     check_same_dtype,
+    check_written,
     needs_grad,
     note_written,
     why_grad,
 )
-from mot_kernels.formats import Format, QuantizedRows
+from mot_kernels.formats import Format, QuantizedRows, rows_dtype
 from mot_kernels.plan import RoutePlan, replays_of
 from mot_kernels.replay import is_unobserved, metadata
 from mot_kernels.rows import empty_rows
@@ -111,6 +112,11 @@ def mot_rms_norm(
         ValueError: shapes, devices or strides do not fit, or an input requires grad and `quantize`
             is given: rounding has no backward.
     """
+    for name, each in (("x", x), ("weight", weight)):
+        if not isinstance(each, torch.Tensor):
+            raise TypeError(f"{name} is a {type(each).__name__}; expected a tensor")
+    if quantize is not None:
+        rows_dtype(quantize)
     differentiable = needs_grad(x, weight, residual)
     key: Hashable = None
     if not differentiable and is_unobserved(x, weight, residual, out, activation_scale):
@@ -172,6 +178,7 @@ def _check_rms_norm(
     if out is not None:
         check_out("out", out, tuple(x.shape), x)
         check_row_contiguous("out", out)
+        check_written(out, {})
 
 
 def mot_qk_norm_rope(

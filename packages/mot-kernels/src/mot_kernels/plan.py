@@ -211,7 +211,10 @@ class RoutePlan:
         """
         _check_num_experts(num_experts)
         runs = list(runs)
-        for i, (expert, length) in enumerate(runs):
+        for i, run in enumerate(runs):
+            if not (isinstance(run, Sequence) and len(run) == 2):
+                raise TypeError(f"runs[{i}] is {run!r}; expected (expert, length)")
+            expert, length = run
             for name, value in (("expert", expert), ("length", length)):
                 if not isinstance(value, Integral):
                     raise TypeError(f"runs[{i}] has {name} {value!r}; expected an integer")

@@ -137,14 +137,11 @@ class _ExpertsLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         counts: tuple[int, ...],
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
         y = x.new_empty(x.shape[0], weight.shape[1])
         biases: Sequence[torch.Tensor | None] = [None] * len(weight) if bias is None else bias
         for rows, w, b, out in zip(x.split(counts), weight, biases, y.split(counts), strict=True):
@@ -153,6 +150,11 @@ class _ExpertsLinear(torch.autograd.Function):
             else:
                 torch.addmm(b, rows, w.t(), out=out)
         return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, _, ctx.counts = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     @once_differentiable

@@ -47,6 +47,8 @@ def quantize_rows(
         ValueError: shapes, devices or routing do not fit, the format has no groups, or x requires
             grad: there is no backward.
     """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a tensor (M, K)")
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K)")
     if x.dtype not in DTYPES:

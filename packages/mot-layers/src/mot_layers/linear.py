@@ -47,7 +47,7 @@ from vllm.platforms import current_platform
 from mot_layers.formats import WEIGHT, FormatLinearMethod
 from mot_layers.result_checks import check_rounding, check_silu_mul
 from mot_layers.slow_ways import finish, warn_gathered
-from mot_layers.stacking import StackedExperts
+from mot_layers.stacking import WHY_NO_GRAD, StackedExperts
 from mot_layers.vllm_formats import ConvertedLinearMethod, NotReadable, is_converted, reading_of
 
 Result: TypeAlias = torch.Tensor | QuantizedRows | tuple[torch.Tensor, torch.Tensor | None]
@@ -129,6 +129,7 @@ class _MoTLinear(StackedExperts, LinearBase):
             expert.quant_method = ConvertedLinearMethod(
                 reading, expert.quant_method, self._share_parts_if_read
             )
+            expert.quant_method.loads.watch(expert)
             # vLLM (0.32) says so where its kernel takes rows that a norm has quantised.
             expert.__dict__.pop("_input_quant_key", None)
 
@@ -310,11 +311,7 @@ class _MoTLinear(StackedExperts, LinearBase):
             return y if quantize is None else quantize_rows(y, quantize, group_size=group_size)
         weight = self.routed_weight
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            raise RuntimeError(
-                f"layer {self.prefix!r}: its parameters require grad, but with a plan they are "
-                "read as one tensor, of which they are views, and would get no gradient: train "
-                "stacked_weight, or turn requires_grad off"
-            )
+            raise RuntimeError(WHY_NO_GRAD.format(f"layer {self.prefix!r}"))
         bias = self._stacks[-1] if add_bias else None  # as new as the weight
         if quantize is None:
             return mot_linear(x, weight, plan, bias=bias, epilogue=epilogue)

@@ -6,7 +6,7 @@ import torch
 from mot_kernels import RoutePlan, mot_rms_norm
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from mot_layers.stacking import StackedExperts
+from mot_layers.stacking import WHY_NO_GRAD, StackedExperts
 
 
 class MoTRMSNorm(StackedExperts, RMSNorm):
@@ -48,6 +48,8 @@ class MoTRMSNorm(StackedExperts, RMSNorm):
             )
         super().__init__(hidden_size, eps=eps, dtype=dtype)
         self.gen_exp = RMSNorm(hidden_size, eps=eps, dtype=dtype)
+        for norm in (self, self.gen_exp):
+            norm.weight.requires_grad_(False)
         self._share_storage("weight")
 
     @property
@@ -77,6 +79,7 @@ class MoTRMSNorm(StackedExperts, RMSNorm):
         Raises:
             TypeError: a dtype differs, or `plan` is a tensor.
             ValueError: shapes, devices or strides do not fit.
+            RuntimeError: with a plan, the weights require grad.
         """
         if plan is None:
             return super().forward(x, residual)
@@ -85,6 +88,8 @@ class MoTRMSNorm(StackedExperts, RMSNorm):
                 "plan is a tensor; unlike vLLM's RMSNorm this one takes the residual by keyword: "
                 "norm(x, residual=residual)"
             )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError(WHY_NO_GRAD.format(type(self).__name__))
         return mot_rms_norm(
             x, self.stacked_weight, plan, eps=self.variance_epsilon, residual=residual
         )

@@ -16,6 +16,11 @@ from torch import nn
 
 logger = logging.getLogger("mot_layers")
 
+WHY_NO_GRAD = (
+    "{}: its parameters require grad, but with a plan they are read as one tensor, of which they "
+    "are views, and would get no gradient: train stacked_weight, or turn requires_grad off"
+)
+
 
 class StackedExperts(nn.Module):
     """A module whose parameters, and those of its twin `gen_exp`, are rows of stacked tensors.

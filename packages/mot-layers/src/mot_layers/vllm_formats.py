@@ -31,6 +31,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from mot_layers.formats import INPUT_SCALE, SCALE, WEIGHT, ZERO_POINT, FormatLinearMethod
+from mot_layers.loads import Loads, not_loaded
 
 Parts = dict[str, torch.Tensor]
 
@@ -49,12 +50,14 @@ class Reading:
 
     Attributes:
         format: what they will be.
-        has_input_scale: whether activations have a static scale.
         read: from the layer to parameters as `mot_layers.formats` names them.
+        needs: names of the loaded parameters that are read; empty where vLLM made them itself.
+        has_input_scale: whether activations have a static scale.
     """
 
     format: Format
     read: Callable[[nn.Module], Parts] = field(compare=False)
+    needs: tuple[str, ...] = ()
     has_input_scale: bool = False
 
 
@@ -76,12 +79,14 @@ class ConvertedLinearMethod(FormatLinearMethod):
         self.when_done = when_done
         # vLLM's loader asks whether weights come to life one layer at a time.
         self.uses_meta_device = getattr(replaced, "uses_meta_device", False)
+        self.loads = Loads(reading.needs)
 
     @torch.no_grad()
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replace the loaded parameters; does nothing when called again (vLLM may)."""
         if is_converted(layer):
             return
+        self.loads.check(layer)
         parts = self.reading.read(layer)
         for name in [name for name in layer._parameters if name != "bias"]:
             delattr(layer, name)
@@ -203,7 +208,7 @@ def _fp8(
             parts[INPUT_SCALE] = _input_scale(layer)
         return parts
 
-    return Reading(Fp8W8A8(scales), read, is_static)
+    return Reading(Fp8W8A8(scales), read, _needs("weight", scale_name, is_static), is_static)
 
 
 def _int8(layer: Any, scheme: Any) -> Reading:
@@ -223,7 +228,7 @@ def _int8(layer: Any, scheme: Any) -> Reading:
             parts[INPUT_SCALE] = _input_scale(layer)
         return parts
 
-    return Reading(Int8W8A8(), read, is_static)
+    return Reading(Int8W8A8(), read, _needs("weight", "weight_scale", is_static), is_static)
 
 
 def _packed(layer: Any, scheme: Any) -> Reading:
@@ -243,7 +248,9 @@ def _packed(layer: Any, scheme: Any) -> Reading:
             parts[ZERO_POINT] = _nibbles(layer.weight_zero_point.data.T.contiguous()).T
         return _by_groups(parts, repeats)
 
-    return Reading(format, read)
+    has_zeros = isinstance(format, Int4W4A16) and not format.symmetric
+    zeros = ("weight_zero_point",) if has_zeros else ()
+    return Reading(format, read, ("weight_packed", "weight_scale", *zeros))
 
 
 def _gptq(layer: Any, method: Any) -> Reading:
@@ -263,7 +270,7 @@ def _gptq(layer: Any, method: Any) -> Reading:
             return {WEIGHT: signed_bytes(packed), SCALE: scale.float().reshape(-1)}
         return _by_groups({WEIGHT: packed.view(torch.uint8), SCALE: scale}, repeats)
 
-    return Reading(format, read)
+    return Reading(format, read, ("qweight", "scales"))
 
 
 def _awq(layer: Any, method: Any) -> Reading:
@@ -284,7 +291,11 @@ def _awq(layer: Any, method: Any) -> Reading:
             repeats,
         )
 
-    return Reading(format, read)
+    return Reading(format, read, ("qweight", "scales", "qzeros"))
+
+
+def _needs(weight: str, scale: str, is_static: bool) -> tuple[str, ...]:
+    return (weight, scale, "input_scale") if is_static else (weight, scale)
 
 
 def _weight_only_format(
@@ -323,9 +334,7 @@ def _loaded(layer: Any, name: str) -> torch.Tensor:
     """
     scales: torch.Tensor = getattr(layer, name).data.float()
     if not bool(_is_loaded(scales).all()):
-        raise ValueError(
-            f"layer {getattr(layer, 'prefix', '')!r}: {name} was not loaded, or not all of it"
-        )
+        raise ValueError(not_loaded(layer, name))
     return scales
 
 

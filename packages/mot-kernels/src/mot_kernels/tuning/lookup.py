@@ -92,9 +92,9 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
             names the file and the key.
     """
     if device.type != "cuda":
-        return default_config(problem, _LEAST_SHARED_MEMORY)
+        return default_config(problem, shared_memory_of(device))
     name = torch.cuda.get_device_name(device)
-    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shared_memory = shared_memory_of(device)
     for path in config_files(name):
         best = _nearest(load_entries(path), problem, hopper)
         if best is None:
@@ -117,6 +117,16 @@ def find_config(problem: Problem, device: torch.device, hopper: bool = False) ->
         f"export {_FOLDER_VARIABLES[0]}=DIR"
     )
     return default_config(problem, shared_memory, hopper)
+
+
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes that a block of threads may use, at most."""
+    if device.type != "cuda":
+        return _LEAST_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    # Torch's ROCm builds know no other than the plain limit.
+    optin = getattr(properties, "shared_memory_per_block_optin", None)
+    return int(optin or properties.shared_memory_per_block)
 
 
 def config_files(device_name: str) -> list[Path]:
