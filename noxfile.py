@@ -230,12 +230,10 @@ def _look_into(home: Path, *others: Path) -> None:
 
 
 def _install_torch(session: nox.Session, python: str) -> None:
-    """Install torch's CPU build: from what pip has at hand, else from $MOT_TORCH_INDEX_URL."""
-    index = os.environ.get("MOT_TORCH_INDEX_URL")
+    """Install torch's CPU build: from what pip has at hand, else from PyTorch's own index."""
+    index = os.environ.get("MOT_TORCH_INDEX_URL", TORCH_INDEX)
     ask_version = "import importlib.metadata as m; print('torch==' + m.version('torch'))"
-    attempts: list[tuple[str, ...]] = [()]
-    if index:
-        attempts.append(("--extra-index-url", index, "--timeout", "15", "--retries", "1"))
+    attempts = ((), ("--extra-index-url", index, "--timeout", "15", "--retries", "1"))
     for options in attempts:
         output = session.run(
             *(python, "-m", "pip", "install", "-q", TORCH, *options),
@@ -253,10 +251,7 @@ def _install_torch(session: nox.Session, python: str) -> None:
         if TORCH in str(installed):
             return
     print(output)
-    session.error(
-        f"pip found no {TORCH}: set MOT_TORCH_INDEX_URL={TORCH_INDEX} and try again"
-        f" (it is {index!r} now)"
-    )
+    session.error(f"pip found no {TORCH}, at {index} neither; MOT_TORCH_INDEX_URL names another")
 
 
 def _pip(session: nox.Session, python: str, command: str, *args: str) -> None:

@@ -171,15 +171,27 @@ def test_results_that_do_not_go_together() -> None:
     other = dataclasses.replace(
         run, environment=dataclasses.replace(run.environment, device="Another GPU")
     )
-    with pytest.raises(UsageError, match=r"of 2 devices, models, .*; expected one: Another GPU"):
+    with pytest.raises(UsageError, match=r"of 2 devices, models or .*; expected one: Another GPU"):
         CostModel([run, other], LLM)
-    for key, value in (("dtype", "float16"), ("quantization", "fp8")):
+    ways = (("dtype", "float16"), ("quantization", "fp8"), ("attention", "sdpa"))
+    for key, value in (*ways, ("cuda_graphs", "off")):
         subject: Any = dataclasses.replace(run.subject, **{key: value})
         with pytest.raises(UsageError, match=f"random, 7b in .*{value}"):
             CostModel([run, dataclasses.replace(run, subject=subject)], LLM)
     cases = tuple(dataclasses.replace(case, modes=case.modes[2:]) for case in run.cases)
     with pytest.raises(UsageError, match="no step of a single rank"):
         CostModel([dataclasses.replace(run, cases=cases)], LLM)
+
+
+@pytest.mark.parametrize("in_turn", [1, -1])
+def test_the_newest_time_counts(in_turn: int) -> None:
+    old, new = some_run("cfg:2", SHAPES[:1]), some_run("cfg:2", SHAPES[:1], slower=0.5)
+    later = dataclasses.replace(old.environment, date="2026-01-02T03:04:06Z")
+    new = dataclasses.replace(new, environment=later)
+    model = CostModel([old, new][::in_turn], LLM)
+    (cfg,) = modes.parse("cfg:2")
+    assert model.measured(cfg, SHAPES[0]) == truth(cfg, SHAPES[0]) / 2
+    assert model.repeated == {(mode, SHAPES[0]) for mode in (modes.ALONE, cfg)}
 
 
 def test_page_marks_what_is_modelled(tmp_path: Path, mot_bench: Any) -> None:

@@ -43,11 +43,34 @@ def test_all_requests(mot_bench: Any, tmp_path: Path) -> None:
 
 
 def test_one_request(mot_bench: Any, tmp_path: Path) -> None:
-    answer = mot_bench(*TINY_RUN, "--request", "text", "--batch", 2, "--output", tmp_path)
+    run = ("e2e", "--random", "tiny", "--context-tokens", 40, "--new-tokens", 5, "--rounds", 2)
+    answer = mot_bench(*run, "--request", "text", "--batch", 2, "--output", tmp_path)
     assert answer.code == 0, answer.err
     (path,) = tmp_path.glob("e2e-*.json")
     (request,) = E2eResults.read(path).requests
     assert (request.name, request.batch) == ("text", 2)
+
+
+def test_rounds_survive_an_interruption(
+    mot_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mot_bench import e2e
+
+    runs = iter(range(100))
+
+    def interrupted(self: Any) -> dict[str, float]:
+        if next(runs) == 2:  # the first is not timed
+            raise KeyboardInterrupt
+        return run(self)
+
+    run = e2e.Writing.run
+    monkeypatch.setattr(e2e.Writing, "run", interrupted)
+    options = ("--request", "text", "--batch", 1, "--rounds", 3, "--output", tmp_path)
+    answer = mot_bench("e2e", "--random", "tiny", "--context-tokens", 40, *options)
+    assert answer.code == 130
+    (path,) = tmp_path.glob("e2e-*.json")
+    results = E2eResults.read(path)
+    assert (len(results.requests), results.complete) == (1, False)
 
 
 def test_a_text_that_ends_early_is_no_measurement(
@@ -56,7 +79,8 @@ def test_a_text_that_ends_early_is_no_measurement(
     from mot_bench import e2e
 
     monkeypatch.setattr(e2e, "write_texts", lambda pipeline, contexts, tokens: 2)
-    answer = mot_bench(*TINY_RUN, "--request", "text", "--batch", 1)
+    options = ("--context-tokens", 40, "--new-tokens", 5, "--batch", 1)
+    answer = mot_bench("e2e", "--random", "tiny", "--request", "text", *options)
     assert answer.code == 1
     assert "1 texts of 5 tokens were asked for, but 2 tokens were written" in answer.err
 
@@ -84,6 +108,8 @@ def test_texts_do_not_end_at_the_end_token() -> None:
         (("--resolution", "2048x64"), "--resolution is '2048x64': height is 2048"),
         (("--request", "video"), "--request is 'video'; expected one of image, edit, text"),
         (("--batch", "0"), "--batch is '0'; expected whole numbers of at least 1"),
+        (("--request", "text"), "--resolution is for image and edit, which --request leaves out"),
+        (("--request", "edit"), "--batch is for text, which --request leaves out"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from bagel_mot.tiny.language import draw_edit, draw_painting
 from bagel_mot.tiny.scenes import Scene
 from PIL import Image
 
-from mot_bench import quality
+from mot_bench import bagel, quality
 from mot_bench.cli import main
+from mot_bench.model_results import Subject
 from mot_bench.quality import TARGETS, contact_sheet, measure
 from mot_bench.quality_command import _image_settings
 
@@ -102,15 +104,21 @@ def test_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     painter = Painter()
-    model = SimpleNamespace(device=torch.device("cpu"), attention=SimpleNamespace(name="math"))
-    painter.model = model  # type: ignore[assignment]
+    painter.model = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
     asked_for: dict[str, object] = {}
 
     def from_pretrained(path: str, **options: object) -> Painter:
         asked_for.update(options, path=path)
         return painter
 
+    subjects: list[Any] = []
+
+    def subject(choice: Any, pipeline: BagelPipeline) -> Subject:
+        subjects.append((choice.folder, choice.weights, pipeline))
+        return Subject("DIR", 1, 2, "float32", "math", "off", "0", "0", choice.weights)
+
     monkeypatch.setattr(BagelPipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(bagel, "subject", subject)
     arguments = ["quality", "--model", "DIR", "--samples", str(SAMPLES), "--device", "cpu"]
     settings = ["--set", "num_timesteps=9", "--set", "cfg_text_scale=2"]
     settings += ["--quantization", "fp8", "--keep-bf16", "first", "--attention", "math"]
@@ -127,16 +135,14 @@ def test_command(
     written = json.loads((tmp_path / "quality.json").read_text())
     assert [task["percent"] for task in written["tasks"]] == [100.0] * len(TARGETS)
     assert (written["schema"], written["kind"]) == (1, "quality")  # by which `report` knows it
-    assert [written[key] for key in ("attention", "quantization", "keep")] == [
-        "math",
-        "fp8",
-        "first",
-    ]
+    assert subjects == [(Path("DIR"), "fp8, first kept", painter)]
+    facts = [written["subject"][key] for key in ("weights", "attention", "quantization")]
+    assert facts == ["DIR", "math", "fp8, first kept"]
     assert written["settings"] == {"num_timesteps": "9", "cfg_text_scale": "2"}
     assert written["command"].startswith("mot-bench quality --model DIR")
     assert {file.name for file in tmp_path.iterdir()} == {"quality.json", "images.png", "edits.png"}
     said = capsys.readouterr().out
-    assert "float32, fp8, first kept, attention math" in said
+    assert "float32, quantization fp8, first kept, attention math" in said
     assert "images: shapes, colours, counts" in said
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, "--output", str(tmp_path)])

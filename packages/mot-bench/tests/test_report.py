@@ -120,7 +120,7 @@ def test_report_table() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "## Some GPU, bfloat16",
+        "## Some GPU, bfloat16, commit abc",
         "```\nmot-bench kernels\n```",
         "| result file | `results.json` |",
         "### `mot_linear`",
@@ -241,17 +241,18 @@ def test_report_of_whole_models() -> None:
     runs = [(Path("a/step.json"), some_steps()), (Path("e2e.json"), some_requests())]
     lines = report([*runs, (Path("accuracy.json"), some_accuracy())]).splitlines()
     for line in (
-        "## Denoising step, Some GPU",
+        "## Denoising step, Some GPU, commit abc",
         "| model | random, 7b, 14.00 billion parameters, bfloat16; weights 28.00 GiB |",
         "mot-bench step --branches 2",
         "| 1024x512, 2 branches | mot | 0.60 | 0.50 | 50 | 99.0 | 3 | 2.00 |",
         "| 1024x512, 2 branches | other | 1.20 | 1.00 | 25 | - | - | - |",
-        "## Requests, Some GPU",
+        "## Requests, Some GPU, commit abc",
         "| image | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | 99 | 31.0 |",
         "| edit | 50 timesteps | 1 | 1.750 | prefill 0.250, denoise 1.500 | - | - |",
-        "## Accuracy, Some GPU",
-        "| none | fa3 | 27.00 | 1.00000 | 0.0e+00 | 1.00000 | 1.00000 | 1.00000 |",
-        "| fp8 | fa3 | 15.00 | 0.99871 | 5.1e-02 | 0.99871 | 0.99987 | 1.00000 |",
+        "## Accuracy, Some GPU, commit abc",
+        "| none | fa3 | 27.00" + 4 * " | 1.00000 (0.0e+00)" + " |",
+        "| fp8 | fa3 | 15.00 | 0.99871 (5.1e-02) | 0.99871 (5.1e-02) | 0.99987 (1.6e-02) "
+        "| 1.00000 (0.0e+00) |",
     ):
         assert line in lines
     assert any("attention slow 40 TFLOP/s, fast 50 TFLOP/s" in line for line in lines)

@@ -268,3 +268,32 @@ def test_warn_once(caplog: pytest.LogCaptureFixture) -> None:
         dispatch.warn_once(message)
     expected = [("mot_kernels", logging.WARNING, m) for m in ("first", "second")]
     assert caplog.record_tuples == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "precision", "capability", "says"),
+    [
+        (256, torch.bfloat16, (9, 0), True),
+        (255, torch.bfloat16, (9, 0), False),
+        (256, torch.float32, (9, 0), False),  # that schedule is for 16 bits
+        (256, torch.bfloat16, (8, 0), False),
+    ],
+)
+def test_what_misses_the_hopper_kernel_is_told_once(
+    rows: int,
+    precision: torch.dtype,
+    capability: tuple[int, int],
+    says: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dispatch, "is_nvidia", lambda device: True)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "_hopper_error", lambda: None)
+    dispatch.warn_once.cache_clear()
+    for _ in range(2):
+        dispatch.warn_portable("fp8", torch.empty(1, 64, dtype=precision), (0, rows), "K is odd")
+    assert [record.getMessage() for record in caplog.records] == [
+        "mot_linear, weights in fp8: the portable kernel runs, which is slower on this GPU than "
+        "schedule 'hopper', because K is odd"
+    ] * says

@@ -47,6 +47,7 @@ def run_accuracy(
     prompt: str,
     command: str,
     say: Callable[[str], None] = lambda line: None,
+    on_variant: Callable[[AccuracyResults], None] = lambda results: None,
 ) -> AccuracyResults:
     """Compute with each variant and compare.
 
@@ -59,6 +60,7 @@ def run_accuracy(
         prompt: what they are of.
         command: kept in the results.
         say: called with a line before each variant.
+        on_variant: called after each one with the results so far.
 
     Raises:
         UsageError: a variant cannot be loaded, or the checkpoint is quantised already.
@@ -67,6 +69,7 @@ def run_accuracy(
     first = variants[0]
     computed: dict[Choice, Computed] = {}
     found: list[VariantResult] = []
+    conditions = environment(device)
     for number, choice in enumerate(variants, start=1):
         attention = "" if choice.attention is None else f", attention {choice.attention}"
         say(f"{number} of {len(variants)}: {choice.weights}{attention}")
@@ -97,22 +100,24 @@ def run_accuracy(
                 attention_alone=distance(torch.cat(own.velocities), torch.cat(same.velocities)),
             )
         )
-    return AccuracyResults(
-        schema=SCHEMA,
-        kind=AccuracyResults.KIND,
-        command=command,
-        environment=environment(device),
-        subject=reference,
-        protocol="velocities of the first step and logits after the prompt, each variant's "
-        "against the first one's; reckoned in float64",
-        complete=True,
-        height=size[0],
-        width=size[1],
-        branches=branches,
-        batch=batch,
-        prompt=prompt,
-        variants=tuple(found),
-    )
+        results = AccuracyResults(
+            schema=SCHEMA,
+            kind=AccuracyResults.KIND,
+            command=command,
+            environment=conditions,
+            subject=reference,
+            protocol="velocities of the first step and logits after the prompt, each variant's "
+            "against the first one's; reckoned in float64",
+            complete=len(found) == len(variants),
+            height=size[0],
+            width=size[1],
+            branches=branches,
+            batch=batch,
+            prompt=prompt,
+            variants=tuple(found),
+        )
+        on_variant(results)
+    return results
 
 
 @torch.no_grad()

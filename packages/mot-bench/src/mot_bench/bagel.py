@@ -17,6 +17,7 @@ from bagel_mot.config import BagelConfig
 from bagel_mot.context import Context, Contexts
 from bagel_mot.denoising import Denoising
 from bagel_mot.graphs import Workspace
+from bagel_mot.model.layout import LARGE_PICTURE
 from bagel_mot.parallel import ParallelConfig
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.quantization import Quantization
@@ -76,8 +77,8 @@ def variants(
         backends: of attention.
 
     Raises:
-        UsageError: a format is not known, the model's sizes do not go with it, or nothing is
-            left to be kept.
+        UsageError: a format is not known, the model's sizes do not go with it, nothing is left
+            to be kept, or there is one variant only.
     """
     llm = config_of(choice).llm
     quantized = [name for name in dict.fromkeys(formats) if name != "none"]
@@ -90,11 +91,17 @@ def variants(
             raise UsageError(f"--quantization is {name!r}: {error}") from error
     plain = dataclasses.replace(choice, quantization=None, keep="")
     weights = [plain, *(dataclasses.replace(plain, quantization=n, keep=keep) for n in quantized)]
-    return [
+    found = [
         dataclasses.replace(each, attention=backend)
         for each in weights
         for backend in dict.fromkeys(backends)
     ]
+    if len(found) < 2:
+        raise UsageError(
+            "--quantization and --attention leave nothing to compare the model with; give a "
+            "format, or two backends"
+        )
+    return found
 
 
 def config_of(choice: Choice) -> BagelConfig:
@@ -197,6 +204,15 @@ def denoising(
     """
     workspace = Workspace(pipeline.model) if eagerly else pipeline.workspace
     return Denoising(pipeline.model, pipeline.tokenizer, jobs, pipeline.parallel, workspace)
+
+
+def check_attention(option: str, backends: Sequence[str | None], rows: int) -> None:
+    """Refuse a comparison with attention in 8 bits of a picture that is too small for it."""
+    if "fa3-fp8" in backends and rows < LARGE_PICTURE:
+        raise UsageError(
+            f"{option} names fa3-fp8, which is fa3 for pictures of fewer than {LARGE_PICTURE:,} "
+            f"rows; this one has {rows:,}"
+        )
 
 
 def check_size(config: BagelConfig, option: str, height: int, width: int) -> None:

@@ -23,6 +23,7 @@ from mot_bench import __version__, model_cli, options
 from mot_bench.cases import BRANCHES, IMAGE_TOKENS, LinearCase, Routing, routings, select
 from mot_bench.console import best_device_or_say, command_line, screen
 from mot_bench.errors import MeasurementError, UsageError
+from mot_bench.pages_cli import modes, report
 from mot_bench.serve.command import serve
 
 if TYPE_CHECKING:
@@ -252,36 +253,8 @@ def tune(
     typer.echo(f"use it with: export MOT_TUNED_CONFIG_DIR={shlex.quote(str(folder.resolve()))}")
 
 
-@app.command()
-def report(
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="JSON", help="Results of kernels, step, e2e and accuracy."),
-    ],
-    output: Annotated[Path, typer.Option(metavar="FILE.md", help="The page to write.")],
-) -> None:
-    """Write a Markdown page from result files; those of quality and serve are left out."""
-    from mot_bench.files import write_text
-    from mot_bench.report import NotOnThePage, read
-    from mot_bench.report import report as page
-
-    options.page_file(output)
-    runs = []
-    for path in files:
-        try:
-            runs.append((path, read(path)))
-        except OSError as error:
-            raise UsageError(f"JSON is {str(path)!r}: {error.strerror}") from error
-        except NotOnThePage as error:  # `results/*.json` names it, too
-            typer.echo(f"mot-bench: left out: {error}", err=True)
-        except ValueError as error:
-            raise UsageError(f"JSON is {str(path)!r}: {error}") from error
-    if not runs:
-        raise UsageError("JSON names no results of kernels, step, e2e or accuracy")
-    write_text(output, page(runs))
-    typer.echo(output)
-
-
+app.command()(report)
+app.command()(modes)
 app.command()(serve)
 
 

@@ -54,6 +54,12 @@ def screen(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=150)
 
 
+def is_given(context: typer.Context, parameter: str) -> bool:
+    """Whether a parameter's option is on the command line, rather than its default at work."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"  # typer has click's or its own
+
+
 def command_line(arguments: Sequence[str]) -> str:
     """What to type to measure the same again; where files went does not belong to it."""
     kept = without([each for each in arguments if each != "--plot"], "--output")

@@ -166,7 +166,7 @@ def _kind(run: ParallelResults) -> str:
     subject = run.subject
     return (
         f"{run.environment.device} with {subject.weights} in {subject.dtype}, quantization "
-        f"{subject.quantization}"
+        f"{subject.quantization}, attention {subject.attention}, CUDA graphs {subject.cuda_graphs}"
     )
 
 
@@ -175,7 +175,7 @@ class CostModel:
 
     Args:
         runs: of one model, in one dtype and format, on one kind of GPU; at least one has a single
-            rank. What several of them measured counts as the first did.
+            rank. What several of them measured counts as the newest did.
         llm: the model's sizes.
 
     Attributes:
@@ -189,10 +189,10 @@ class CostModel:
     """
 
     def __init__(self, runs: Iterable[ParallelResults], llm: LlmConfig) -> None:
-        runs = list(runs)
+        runs = sorted(runs, key=lambda run: run.environment.date, reverse=True)
         if len(kinds := {_kind(run) for run in runs}) != 1:
             raise UsageError(
-                f"the results are of {len(kinds)} devices, models, dtypes or quantizations; "
+                f"the results are of {len(kinds)} devices, models or ways to run them; "
                 f"expected one: {'; '.join(sorted(kinds))}"
             )
         self.llm = llm

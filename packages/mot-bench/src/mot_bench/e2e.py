@@ -188,6 +188,7 @@ def run_e2e(
     rounds: int,
     command: str,
     say: Callable[[str], None] = lambda line: None,
+    on_round: Callable[[E2eResults], None] = lambda results: None,
 ) -> E2eResults:
     """Measure requests, in turns.
 
@@ -197,8 +198,25 @@ def run_e2e(
         rounds: samples of each. One more run comes first, and one under the profiler last.
         command: kept in the results.
         say: called with what is done next.
+        on_round: called after each round with the results so far.
     """
     conditions = environment(device)
+
+    def results(*, complete: bool) -> E2eResults:
+        return E2eResults(
+            schema=SCHEMA,
+            kind=E2eResults.KIND,
+            command=command,
+            environment=conditions,
+            subject=subject,
+            protocol=(
+                "host clock with the device idle at the ends of each phase, median and 20th/80th "
+                f"percentile of {rounds} rounds over all requests, order reversed every other one"
+            ),
+            complete=complete,
+            requests=tuple(map(_result, requests, records)),
+        )
+
     records = [_Record() for _ in requests]
     for request, record in zip(requests, records, strict=True):
         say(f"{request.name}: first run")
@@ -208,21 +226,10 @@ def run_e2e(
         pairs = list(zip(requests, records, strict=True))
         for request, record in pairs if index % 2 == 0 else reversed(pairs):
             record.rounds.append(request.run())
+        on_round(results(complete=False))
     for request, record in zip(requests, records, strict=True):
         record.loop = request.observe()
-    return E2eResults(
-        schema=SCHEMA,
-        kind=E2eResults.KIND,
-        command=command,
-        environment=conditions,
-        subject=subject,
-        protocol=(
-            "host clock with the device idle at the ends of each phase, median and 20th/80th "
-            f"percentile of {rounds} rounds over all requests, order reversed every other one"
-        ),
-        complete=True,
-        requests=tuple(map(_result, requests, records)),
-    )
+    return results(complete=True)
 
 
 def _result(request: Painting | Writing, record: _Record) -> RequestResult:

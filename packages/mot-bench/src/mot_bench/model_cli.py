@@ -1,4 +1,4 @@
-"""The commands that measure whole models: `step`, `e2e`, `accuracy`, `quality`; and `modes`."""
+"""The commands that measure whole models: `step`, `e2e`, `accuracy`, `quality`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from mot_bench import options
-from mot_bench.console import command_line, screen
-from mot_bench.errors import MeasurementError, UsageError
+from mot_bench.console import command_line, is_given, screen
+from mot_bench.errors import UsageError
 from mot_bench.model_options import (
-    NO_MODEL,
     AttentionOption,
     CfgParallelOption,
     DeviceOption,
@@ -31,6 +30,11 @@ from mot_bench.model_options import (
 
 PROVIDERS = ("mot", "gather-scatter")
 REQUESTS = ("image", "edit", "text")
+# Requests, and the options that are for them alone.
+_OPTIONS_OF = {
+    ("image", "edit"): ("resolution", "timesteps", "prompt_tokens"),
+    ("text",): ("batch", "context_tokens", "new_tokens"),
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +43,6 @@ def register(app: typer.Typer) -> None:
     app.command()(e2e)
     app.command()(accuracy)
     app.command()(quality)
-    app.command()(modes)
 
 
 def step(
@@ -211,6 +214,11 @@ def e2e(
     for name in names:
         options.one_of("--request", name, REQUESTS)
     batches = options.integers("--batch", batch, least=1, example="1,16")
+    for requests_with, own in _OPTIONS_OF.items():
+        given = [each for each in own if is_given(context, each)]
+        if given and not set(requests_with) & set(names):
+            option, whose = given[0].replace("_", "-"), " and ".join(requests_with)
+            raise UsageError(f"--{option} is for {whose}, which --request leaves out")
     folder = None if output is None else options.output_folder(output)
     choice, place = choose(
         model,
@@ -225,10 +233,12 @@ def e2e(
 
     from mot_bench import bagel, model_tables
     from mot_bench import e2e as runs
+    from mot_bench.model_results import E2eResults
 
     pipeline = bagel.load(choice, place)
     subject = bagel.subject(choice, pipeline)
-    bagel.check_size(pipeline.config, "--resolution", *size)
+    if {"image", "edit"} & set(names):
+        bagel.check_size(pipeline.config, "--resolution", *size)
     requests: list[runs.Painting | runs.Writing] = []
     if "image" in names:
         requests.append(runs.painting(pipeline, size, timesteps, prompt_tokens))
@@ -236,6 +246,11 @@ def e2e(
         requests.append(runs.editing(pipeline, size, timesteps, prompt_tokens))
     if "text" in names:
         requests += [runs.Writing(pipeline, count, context_tokens, new_tokens) for count in batches]
+
+    def write(results: E2eResults) -> None:
+        if folder is not None:
+            results.write(folder / results.file_name())
+
     results = runs.run_e2e(
         requests,
         subject,
@@ -243,15 +258,15 @@ def e2e(
         rounds=rounds,
         command=command_line(context.obj),
         say=lambda line: typer.echo(f"mot-bench: {line}", err=True),
+        on_round=write,
     )
+    write(results)
     console = screen()
     console.print(model_tables.e2e_heading(results), highlight=False, markup=False)
     for each in results.requests:
         console.print(model_tables.e2e_table(each, results))
     if folder is not None:
-        path = folder / results.file_name()
-        results.write(path)
-        typer.echo(path)
+        typer.echo(folder / results.file_name())
 
 
 def accuracy(
@@ -259,7 +274,8 @@ def accuracy(
     model: ModelOption = None,
     random: RandomOption = None,
     quantization: Annotated[
-        str, typer.Option(metavar="FORMAT,...", help="Formats of the decoder layers' weights.")
+        str,
+        typer.Option(metavar="FORMAT,...", help="Formats of the decoder layers' weights, or none."),
     ] = "fp8,int8,w8a16,w4a16",
     keep_bf16: KeepOption = "",
     attention: Annotated[
@@ -293,8 +309,16 @@ def accuracy(
 
     from mot_bench import bagel, model_tables
     from mot_bench.accuracy import run_accuracy
+    from mot_bench.model_results import AccuracyResults
 
-    bagel.check_size(bagel.config_of(choice), "--resolution", *size)
+    def write(results: AccuracyResults) -> None:
+        if folder is not None:
+            results.write(folder / results.file_name())
+
+    config = bagel.config_of(choice)
+    bagel.check_size(config, "--resolution", *size)
+    rows = size[0] * size[1] // config.latent_token_pixels**2 + 2
+    bagel.check_attention("--attention", backends, rows)
     results = run_accuracy(
         bagel.variants(choice, formats, keep_bf16, backends),
         place,
@@ -304,14 +328,13 @@ def accuracy(
         prompt=prompt,
         command=command_line(context.obj),
         say=lambda line: typer.echo(f"mot-bench: {line}", err=True),
+        on_variant=write,
     )
     console = screen()
     console.print(model_tables.accuracy_heading(results), highlight=False, markup=False)
     console.print(model_tables.accuracy_table(results))
     if folder is not None:
-        path = folder / results.file_name()
-        results.write(path)
-        typer.echo(path)
+        typer.echo(folder / results.file_name())
 
 
 def quality(
@@ -355,45 +378,3 @@ def quality(
         command=command_line(context.obj),
         screen=screen(),
     )
-
-
-def modes(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="JSON", help="Results of step on several ranks.")
-    ],
-    output: Annotated[Path, typer.Option(metavar="FILE.md", help="The page to write.")],
-    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to choose for.")] = "1,2,4,8",
-) -> None:
-    """Write which mode to choose, by what was measured and by a model that it calibrates."""
-    counts = options.integers("--gpus", gpus, least=1, example="1,2,4,8")
-    options.page_file(output)
-
-    from mot_bench.files import write_text
-    from mot_bench.parallel_results import ParallelResults
-
-    try:
-        from bagel_mot.cli_io import quiet_vllm
-
-        quiet_vllm()
-        from bagel_mot.synthetic import SIZES as MODELS
-
-        from mot_bench.cost import CostModel
-        from mot_bench.parallel_page import modes_page
-    except ImportError as error:
-        raise MeasurementError(NO_MODEL.format(error)) from error
-
-    runs = []
-    for path in files:
-        try:
-            runs.append((path, ParallelResults.read(path)))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"JSON is {str(path)!r}: {error}") from error
-    size = runs[0][1].subject.weights.removeprefix("random, ")
-    # Whoever trained it, a checkpoint of BAGEL has these sizes.
-    model = CostModel([run for _, run in runs], MODELS.get(size, MODELS["7b"]).llm)
-    if model.repeated:
-        many = len(model.repeated)
-        line = f"{many} times were measured in more than one file, of which the first counts"
-        typer.echo(f"mot-bench: {line}", err=True)
-    write_text(output, modes_page(runs, model, counts))
-    typer.echo(output)

@@ -19,7 +19,7 @@ from mot_bench.model_results import (
     Subject,
 )
 from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults, ms, span
-from mot_bench.report_model import ACCURACY_COLUMNS, accuracy_cells
+from mot_bench.report_model import ACCURACY_COLUMNS, ACCURACY_KEY, accuracy_cells
 from mot_bench.results import Environment, rate
 
 _GIB = 1 << 30
@@ -174,9 +174,7 @@ def accuracy_heading(results: AccuracyResults) -> str:
     return (
         f"{_where(results.environment, results.subject)}\n"
         f"{results.height}x{results.width}, {_count(results.branches, 'branch', 'branches')}, "
-        f"{_count(results.batch, 'image', 'images')}, {results.prompt!r}. Cosines with the first "
-        "variant; of velocities the branch that is worst, and how far it is off (relative L2). "
-        "attention alone: velocities against the same weights with the first backend."
+        f"{_count(results.batch, 'image', 'images')}, {results.prompt!r}\n" + ACCURACY_KEY
     )
 
 

@@ -29,7 +29,7 @@ def modes_page(
         "result files": ", ".join(
             f"`{path.name}` (commit {run.environment.commit})" for path, run in runs
         )
-        + ("; of times in several, the first counts" if model.repeated else ""),
+        + ("; of times in several, the newest counts" if model.repeated else ""),
     }
     parts = [
         "# Which mode for how many GPUs",

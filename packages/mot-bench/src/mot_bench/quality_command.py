@@ -50,7 +50,9 @@ def run_quality(
         from bagel_mot import BagelPipeline
         from bagel_mot.loading import usual_dtype
         from bagel_mot.quantization import Quantization
+        from bagel_mot.tiny import model_folder as folder_of
 
+        from mot_bench.bagel import Choice, subject
         from mot_bench.environment import environment
         from mot_bench.quality import TARGETS, contact_sheet, measure
     except ImportError as error:
@@ -89,10 +91,12 @@ def run_quality(
         )
     seconds = time.monotonic() - began
     where = environment(pipeline.model.device)
-    weights = "" if quantization is None else f", {quantization}" + f", {keep} kept" * bool(keep)
+    facts = subject(
+        Choice(folder_of(model), "", dtype, quantization=quantization, keep=keep), pipeline
+    )
     screen.print(
-        f"{where.device}, {dtype}{weights}, attention {pipeline.model.attention.name}, torch "
-        f"{where.torch}, {seconds:.0f} s",
+        f"{where.device}, {dtype}, quantization {facts.quantization}, attention "
+        f"{facts.attention}, torch {where.torch}, {seconds:.0f} s",
         highlight=False,
     )
     screen.print(quality_table(measured))
@@ -106,9 +110,7 @@ def run_quality(
             "command": command,
             "environment": asdict(where),
             "dtype": dtype,
-            "attention": pipeline.model.attention.name,
-            "quantization": quantization,
-            "keep": keep,
+            "subject": asdict(facts),
             "samples": samples,
             "seed": seed,
             "settings": settings,

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from mot_bench.markdown import environment_facts, percent, table
 from mot_bench.model_results import (
     AccuracyResults,
+    Distance,
     E2eResults,
     Run,
     StepCase,
@@ -21,8 +22,12 @@ from mot_bench.parallel_results import ModeResult, ParallelCase, ParallelResults
 from mot_bench.results import rate
 
 ACCURACY_COLUMNS = (
-    *("weights", "attention", "GiB", "velocities", "off by", "guided", "logits"),
-    "attention alone",
+    *("weights", "attention", "GiB", "velocities", "guided", "logits", "attention alone"),
+)
+ACCURACY_KEY = (
+    "Cosines with the first line's, and by how much numbers are off (relative L2, all in one "
+    "vector); of velocities the branch that is worst. Attention alone: velocities against the same "
+    "weights with the first backend."
 )
 
 
@@ -120,9 +125,7 @@ def accuracy_sections(path: PurePath, results: AccuracyResults) -> list[str]:
     return [
         *_opening(f"Accuracy, {results.environment.device}", path, results),
         f'{results.height}x{results.width}, {branches}, {images}, "{results.prompt}". '
-        "Cosines with the first line's; of velocities the branch that is worst, and how far it is "
-        "off (relative L2). Attention alone: velocities against the same weights with the first "
-        "backend.",
+        + ACCURACY_KEY,
         table(ACCURACY_COLUMNS, [accuracy_cells(each) for each in results.variants]),
     ]
 
@@ -133,18 +136,22 @@ def accuracy_cells(variant: VariantResult) -> list[str]:
         variant.weights,
         variant.attention,
         f"{variant.bytes / 2**30:.2f}",
-        f"{min(each.cosine for each in variant.velocities):.5f}",
-        f"{max(each.relative for each in variant.velocities):.1e}",
-        f"{variant.guided.cosine:.5f}",
-        f"{variant.logits.cosine:.5f}",
-        f"{variant.attention_alone.cosine:.5f}",
+        _distance(max(variant.velocities, key=lambda each: each.relative)),
+        _distance(variant.guided),
+        _distance(variant.logits),
+        _distance(variant.attention_alone),
     ]
+
+
+def _distance(found: Distance) -> str:
+    return f"{found.cosine:.5f} ({found.relative:.1e})"
 
 
 def _opening(
     title: str, path: PurePath, results: Run, more: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
     model = results.subject
+    quantization = "" if model.quantization == "none" else f", {model.quantization}"
     facts = environment_facts(results.environment) | {
         "model": f"{model.weights}, {model.parameters / 1e9:.2f} billion parameters, "
         f"{model.dtype}; weights {model.bytes / 2**30:.2f} GiB",
@@ -156,7 +163,7 @@ def _opening(
         "result file": f"`{path.name}`",
     }
     parts = [
-        f"## {title}" + ("" if model.quantization == "none" else f", {model.quantization}"),
+        f"## {title}{quantization}, commit {results.environment.commit[:7]}",
         table(["", ""], [[key, value] for key, value in facts.items()]),
         f"Repeat it with:\n\n```\n{results.command}\n```",
     ]

@@ -6,7 +6,7 @@ import enum
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ logger = logging.getLogger("mot_kernels")
 HOPPER_ROW_BYTES = 128
 """Bytes of a row of x, or of the weight, that schedule "hopper" multiplies at a time."""
 
+# From so many rows of an expert on, the Hopper kernel is the faster one for all weights.
+_HOPPER_ROWS = 256
 _HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -209,6 +211,30 @@ def why_not_hopper_format(
     if isinstance(x, QuantizedRows):
         return why_not_hopper(out, x.data, weight.data, bias, residual, rounds_groups=rounds_groups)
     return why_not_hopper(out, x, None, bias, residual)
+
+
+def warn_portable(
+    weights: str, x: torch.Tensor | QuantizedRows, counts: Sequence[int], why: str
+) -> None:
+    """Say once that a call of many rows has the portable kernel where Hopper's would be faster.
+
+    Args:
+        weights: what they are, in words.
+        x: rows that are multiplied.
+        counts: rows of each expert.
+        why: from `why_not_hopper` or `why_not_hopper_format`.
+    """
+    if (
+        max(counts) >= _HOPPER_ROWS
+        and x.dtype in _HOPPER_DTYPES
+        and is_nvidia(x.device)
+        and _capability(x.device) == (9, 0)
+        and _hopper_error() is None
+    ):
+        warn_once(
+            f"mot_linear, weights in {weights}: the portable kernel runs, which is slower on this "
+            f"GPU than schedule 'hopper', because {why}"
+        )
 
 
 @functools.cache

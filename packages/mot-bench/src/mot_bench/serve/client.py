@@ -18,6 +18,9 @@ from mot_bench.serve.failure import Failure, excerpt
 _POLL_SECONDS = 0.5
 
 
+_MANY_FILES = 10_240
+
+
 @dataclass(frozen=True)
 class Reply:
     """What came back, and when.
@@ -35,8 +38,10 @@ class Reply:
 
 def connect(base_url: str, api_key: str | None) -> httpx.AsyncClient:
     """A client for as many connections as there are requests under way."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each is an open file
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # each is an open file
+    # Where there is no limit, some systems (macOS) refuse to have none.
+    wanted = max(now, _MANY_FILES) if most == resource.RLIM_INFINITY else most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     return httpx.AsyncClient(
         base_url=base_url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},

@@ -16,7 +16,7 @@ from mot_kernels._triton.linear import _mot_linear_kernel
 from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel, _mot_rms_norm_kernel
 from mot_kernels._triton.rounding import _E4M3, _INT8, _KEEP
 from mot_kernels.checks import check_reach
-from mot_kernels.dispatch import why_not_hopper
+from mot_kernels.dispatch import warn_portable, why_not_hopper
 from mot_kernels.plan import tile_range
 from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
@@ -72,6 +72,8 @@ def launch_linear(
     if config is None:
         problem = Problem(n, k, x.dtype, epilogue, counts)
         config = find_config(problem, x.device, hopper=no_hopper is None)
+        if no_hopper is not None and config.schedule == "portable":
+            warn_portable("16 bits", x, counts, no_hopper)
     table = tile_range(tile_offsets, config.block_m, len(counts))
     if config.schedule == "hopper" and no_hopper is not None:
         raise ValueError(f"config has schedule 'hopper', but {no_hopper}")

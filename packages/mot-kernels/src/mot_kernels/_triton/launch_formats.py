@@ -26,7 +26,7 @@ from mot_kernels._triton.launcher import (
 from mot_kernels._triton.linear_8bit import _mot_linear_8bit_kernel
 from mot_kernels._triton.linear_16bit import _mot_linear_16bit_kernel
 from mot_kernels.checks import check_reach
-from mot_kernels.dispatch import why_not_hopper_format
+from mot_kernels.dispatch import warn_portable, why_not_hopper_format
 from mot_kernels.formats import BLOCK, ExpertWeight, Int4W4A16, QuantizedRows
 from mot_kernels.plan import expert_tiles, tile_range
 from mot_kernels.replay import Again, Keep
@@ -80,6 +80,8 @@ def launch_linear_format(
         # Sparing a pass over the result is worth more than the best width for the product alone.
         if rounds_groups and config.schedule == "hopper":
             config = replace(config, block_n=2 * BLOCK, num_stages=min(config.num_stages, 4))
+        if no_hopper is not None and config.schedule == "portable" and not rounds_groups:
+            warn_portable(str(weight.format), x, counts, no_hopper)
     else:
         check_format_config(config, weight.format)
     # A program has whole groups of SiLU*mul where it has gate and up of 128 columns.
