@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -159,6 +160,18 @@ def test_to_rgb_composites_on_white() -> None:
     for x, pixel in enumerate([(200, 10, 0, 0), (200, 10, 0, 255), (0, 0, 0, 51)]):
         image.putpixel((x, 0), pixel)
     assert colours(to_rgb(image)) == [(255, 255, 255), (200, 10, 0), (204, 204, 204)]
+
+
+def test_to_rgb_turns_photos(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (96, 64))
+    photo.paste((255, 255, 255), (0, 0, 96, 8))
+    photo.save(tmp_path / "photo.png", exif=exif)
+    turned = to_rgb(Image.open(tmp_path / "photo.png"))
+    assert turned.size == (64, 96)
+    assert turned.getpixel((63, 48)) == (255, 255, 255) and turned.getpixel((0, 48)) == (0, 0, 0)
+    assert to_rgb(turned) is turned
 
 
 def test_to_rgb_palette_transparency() -> None:

@@ -42,6 +42,20 @@ from bagel_mot.sampling import ImageSettings, Step
         pytest.param(["a"], {"num_images": 0}, ValueError, "num_images is 0", id="no-images"),
         pytest.param(
             ["a"],
+            {"output": "text", "num_images": 3},
+            ValueError,
+            "num_images is 3, height None and width None, but output is 'text'",
+            id="texts",
+        ),
+        pytest.param(
+            ["a"],
+            {"output": "text", "height": 64, "width": 64},
+            ValueError,
+            "height 64 and width 64, but output is 'text', of which there is one; leave them out",
+            id="text-of-a-size",
+        ),
+        pytest.param(
+            ["a"],
             {"max_text_tokens": 2**20 + 1},
             ValueError,
             "max_text_tokens is 1048577; expected at most 1048576",
@@ -254,14 +268,17 @@ def test_temperature_in_vain(cpu: BagelPipeline, caplog: pytest.LogCaptureFixtur
         cpu.prepare(request)
         assert caplog.messages == ["temperature has no effect: no text is written"]
         cpu.prepare(replace(request, think=True, max_text_tokens=2))
-        cpu.prepare(replace(request, output="text", max_text_tokens=2))
+        cpu.prepare(Request(["a fox"], output="text", temperature=0.5, max_text_tokens=2))
     assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"output": "text", "max_text_tokens": 1}, "no image is painted"),
+        (
+            {"output": "text", "max_text_tokens": 1, "height": None, "width": None},
+            "no image is painted",
+        ),
         ({"settings": ImageSettings(cfg_text_scale=1)}, "nothing guides away from it"),
     ],
     ids=["text", "unguided"],

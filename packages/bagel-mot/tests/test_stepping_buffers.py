@@ -44,6 +44,28 @@ def shapes_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 # --- reuse
 
 
+def test_a_first_step_that_fails_can_be_made_again(
+    roomy: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job() -> ImageJob:
+        return ImageJob(contexts_of(roomy, "a fox"), noise_of(0), GRID, GUIDED)
+
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError("the KV cache does not fit")
+
+    workspace = Workspace(roomy.model)
+    alone, retried = (
+        Denoising(roomy.model, roomy.tokenizer, [job()], workspace=workspace) for _ in range(2)
+    )
+    (want,) = [step.kept() for step in alone.step()]
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "cache", no_memory)
+        with pytest.raises(MemoryError):
+            retried.step()
+    (got,) = retried.step()
+    assert torch.equal(got.latents, want.latents)
+
+
 def test_prompts_of_other_lengths_use_the_same_buffers(
     roomy: BagelPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,28 +122,14 @@ class Denoising:
 
     def _moved_in(self) -> StepRunner:
         """The runner, with this batch's prefixes in the cache and its latents in the buffer."""
-        shape, workspace = self._shape, self._workspace
+        workspace = self._workspace
         self.model.rope_for(1 + max(context.position for context in self._contexts))
         if workspace.enter(self._token):
-            heads = slice(0, self.model.kv_heads)
-            if self.parallel.sp is not None:
-                heads = self.parallel.sp.cached_heads(self.model.kv_heads)
-            self._runner = None  # an outgrown cache is to go before there is a larger one
-            cache = workspace.cache(shape.cache_rows, heads.stop - heads.start)
-            if self.model.attention.needs_finite_rows:
-                cache.kv.zero_()  # others may have left anything
-            self._runner = workspace.shaped(
-                shape,
-                lambda: StepRunner(workspace, self._marker_rows(), shape, cache, self.parallel),
-            )
-            self._views = [self._runner.x[job.tokens] for job in shape.jobs]
-            for copy, context in zip(shape.copies, self._contexts, strict=True):
-                if copy.cfg_place == self.parallel.cfg_rank:
-                    cache.copy_rows(context.cache, context.length, copy.kv_start, heads)
-            workspace.on_leave = partial(
-                _save_latents,
-                [(weakref.ref(job), v) for job, v in zip(self.jobs, self._views, strict=True)],
-            )
+            try:
+                self._move_in()
+            except BaseException:
+                workspace.leave(self._token)  # the next step moves in anew
+                raise
         assert self._runner is not None
         for job, view in zip(self.jobs, self._views, strict=True):
             if job.latents is not view and not job.done:
@@ -155,6 +141,28 @@ class Denoising:
                 view.copy_(to_device(job.latents, view.device))
                 job.latents = view
         return self._runner
+
+    def _move_in(self) -> None:
+        shape, workspace = self._shape, self._workspace
+        heads = slice(0, self.model.kv_heads)
+        if self.parallel.sp is not None:
+            heads = self.parallel.sp.cached_heads(self.model.kv_heads)
+        self._runner = None  # an outgrown cache is to go before there is a larger one
+        cache = workspace.cache(shape.cache_rows, heads.stop - heads.start)
+        if self.model.attention.needs_finite_rows:
+            cache.kv.zero_()  # others may have left anything
+        self._runner = workspace.shaped(
+            shape,
+            lambda: StepRunner(workspace, self._marker_rows(), shape, cache, self.parallel),
+        )
+        self._views = [self._runner.x[job.tokens] for job in shape.jobs]
+        for copy, context in zip(shape.copies, self._contexts, strict=True):
+            if copy.cfg_place == self.parallel.cfg_rank:
+                cache.copy_rows(context.cache, context.length, copy.kv_start, heads)
+        workspace.on_leave = partial(
+            _save_latents,
+            [(weakref.ref(job), v) for job, v in zip(self.jobs, self._views, strict=True)],
+        )
 
     def _set_controls(self, runner: StepRunner) -> None:
         """Put what the step needs of the schedules into the runner's buffers."""

@@ -6,7 +6,7 @@ Everything reproduces the official preprocessing to the bit, with Pillow and tor
 from __future__ import annotations
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from bagel_mot.config import ImageLimits
@@ -35,7 +35,7 @@ def check_depth(image: Image.Image, name: str = "image") -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB picture, transparency composited on white.
+    """An RGB picture, upright as its EXIF says, transparency composited on white.
 
     As in the official code, what counts as transparent is mode RGBA and any picture with a
     transparency entry (palettes, PNG colour keys). Modes that merely carry an alpha band, such as
@@ -47,6 +47,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     _check_image("image", image)
     check_depth(image)
+    # Cameras write pictures as their sensor lies, and say how to turn them.
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     try:
         if image.mode == "RGBA" or image.info.get("transparency") is not None:
             layered = image.convert("RGBA")

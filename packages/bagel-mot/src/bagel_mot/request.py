@@ -79,6 +79,11 @@ class Request:
                 f"num_images is {self.num_images} and max_text_tokens {self.max_text_tokens}; "
                 "both start at 1"
             )
+        if self.output == "text" and (self.num_images > 1 or self.height or self.width):
+            raise ValueError(
+                f"num_images is {self.num_images}, height {self.height} and width {self.width}, "
+                "but output is 'text', of which there is one; leave them out"
+            )
         for name, most in (("num_images", MOST_IMAGES), ("max_text_tokens", MOST_TEXT_TOKENS)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at most {most}")

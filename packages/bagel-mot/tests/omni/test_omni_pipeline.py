@@ -91,6 +91,28 @@ def test_batch_of_different_requests(pipeline: Any) -> None:
             assert levels_apart(image_of(one), image_of(other)) <= 1
 
 
+@pytest.mark.parametrize("place", ["prepare", "finish"])
+def test_request_that_fails_in_a_batch(
+    place: str, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, or of numbers that are finite: its neighbours get their pictures."""
+    own = getattr(pipeline._core, place)
+    calls = iter(range(10))
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 0:
+            raise RuntimeError("x holds NaN")
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(pipeline._core, place, fails)
+    case = GOLDEN.case("a1")
+    first, second = pipeline.forward(
+        batch(golden_request(case, "bad"), golden_request(case, "good"))
+    )
+    assert (first.error, first.output) == ("x holds NaN", None)
+    assert_recorded_image(case, image_of(second))
+
+
 def test_bad_request_in_a_batch(pipeline: Any) -> None:
     """It fails alone, as its sender's error."""
     good = golden_request(GOLDEN.case("a1"), "good")

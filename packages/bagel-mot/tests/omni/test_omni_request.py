@@ -142,9 +142,29 @@ def test_picture_is_turned(config: Any, tmp_path: Path) -> None:
     assert read(config, prompt).request.parts[0].size == (64, 96)
 
 
-@pytest.mark.parametrize(("given", "seen"), [(-1, 2**63 - 1), (-(2**63), 0), (5, 5)])
-def test_any_64_bits_are_a_seed(config: Any, given: int, seen: int) -> None:
-    assert read(config, "a fox", seed=given).request.seed == seen
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1, 5])
+@pytest.mark.parametrize("made", [False, True], ids=["seed", "generator"])
+def test_any_64_bits_are_a_seed(config: Any, seed: int, made: bool) -> None:
+    """For several images, too; vLLM-Omni makes a generator of it."""
+    from bagel_mot.plugins.omni_noise import noise_sources
+
+    asked = read(config, "a fox", seed=seed, num_outputs_per_prompt=2).request
+    assert (asked.seed, asked.num_images) == (None, 2)
+    options = {"generator": torch.Generator().manual_seed(seed)} if made else {}
+    sources = noise_sources(sampling(seed=seed, **options), 2)
+    for i, source in enumerate(sources):
+        expected = torch.randn(4, generator=torch.Generator().manual_seed(seed + i))
+        assert torch.equal(source.normal(4), expected)
+
+
+def test_a_negative_seed_on_a_gpu_is_drawn_on_the_cpu() -> None:
+    """The generator there is vLLM-Omni's: it knows seed -1 as 2^64 - 1."""
+    from bagel_mot.plugins import omni_noise
+
+    theirs = SimpleNamespace(device=torch.device("cuda"), initial_seed=lambda: 2**64 - 1)
+    asked = SimpleNamespace(seed=-1, generator_device=None)
+    assert not omni_noise._wanted(theirs, asked)
+    assert omni_noise._wanted(theirs, SimpleNamespace(seed=-2, generator_device=None))
 
 
 def test_picture_without_text(config: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +69,20 @@ def test_config_of_a_hub() -> None:
     assert ours == BagelConfig.from_folder(GOLDEN.checkpoint)
     assert (theirs.llm, theirs.vit, theirs.vit_grid) == (ours.llm, ours.vit, ours.vit_grid)
     assert theirs.vit_transform.max_side == 980
+
+
+def test_config_of_a_smaller_table(tmp_path: Path) -> None:
+    """Pictures are made small enough for it, as in the pipeline."""
+    for file in GOLDEN.checkpoint.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    limits = tmp_path / "oracle_config.json"
+    if limits.exists():
+        limits.unlink()  # then they are the official ones
+    hf = SimpleNamespace(vit_max_num_patch_per_side=6)
+    found = bagel_config(SimpleNamespace(model=str(tmp_path), hf_config=hf))
+    assert found == BagelConfig.from_folder(tmp_path).with_grids(found.latent_grid**2, 36)
+    assert found.vit_grid == 6
+    assert found.vit_transform.max_side == 6 * found.vit.patch_size
 
 
 def test_check_tokenizer(caplog: pytest.LogCaptureFixture) -> None:

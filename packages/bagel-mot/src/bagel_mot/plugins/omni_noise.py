@@ -31,7 +31,8 @@ class GivenNoise(Noise):
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers, float32 on the generator's device."""
-        return torch.randn(*shape, generator=self._given, device=self._given.device)
+        given = self._given
+        return torch.randn(*shape, generator=given, dtype=torch.float32, device=given.device)
 
 
 def noise_sources(sampling: Any, count: int) -> list[Noise]:
@@ -69,4 +70,6 @@ def noise_sources(sampling: Any, count: int) -> list[Noise]:
 
 def _wanted(given: torch.Generator, sampling: Any) -> bool:
     """Whether a client, and not vLLM-Omni, chose this generator on a device."""
-    return sampling.generator_device is not None or given.initial_seed() != sampling.seed
+    if sampling.generator_device is not None or sampling.seed is None:
+        return True
+    return (given.initial_seed() - sampling.seed) % 2**64 != 0  # -1 is 2^64 - 1 to a generator

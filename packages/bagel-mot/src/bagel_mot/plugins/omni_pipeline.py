@@ -7,6 +7,7 @@ differ in all they ask for, sizes included. vLLM-Omni 0.26 to 0.30; `omni.py` re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -45,12 +46,22 @@ from bagel_mot.sampling import ImageJob, Step
 
 _STATE = "bagel_mot"
 
+logger = logging.getLogger("bagel_mot")
+
 try:
     from vllm_omni.diffusion.cancellation import check_request_cancellation
 except ImportError:  # before 0.30 a running request cannot be cancelled
 
     def check_request_cancellation() -> None:
         """Never asks to stop."""
+
+
+try:
+    from vllm_omni.diffusion.data import DiffusionRequestAbortedError
+except ImportError:
+
+    class DiffusionRequestAbortedError(RuntimeError):  # type: ignore[no-redef]
+        """Never raised."""
 
 
 def get_bagel_pre_process_func(
@@ -163,15 +174,16 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
     def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
         """Answer all requests of a batch, their images denoised together.
 
-        A request that asks for something impossible gets an answer with a client error, and the
-        others theirs; an exception would have failed all of them.
+        A request that asks for something impossible gets an answer with a client error, one whose
+        prompt or picture fails otherwise that error, and the others theirs; an exception would
+        have failed all of them. With several ranks it does: the others may not have failed.
         """
         begun = [
             self._begin(each.request_id, each.prompt, each.sampling_params) for each in req.requests
         ]
         self.diffuse([each for each in begun if isinstance(each, Painting)])
         return [
-            self._finish(each, request.sampling_params) if isinstance(each, Painting) else each
+            self._finished(each, request) if isinstance(each, Painting) else each
             for each, request in zip(begun, req.requests, strict=True)
         ]
 
@@ -267,6 +279,8 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
             self._set_noise(prepared.jobs, sampling, sources)
         except OmniClientError as error:
             return DiffusionOutput.from_exception(error)
+        except (RuntimeError, MemoryError) as error:
+            return self._failed(request_id, error)
         return Painting(
             prepared,
             keeps_trajectory=sampling.return_trajectory_latents,
@@ -307,6 +321,19 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
             ]
         images = list(self._core.finish(painting.prepared).images)
         return image_answer(painting, images, decoded, self._durations())
+
+    def _finished(self, painting: Painting, request: OmniDiffusionRequest) -> DiffusionOutput:
+        """`_finish`, for one of several requests."""
+        try:
+            return self._finish(painting, request.sampling_params)
+        except (RuntimeError, MemoryError) as error:
+            return self._failed(request.request_id, error)
+
+    def _failed(self, request_id: str, error: Exception) -> DiffusionOutput:
+        if self._parallel.config.world_size > 1 or isinstance(error, DiffusionRequestAbortedError):
+            raise error
+        logger.error("request %s failed, its neighbours go on", request_id, exc_info=error)
+        return DiffusionOutput.from_exception(error)
 
     def _durations(self) -> dict[str, float] | None:
         return self.stage_durations if self.enable_diffusion_pipeline_profiler else None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_omni.errors import OmniClientError
 
@@ -158,8 +158,6 @@ def read_request(
             width=whole[1] if whole else None,
             settings=settings,
             num_images=values.num_outputs_per_prompt,
-            # Any 64 bits are a seed there.
-            seed=None if values.seed is None else values.seed % 2**63,
             max_text_tokens=extras.max_think_tokens or _most_tokens(extras, output),
             temperature=extras.text_temperature if extras.do_sample else None,
             negative_prompt=negative or None,
@@ -335,8 +333,7 @@ def _picture(image: Any, index: int) -> Image.Image:
             image = Image.open(image)
         if isinstance(image, Image.Image):
             image.load()  # which finds a truncated file
-            # Cameras write pictures as their sensor lies, and say how to turn them.
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {index} cannot be read: {error}") from error
     raise TypeError(f"picture {index} is a {type(image).__name__}; expected a PIL image or a path")

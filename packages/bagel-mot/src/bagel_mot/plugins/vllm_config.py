@@ -77,7 +77,7 @@ def bagel_config(model_config: Any) -> BagelConfig:
             vit=VitConfig.model_validate(hf.vit_config.to_dict()),
         )
     grid = getattr(hf, "vit_max_num_patch_per_side", config.vit_grid)
-    return config.model_copy(update={"vit_grid": grid})
+    return config.with_grids(config.latent_grid**2, grid**2)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -183,11 +184,6 @@ class Stage:
         self._step_graphs = StepGraphs(loss.generator) if on_gpu and cuda_graphs else None
         if self._state.is_file():
             self._resume()
-            if self.step > schedule.steps:
-                raise ValueError(
-                    f"{self._state} is at step {self.step}, past the {schedule.steps} steps that "
-                    "are wanted: give as many or more, or choose another folder"
-                )
 
     @property
     def done(self) -> bool:
@@ -289,6 +285,7 @@ class Stage:
         temporary = self._state.with_suffix(".tmp")
         state = {
             "step": self.step,
+            "steps": self.schedule.steps,
             "leaves": self._masters,
             "average": self.average,
             "optimizer": self._optimizer.state_dict(),
@@ -305,7 +302,26 @@ class Stage:
     @torch.no_grad()
     def _resume(self) -> None:
         device = next(iter(self.leaves.values())).device
-        state = torch.load(self._state, map_location=device, weights_only=True)
+        try:
+            state = torch.load(self._state, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self._state} is no whole state ({' '.join(str(error).split())}): remove it to "
+                "begin this stage again, or choose another folder"
+            ) from error
+        step, wanted = state["step"], self.schedule.steps
+        if step > wanted:
+            raise ValueError(
+                f"{self._state} is at step {step}, past the {wanted} steps that are wanted: give "
+                "as many or more, or choose another folder"
+            )
+        planned = state.get("steps", wanted)  # states of before 2026-11-30 do not say
+        if planned != wanted and step > (1 - self.schedule.cooldown) * planned:
+            raise ValueError(
+                f"{self._state} is at step {step} of {planned}, where the rate falls already: it "
+                f"cannot have {wanted} steps any more; give {planned} as before, or choose another "
+                "folder"
+            )
         if state["leaves"].keys() != self.leaves.keys():
             raise ValueError(f"{self._state} holds other tensors than this model has")
         for key, master in self._masters.items():
@@ -317,13 +333,13 @@ class Stage:
         # The state may come from another device: it says how far Adam is, not how Adam runs.
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group.update(self._options, lr=rate)
-        self.step = state["step"]
+        self.step = step
 
     def _report(self, tally: _Tally) -> None:
         """Write a line of the log. Whatever is saved after this is finite.
 
         Raises:
-            FloatingPointError: a loss or the gradient is not.
+            ValueError: a loss or the gradient is not.
         """
         if not tally.steps:
             return
@@ -347,9 +363,7 @@ class Stage:
             last = "no state was saved yet: begin again with a lower rate"
             if self._state.is_file():
                 last = f"the last state is in {self._state}, lower the rate and resume from it"
-            raise FloatingPointError(
-                f"stage {self.name}, step {self.step}: {means} is not finite; {last}"
-            )
+            raise ValueError(f"stage {self.name}, step {self.step}: {means} is not finite; {last}")
 
 
 class _Tally:

@@ -11,6 +11,7 @@ A run lives in one folder:
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -218,12 +219,13 @@ class _Run:
         for task in ("paint", "edit"):
             self.pools[task] = [self.objectives.encode(task, pool) for pool in self.pools[task]]
         stage = self._stage("model", leaves(model), self._model_loss())
-        practised = self.folder / "practice.pt"
-        if not stage.done and self.replicas.rank == 0 and practised.exists():
-            self.say(f"the model goes on, and practises anew after that: {practised} is discarded")
-            practised.unlink()
+        before = stage.step
         with reference.compiled() if model.device.type == "cuda" else nullcontext():
             stage.run(deadline)
+        practised = self.folder / "practice.pt"
+        if stage.step > before and self.replicas.rank == 0 and practised.exists():
+            self.say(f"the model went on, and practises anew: {practised} is discarded")
+            practised.unlink()
         return stage
 
     def practise(self, trained: Stage, deadline: float, workers: int) -> Stage:
@@ -381,9 +383,10 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
     identity = {
         "recipe": asdict(plan.recipe),
         **{name: getattr(plan, name) for name in _SHARED},
-        # Another VAE would give other latents.
         "starts_from": start_from is not None,
         "replicas": replicas,
+        # Another VAE would give other latents.
+        "vae": None if start_from is None else _digest(start_from / checkpoint.VAE_FILE),
     }
     identity = json.loads(json.dumps(identity))
     file, place = folder / "run.json", folder / CHECKPOINT
@@ -392,7 +395,7 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
         differing = [
             f"{name} {found.get(name)}, not {value}"
             for name, value in identity.items()
-            if found.get(name) != value
+            if found.get(name, None if name != "vae" else value) != value  # older runs have no vae
         ]
         if differing:
             raise ValueError(
@@ -409,6 +412,11 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
     draft = file.with_suffix(".part")
     draft.write_text(json.dumps(identity, indent=1) + "\n")
     draft.replace(file)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _index(length: int, count: int, generator: torch.Generator) -> Tensor:
