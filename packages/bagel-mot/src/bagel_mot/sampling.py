@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from bagel_mot.context import Context, Contexts
 from bagel_mot.taylorseer import Extrapolation, TaylorSeer
 
+MOST_TIMESTEPS = 100_000
+
 
 class ImageSettings(BaseModel):
     """How an image is sampled; names and meanings are the official ones.
@@ -40,7 +42,7 @@ class ImageSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Beyond any use; what is still larger overflows float32 on the way.
-    num_timesteps: int = Field(50, ge=2, le=100_000)
+    num_timesteps: int = Field(50, ge=2, le=MOST_TIMESTEPS)
     timestep_shift: float = Field(3.0, ge=0.001, le=1000)
     cfg_text_scale: float = Field(4.0, ge=1, le=1000)
     cfg_img_scale: float = Field(1.0, ge=1, le=1000)

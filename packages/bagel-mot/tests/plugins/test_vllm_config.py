@@ -56,14 +56,30 @@ def test_check_limits() -> None:
         check_limits(51, max_num_scheduled_tokens=64, long_prefill_token_threshold=20)
 
 
+def hf_config(**changes: Any) -> HfBagelConfig:
+    """What vLLM reads of the golden config.json."""
+    entries = GOLDEN.json("checkpoint/config.json") | changes
+    for key in ("architectures", "model_type"):
+        del entries[key]
+    return HfBagelConfig(**entries)
+
+
+def test_another_rope_is_refused() -> None:
+    """As `hf_overrides` may ask for; our tables are plain."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    llm = GOLDEN.json("checkpoint/config.json")["llm_config"] | {"rope_parameters": yarn}
+    with pytest.raises(ValueError, match="rotary embeddings of type 'yarn'; BAGEL has plain ones"):
+        bagel_config(
+            SimpleNamespace(model=str(GOLDEN.checkpoint), hf_config=hf_config(llm_config=llm))
+        )
+    model = SimpleNamespace(hf_config=SimpleNamespace(rope_parameters=yarn))
+    with pytest.raises(ValueError, match=r"hf_overrides: rope_parameters is .*has plain RoPE"):
+        UnderstandingConfig.verify_and_update_model_config(model)
+
+
 def test_config_of_a_hub() -> None:
     """Without a folder to read, the sizes are those of config.json; the limits the official."""
-    entries = {
-        key: value
-        for key, value in GOLDEN.json("checkpoint/config.json").items()
-        if key not in ("architectures", "model_type")
-    }
-    hub = SimpleNamespace(model="someone/BAGEL", hf_config=HfBagelConfig(**entries))
+    hub = SimpleNamespace(model="someone/BAGEL", hf_config=hf_config())
     folder = SimpleNamespace(model=str(GOLDEN.checkpoint), hf_config=hub.hf_config)
     ours, theirs = bagel_config(folder), bagel_config(hub)
     assert ours == BagelConfig.from_folder(GOLDEN.checkpoint)
@@ -78,7 +94,7 @@ def test_config_of_a_smaller_table(tmp_path: Path) -> None:
     limits = tmp_path / "oracle_config.json"
     if limits.exists():
         limits.unlink()  # then they are the official ones
-    hf = SimpleNamespace(vit_max_num_patch_per_side=6)
+    hf = hf_config(vit_max_num_patch_per_side=6)
     found = bagel_config(SimpleNamespace(model=str(tmp_path), hf_config=hf))
     assert found == BagelConfig.from_folder(tmp_path).with_grids(found.latent_grid**2, 36)
     assert found.vit_grid == 6

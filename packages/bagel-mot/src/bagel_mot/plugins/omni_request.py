@@ -23,8 +23,8 @@ from vllm_omni.errors import OmniClientError
 
 from bagel_mot.config import BagelConfig
 from bagel_mot.images import patchify, resized_size, to_rgb
-from bagel_mot.request import Part, Request
-from bagel_mot.sampling import ImageSettings
+from bagel_mot.request import MOST_IMAGES, MOST_TEXT_TOKENS, Part, Request
+from bagel_mot.sampling import MOST_TIMESTEPS, ImageSettings
 from bagel_mot.tokenizer import BOS_TOKEN, EOS_TOKEN
 
 logger = logging.getLogger("bagel_mot")
@@ -53,7 +53,7 @@ class _Extras(BaseModel):
     timestep_shift: float = 3.0
     negative_prompt: str = ""
     think: bool = False
-    max_think_tokens: int | None = Field(None, ge=1)
+    max_think_tokens: int | None = Field(None, ge=1, le=MOST_TEXT_TOKENS)
     do_sample: bool = False
     text_temperature: float = 0.3
     taylorseer: bool = False
@@ -67,8 +67,8 @@ class _Sampling(BaseModel):
 
     height: int | None = Field(None, gt=0)
     width: int | None = Field(None, gt=0)
-    num_inference_steps: int = Field(50, ge=2)
-    num_outputs_per_prompt: int = Field(1, ge=1)
+    num_inference_steps: int = Field(50, ge=2, le=MOST_TIMESTEPS)
+    num_outputs_per_prompt: int = Field(1, ge=1, le=MOST_IMAGES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
 

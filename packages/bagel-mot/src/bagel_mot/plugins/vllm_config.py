@@ -23,7 +23,16 @@ class UnderstandingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Adjust vLLM's `ModelConfig`; may be called again on the same one."""
+        """Adjust vLLM's `ModelConfig`; may be called again on the same one.
+
+        Raises:
+            ValueError: `hf_overrides` asks for another RoPE.
+        """
+        asked = getattr(model_config.hf_config, "rope_parameters", None) or {}
+        if asked.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"hf_overrides: rope_parameters is {asked}; BAGEL has plain RoPE, without scaling"
+            )
         # All tokens of a picture share one position. M-RoPE is vLLM's hook for positions of one's
         # own; this is what turns it on. Three times the same position is plain RoPE.
         sections = [model_config.get_head_size() // 2, 0, 0]
@@ -69,13 +78,12 @@ def bagel_config(model_config: Any) -> BagelConfig:
         FileNotFoundError, ValueError: the checkpoint's config files are missing or wrong.
     """
     hf = model_config.hf_config
+    # What vLLM has read of config.json, `hf_overrides` included; it is refused as in a file.
+    llm = LlmConfig.model_validate(hf.llm_config.to_dict())
     if os.path.isdir(model_config.model):
         config = BagelConfig.from_folder(model_config.model)
-    else:  # on a hub: what vLLM has read of its config.json
-        config = BagelConfig(
-            llm=LlmConfig.model_validate(hf.llm_config.to_dict()),
-            vit=VitConfig.model_validate(hf.vit_config.to_dict()),
-        )
+    else:  # on a hub: there are no files to read
+        config = BagelConfig(llm=llm, vit=VitConfig.model_validate(hf.vit_config.to_dict()))
     grid = getattr(hf, "vit_max_num_patch_per_side", config.vit_grid)
     return config.with_grids(config.latent_grid**2, grid**2)
 
