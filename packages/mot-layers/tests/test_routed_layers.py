@@ -20,7 +20,7 @@ from layer_cases import (
     make_plan,
     plain,
 )
-from mot_kernels import SILU_MUL, AddResidual
+from mot_kernels import SILU_MUL, AddResidual, Int8W8A8, quantize_rows
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from mot_layers import MoTMergedColumnParallelLinear, MoTRMSNorm
@@ -134,6 +134,21 @@ def test_rms_norm(residual: bool, routing: str) -> None:
         got, reference(torch.float32), reference(torch.float64), strict=True
     ):
         assert_near(ours, own, truth, plan)
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
+def test_rms_norm_rounds_in_passing(residual: bool) -> None:
+    norm, plan = drawn_norm(), make_plan("image_between_markers")
+    x = torch.randn(plan.num_rows, HIDDEN)
+    r = torch.randn_like(x) if residual else None
+    got, want = norm(x, plan, residual=r, quantize=Int8W8A8()), norm(x, plan, residual=r)
+    if residual:
+        assert torch.equal(got[1], want[1])
+        got, want = got[0], want[0]
+    rounded = quantize_rows(want, Int8W8A8())
+    assert torch.equal(got.data, rounded.data) and torch.equal(got.scales, rounded.scales)
+    with pytest.raises(TypeError, match="quantize is given without a plan, but then vLLM's own"):
+        norm(x, quantize=Int8W8A8())
 
 
 @pytest.mark.parametrize("shape", [(5, HIDDEN), (2, 3, HIDDEN)], ids=["2d", "3d"])

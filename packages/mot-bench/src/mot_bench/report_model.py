@@ -58,9 +58,10 @@ def parallel_sections(path: PurePath, results: ParallelResults) -> list[str]:
     header = ["step", "mode", "CUDA graphs", "ms", "speed-up", "of ms", "exchange, %"]
     return [
         *_opening(f"Denoising step on several GPUs, {results.environment.device}", path, results),
-        "Speed-up: times the speed of one GPU, whose time is behind it; measured on all GPUs in "
-        "the same rounds (where they split the weights: beside other modes, or before, on the "
-        "first one; so are all of results that are older than 2026-11-29). Exchange: of the time "
+        "Speed-up: over one GPU, whose time is in the next column. Each GPU made steps by itself "
+        "in the same rounds; where a mode splits the weights it cannot, so that the time is from "
+        "another mode's rounds or from the first GPU before (as in all results of before "
+        "2026-11-29). Exchange: of the time "
         "that a GPU works, in exchanges with others, waiting included. Memory is what torch "
         "reserved, weights included, and NCCL's buffers not. Where GPUs differ: the least to the "
         "most. Difference: of the velocities to one GPU's, relative L2.",

@@ -200,8 +200,8 @@ class _MoTLinear(StackedExperts, LinearBase):
     def rounds_to(self) -> Format | None:
         """The format that rows are rounded to, each by a scale of its own; None if they are not.
 
-        What comes before may then round them in passing, `mot_rms_norm(quantize=...)` for one,
-        and give the layer `QuantizedRows`.
+        What comes before may then round them in passing, `MoTRMSNorm` by `quantize=` for one, and
+        give the layer `QuantizedRows`.
         """
         if not (self.shares_storage and isinstance(self.quant_method, FormatLinearMethod)):
             return None

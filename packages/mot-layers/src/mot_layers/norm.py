@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
-from mot_kernels import RoutePlan, mot_rms_norm
+from mot_kernels import Format, QuantizedRows, RoutePlan, mot_rms_norm
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from mot_layers.stacking import WHY_NO_GRAD, StackedExperts
+
+Normed: TypeAlias = torch.Tensor | QuantizedRows
+Result: TypeAlias = Normed | tuple[Normed, torch.Tensor]
 
 
 class MoTRMSNorm(StackedExperts, RMSNorm):
@@ -64,7 +69,9 @@ class MoTRMSNorm(StackedExperts, RMSNorm):
         x: torch.Tensor,
         plan: RoutePlan | None = None,
         residual: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        *,
+        quantize: Format | None = None,
+    ) -> Result:
         """Normalise each row, after adding a residual if there is one.
 
         Args:
@@ -72,16 +79,24 @@ class MoTRMSNorm(StackedExperts, RMSNorm):
             plan: routing of the M rows to the two experts. None runs vLLM's own forward with the
                 und weight; that one may write its results into x and residual.
             residual: like x, added to it before the norm.
+            quantize: the format `rounds_to` of the linear that takes y, to have y rounded in this
+                pass as `mot_rms_norm(quantize=)` does; with a plan only.
 
         Returns:
-            y like x, or with a residual (y, x + residual).
+            y like x, or with a residual (y, x + residual). With `quantize` y is `QuantizedRows`.
 
         Raises:
-            TypeError: a dtype differs, or `plan` is a tensor.
+            TypeError: a dtype differs, `plan` is a tensor, or `quantize` comes without one or
+                does not round rows.
             ValueError: shapes, devices or strides do not fit.
             RuntimeError: with a plan, the weights require grad.
         """
         if plan is None:
+            if quantize is not None:
+                raise TypeError(
+                    "quantize is given without a plan, but then vLLM's own norm runs; use "
+                    "mot_kernels.quantize_rows on its result"
+                )
             return super().forward(x, residual)
         if isinstance(plan, torch.Tensor):
             raise TypeError(
@@ -90,6 +105,7 @@ class MoTRMSNorm(StackedExperts, RMSNorm):
             )
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError(WHY_NO_GRAD.format(type(self).__name__))
-        return mot_rms_norm(
-            x, self.stacked_weight, plan, eps=self.variance_epsilon, residual=residual
-        )
+        weight, eps = self.stacked_weight, self.variance_epsilon
+        if quantize is None:
+            return mot_rms_norm(x, weight, plan, eps=eps, residual=residual)
+        return mot_rms_norm(x, weight, plan, eps=eps, residual=residual, quantize=quantize)
