@@ -242,7 +242,7 @@ def test_report_of_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "ranks.json"
     some_run("1 rank", "cfg:2").write(path)
     lines = report([(path, read(path))]).splitlines()
-    assert "## Denoising step on several GPUs, Some GPU" in lines
+    assert "## Denoising step on several GPUs, Some GPU, commit abc" in lines
     cells = "on | 1.00 | 1.00 | 1.00 | 25.0 | 3.00 | 9 | 1.0e-06 |"
     assert f"| 64x48, 2 branches | 1 rank | {cells}" in lines
     cells = "off | 2.00 | 0.50 | 1.00 | 10.0-25.0 | 3.00 | 7-9 | 1.0e-06 |"
