@@ -38,7 +38,7 @@ def contexts_of(pipeline: Any, name: str) -> Any:
 
     case = golden_request(GOLDEN.case(name))
     asked = read_request(case.prompt, case.sampling_params, pipeline.bagel.config)
-    prepared = pipeline._core.prepare(asked.request, noise=Noise(asked.request.seed))
+    prepared = pipeline._core.prepare(asked.request, noise=Noise(case.sampling_params.seed))
     names = ("main", "no_text", "no_image")
     return dict(zip(names, prepared.jobs[0].branches, strict=False))
 
