@@ -207,9 +207,7 @@ def e2e(
     output: OutputOption = None,
 ) -> None:
     """Time whole requests: text to image, edit, understanding."""
-    (size, *more) = options.resolutions("--resolution", resolution)
-    if more:
-        raise UsageError(f"--resolution is {resolution!r}; expected one, for example 1024x1024")
+    size = options.resolution("--resolution", resolution)
     names = list(dict.fromkeys(request or REQUESTS))
     for name in names:
         options.one_of("--request", name, REQUESTS)
@@ -297,9 +295,7 @@ def accuracy(
     output: OutputOption = None,
 ) -> None:
     """Measure how far number formats and attention backends move what a model computes."""
-    (size, *more) = options.resolutions("--resolution", resolution)
-    if more:
-        raise UsageError(f"--resolution is {resolution!r}; expected one, for example 1024x1024")
+    size = options.resolution("--resolution", resolution)
     folder = None if output is None else options.output_folder(output)
     formats = options.words("--quantization", quantization)
     backends: list[str | None] = [None]

@@ -208,3 +208,11 @@ def resolutions(option: str, text: str) -> list[tuple[int, int]]:
             )
         found.append((int(sides[0]), int(sides[1])))
     return found
+
+
+def resolution(option: str, text: str) -> tuple[int, int]:
+    """One height and width in pixels, HxW."""
+    size, *more = resolutions(option, text)
+    if more:
+        raise UsageError(f"{option} is {text!r}; expected one, for example 1024x1024")
+    return size

@@ -20,7 +20,7 @@ from mot_kernels.checks import (
     note_written,
     why_grad,
 )
-from mot_kernels.formats import Format, QuantizedRows, rows_dtype
+from mot_kernels.formats import Format, QuantizedRows
 from mot_kernels.plan import RoutePlan, replays_of
 from mot_kernels.replay import is_unobserved, metadata
 from mot_kernels.rows import empty_rows
@@ -112,14 +112,13 @@ def mot_rms_norm(
         ValueError: shapes, devices or strides do not fit, or an input requires grad and `quantize`
             is given: rounding has no backward.
     """
-    for name, each in (("x", x), ("weight", weight)):
-        if not isinstance(each, torch.Tensor):
-            raise TypeError(f"{name} is a {type(each).__name__}; expected a tensor")
-    if quantize is not None:
-        rows_dtype(quantize)
     differentiable = needs_grad(x, weight, residual)
     key: Hashable = None
-    if not differentiable and is_unobserved(x, weight, residual, out, activation_scale):
+    if (
+        not differentiable
+        and (quantize is None or isinstance(quantize, Format))
+        and is_unobserved(x, weight, residual, out, activation_scale)
+    ):
         seen = metadata(x, weight, residual, out, activation_scale)
         key = (mot_rms_norm, seen, quantize, eps, dispatch.forced_path())
     if key is None or key not in replays_of(plan):
@@ -163,6 +162,9 @@ def _check_rms_norm(
     residual: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> None:
+    for name, each in (("x", x), ("weight", weight)):
+        if not isinstance(each, torch.Tensor):
+            raise TypeError(f"{name} is a {type(each).__name__}; expected a tensor")
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (M, D) "

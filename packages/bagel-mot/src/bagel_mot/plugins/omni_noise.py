@@ -70,6 +70,5 @@ def noise_sources(sampling: Any, count: int) -> list[Noise]:
 
 def _wanted(given: torch.Generator, sampling: Any) -> bool:
     """Whether a client, and not vLLM-Omni, chose this generator on a device."""
-    if sampling.generator_device is not None or sampling.seed is None:
-        return True
-    return (given.initial_seed() - sampling.seed) % 2**64 != 0  # -1 is 2^64 - 1 to a generator
+    is_seeds = (given.initial_seed() - sampling.seed) % 2**64 == 0  # it knows -1 as 2^64 - 1
+    return sampling.generator_device is not None or not is_seeds
