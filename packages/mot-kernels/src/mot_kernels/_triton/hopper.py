@@ -31,7 +31,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mot_kernels._triton.hopper_few import _FEW_WARPS, _GROUP, _few_columns, _few_rows_group
+from mot_kernels._triton.hopper_few import _FEW_WARPS, _few_rows_group
 from mot_kernels._triton.hopper_finish import (
     _CHUNK,
     _PART,
@@ -281,15 +281,7 @@ def _mot_linear_hopper_kernel(
     residual = (residual_desc, residual_ptr, stride_residual_m)
     partial = (partials_ptr, flags_ptr)
     if FEW:
-        gl.static_assert(not (LEAVES_UNIT or HAS_GATHERED) and HAS_X_SCALES == HAS_W_SCALES)
-        few_group = rows_0[0]  # something must stand for it where it is not needed
-        if OUT_GROUPS:
-            COLUMNS: gl.constexpr = _few_columns(FEW, dtype.primitive_bitwidth, EPILOGUE)
-            few_group = gl.allocate_shared_memory(
-                gl.float32,
-                [_GROUP // COLUMNS, FEW, COLUMNS],
-                gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
-            )
+        gl.static_assert(not (LEAVES_UNIT or HAS_GATHERED or HAS_X_SCALES or HAS_W_SCALES))
         gl.warp_specialize(
             [
                 (
@@ -320,10 +312,9 @@ def _mot_linear_hopper_kernel(
                 (
                     _few_rows_group,
                     (
-                        (x_ptr, stride_x_m), (w_ptr, stride_w_n), out, out_scales, bias, scales,
+                        (x_ptr, stride_x_m), (w_ptr, stride_w_n), out, bias,
                         (residual_ptr, stride_residual_m), row_ids_ptr, few_tiles_ptr, num_few,
-                        few_group, N_OUT, K, FEW, EPILOGUE, HAS_BIAS, HAS_X_SCALES, OUT_GROUPS,
-                        DTYPE,
+                        N_OUT, K, FEW, EPILOGUE, HAS_BIAS,
                     ),
                 ),
             ],

@@ -14,8 +14,8 @@ _TRADING_STEPS = 6
 FEW_ROWS = (2, 4, 8)
 """Most rows of an expert whose rows are computed beside the tiles: each kind is compiled."""
 
-FEW_BYTES = 512
-"""Rows of x and the weight are a multiple of this many bytes, where experts are beside."""
+FEW_COLUMNS = 256
+"""K is a multiple of this where experts are beside."""
 
 
 class Share(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mot_kernels._triton.hopper_share import FEW_BYTES, all_as_tiles, deal, share_out
+from mot_kernels._triton.hopper_share import FEW_COLUMNS, all_as_tiles, deal, share_out
 from mot_kernels._triton.launcher import (
     TRITON_DTYPES,
     count_multiprocessors,
@@ -72,12 +72,12 @@ def launch_linear_hopper(
     dealing = (k // config.block_k, programs, block_out // _CHUNK.value)
     if isinstance(tiles_of, TileRange):
         share = all_as_tiles(tiles_of)
-    else:
+    elif x.element_size() == 2 and k % FEW_COLUMNS == 0:
         offsets, counts = tiles_of
         share = share_out(offsets, config.block_m, counts, blocks, *dealing)
-        # Sums that leave the matrix unit take the registers; int8 is added up exactly there only.
-        if leaves_unit or x.dtype is torch.int8 or k * x.element_size() % FEW_BYTES:
-            share = all_as_tiles(tile_range(offsets, config.block_m, len(counts)))
+    else:
+        offsets, counts = tiles_of
+        share = all_as_tiles(tile_range(offsets, config.block_m, len(counts)))
     start, gathered, end = share.tiles
     num_tiles = end - start
     units = num_tiles * blocks
