@@ -15,7 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, dispatch, mot_linear
-from mot_kernels._triton.hopper_share import deal
+from mot_kernels._triton.launch_hopper import deal
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 

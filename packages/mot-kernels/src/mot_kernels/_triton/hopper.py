@@ -31,7 +31,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mot_kernels._triton.hopper_few import _FEW_WARPS, _few_rows_group
 from mot_kernels._triton.hopper_finish import (
     _CHUNK,
     _PART,
@@ -56,7 +55,7 @@ _reinterpret = (
 
 @gluon.constexpr_function
 def _registers(leaves, loading):
-    """Of a thread of a computing group, or of the third group of warps; these have 504.
+    """Of a thread of a computing group, or of a loading one; three groups of warps have 504.
 
     As ptxas says, 9 registers are spilled at most (sums that leave the unit, scales of groups, and
     gathered rows), mostly none. Sums that leave the matrix unit take 64 more.
@@ -70,7 +69,7 @@ def _computing_group(
     work, N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, X_GROUPS: gl.constexpr, HAS_W_SCALES: gl.constexpr,
     W_BLOCKS: gl.constexpr, HAS_GATHERED: gl.constexpr, LEAVES_UNIT: gl.constexpr,
-    OUT_GROUPS: gl.constexpr, EVEN_N: gl.constexpr,
+    OUT_GROUPS: gl.constexpr, DTYPE: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
     _, w_ring, full, empty = ring
@@ -158,7 +157,7 @@ def _computing_group(
                 _round_group(
                     chunks, place, part_rows, row_scales, shared_rows, out, out_scales,
                     partials_ptr, is_cut, parts, N_OUT, GROUP, BLOCK_N, HAS_BIAS, HAS_X_SCALES,
-                    HAS_W_SCALES, wide_ring[0].dtype, EVEN_N,
+                    HAS_W_SCALES, DTYPE, EVEN_N,
                 )  # fmt: skip
             else:
                 step = _finish(
@@ -178,8 +177,8 @@ def _computing_group(
 
 @gluon.jit(
     do_not_specialize=(
-        "num_tiles", "num_few", "num_whole", "parts", "group_m", "first_expert",
-        "stride_out_scales_k", "stride_x_scales_k",
+        "num_tiles", "num_whole", "parts", "group_m", "first_expert", "stride_out_scales_k",
+        "stride_x_scales_k",
     )
 )  # fmt: skip
 def _mot_linear_hopper_kernel(
@@ -189,7 +188,6 @@ def _mot_linear_hopper_kernel(
     x_ptr,
     x_scales_ptr,  # for 8 bits, fp32: (M,), or (M, K / 128) with X_GROUPS
     w_desc,  # (experts * N, K) as x, from first_expert on
-    w_ptr,  # the same, with FEW
     w_scales_ptr,  # fp32: (E, N) or (E,) by strides; (E, N / 128, K / 128) with W_BLOCKS; or unused
     bias_ptr,  # (E, N) or unused
     residual_desc,  # (M, N_OUT) or unused
@@ -198,9 +196,7 @@ def _mot_linear_hopper_kernel(
     flags_ptr,  # (programs, 2) int32, zero before and after
     row_ids_ptr,  # (M,) int32
     tiles_ptr,  # (T, 4) int32
-    few_tiles_ptr,  # as tiles, of up to FEW rows each: all of their experts'; or unused
     num_tiles,
-    num_few,
     num_whole,
     parts,  # of each unit that is cut along K: the last ones, from num_whole on
     group_m,  # row tiles that walk the columns together
@@ -214,7 +210,6 @@ def _mot_linear_hopper_kernel(
     stride_x_m,
     stride_x_scales_m,
     stride_x_scales_k,
-    stride_w_n,
     stride_w_scales_e,
     stride_w_scales_n,
     stride_w_scales_k,
@@ -227,7 +222,6 @@ def _mot_linear_hopper_kernel(
     W_BLOCKS: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
-    FEW: gl.constexpr,  # most rows of an expert beside the tiles: 2, 4, 8, or 0
     LEAVES_UNIT: gl.constexpr,  # long sums of FP8, X_GROUPS and W_BLOCKS
     OUT_GROUPS: gl.constexpr,
     DTYPE: gl.constexpr,  # of the result, before it is rounded to 8 bits
@@ -280,76 +274,32 @@ def _mot_linear_hopper_kernel(
     )
     residual = (residual_desc, residual_ptr, stride_residual_m)
     partial = (partials_ptr, flags_ptr)
-    if FEW:
-        gl.static_assert(not (LEAVES_UNIT or HAS_GATHERED or HAS_X_SCALES or HAS_W_SCALES))
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                _computing_group,
                 (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_0, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
+                    ring, wide_ring, rows_0, out, out_scales, bias, scales, partial, row_ids_ptr,
+                    tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE, EVEN_N,
                 ),
+            ),
+            (
+                _computing_group,
                 (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_1, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
+                    ring, wide_ring, rows_1, out, out_scales, bias, scales, partial, row_ids_ptr,
+                    tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE, EVEN_N,
                 ),
+            ),
+            (
+                _loading_warps,
                 (
-                    _loading_warps,
-                    (
-                        ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
-                        EPILOGUE, HAS_GATHERED, LOADING_WARPS,
-                    ),
+                    ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
+                    EPILOGUE, HAS_GATHERED, LOADING_WARPS,
                 ),
-                (
-                    _few_rows_group,
-                    (
-                        (x_ptr, stride_x_m), (w_ptr, stride_w_n), out, bias,
-                        (residual_ptr, stride_residual_m), row_ids_ptr, few_tiles_ptr, num_few,
-                        N_OUT, K, FEW, EPILOGUE, HAS_BIAS,
-                    ),
-                ),
-            ],
-            [4, LOADING_WARPS, _FEW_WARPS],
-            [_registers(LEAVES_UNIT, 0), _registers(LEAVES_UNIT, 1), _registers(LEAVES_UNIT, 1)],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_0, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
-                ),
-                (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_1, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
-                ),
-                (
-                    _loading_warps,
-                    (
-                        ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
-                        EPILOGUE, HAS_GATHERED, LOADING_WARPS,
-                    ),
-                ),
-            ],
-            [4, LOADING_WARPS],
-            [_registers(LEAVES_UNIT, 0), _registers(LEAVES_UNIT, 1)],
-        )  # fmt: skip
+            ),
+        ],
+        [4, LOADING_WARPS],
+        [_registers(LEAVES_UNIT, 0), _registers(LEAVES_UNIT, 1)],
+    )  # fmt: skip
