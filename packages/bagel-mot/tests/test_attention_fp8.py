@@ -11,6 +11,7 @@ import torch
 from attention_cases import attend
 from golden_data import relative_error
 from kernel_checks import run_checks
+from mot_kernels import Format, Fp8W8A8, Int8W8A8, quantize_rows
 from torch import Tensor
 
 from bagel_mot import ImageSettings
@@ -253,6 +254,41 @@ def test_through_the_pipeline(package: _Package, monkeypatch: pytest.MonkeyPatch
     # Other rows beside them are other shapes for torch's products, which may add in another order.
     assert relative_error(beside[: len(rounded)], rounded) <= 1e-2
     assert relative_error(beside[len(rounded) :], alone) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("segments", "format", "in_passing"),
+    [
+        ([Segment(3100, 0, 30, False)], Fp8W8A8(), True),
+        ([Segment(3100, 0, 30, False), Segment(3072, 3130, 0, False)], Fp8W8A8(), True),
+        ([Segment(3100, 0, 30, False)], Int8W8A8(), False),
+        ([Segment(90, 0, 30, False)], Fp8W8A8(), False),
+        ([Segment(3100, 0, 30, False), Segment(90, 3130, 0, False)], Fp8W8A8(), False),
+    ],
+    ids=["one", "two", "int8", "small", "both"],
+)
+def test_rounded_for_the_next_product(
+    package: _Package,
+    monkeypatch: pytest.MonkeyPatch,
+    segments: list[Segment],
+    format: Format,
+    in_passing: bool,
+) -> None:
+    """The numbers of two passes; in one where all rows are a large picture's and FP8 is wanted."""
+    calls: list[str] = []
+    for name in ("add_shifts", "shift_and_round"):
+        own = getattr(attention_fp8, name)
+        monkeypatch.setattr(
+            attention_fp8, name, lambda *x, own=own, name=name: calls.append(name) or own(*x)
+        )
+    q, k, v = gaussian(segments)
+    spans = build_spans(segments, CPU)
+    got = FlashAttention3Fp8().attend_rounded(q, k, v, spans, format)
+    assert ("shift_and_round" in calls) is in_passing
+    want = quantize_rows(FlashAttention3Fp8().attend(q, k, v, spans).flatten(1), format)
+    assert got.dtype is want.dtype
+    assert torch.equal(got.scales, want.scales)
+    assert torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
 
 
 def test_rings_are_not_and_it_is_said(package: _Package, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,9 @@ class Request:
         if self.think not in (True, False):
             raise TypeError(f"think is {self.think!r}; expected True or False")
         if self.temperature is not None:
-            object.__setattr__(self, "temperature", _checked_temperature(self.temperature))
+            object.__setattr__(
+                self, "temperature", checked_temperature("temperature", self.temperature)
+            )
         if not isinstance(self.settings, ImageSettings):
             raise TypeError(f"settings is a {type(self.settings).__name__}; expected ImageSettings")
         last = 2**63 - self.num_images
@@ -199,11 +201,17 @@ def _checked_parts(parts: object) -> tuple[Part, ...]:
     return parts
 
 
-def _checked_temperature(value: object) -> float:
-    temperature = to_float("temperature", value)
+def checked_temperature(name: str, value: object) -> float:
+    """A caller's temperature to sample text at, as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is below 1e-6.
+    """
+    temperature = to_float(name, value)
     if not temperature >= _LEAST_TEMPERATURE:  # NaN included
         raise ValueError(
-            f"temperature is {value}; expected {_LEAST_TEMPERATURE} or more (leave it out for the "
+            f"{name} is {value}; expected {_LEAST_TEMPERATURE} or more (leave it out for the "
             "likeliest text)"
         )
     return temperature

@@ -253,7 +253,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"think": "perhaps"}, "think is 'perhaps'"),
     ({"max_think_tokens": 0}, "max_think_tokens is 0"),
     ({"taylorseer": "fast"}, "taylorseer is 'fast'"),
-    ({"do_sample": True, "text_temperature": 0.0}, "temperature is 0.0"),
+    ({"do_sample": True, "text_temperature": 0.0}, "text_temperature is 0.0"),
     ({"extra_args": [1]}, "extra_args is a list"),
     ({"latents": [1.0]}, "latents is list"),
     ({"latents": torch.zeros(2, 64)}, r"latents has shape \(2, 64\)"),

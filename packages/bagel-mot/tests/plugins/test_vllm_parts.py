@@ -15,10 +15,12 @@ from transformers import AutoTokenizer
 
 from bagel_mot.checkpoint import CheckpointError, model_targets, und_targets
 from bagel_mot.config import BagelConfig, ImageLimits
+from bagel_mot.plugins import vllm_pictures
 from bagel_mot.plugins.vllm_cpu import Piece, cut_at_pictures
 from bagel_mot.plugins.vllm_model import MoTBagelForConditionalGeneration
 from bagel_mot.plugins.vllm_pictures import (
     BagelPictureProcessor,
+    BagelProcessingInfo,
     largest_picture,
     most_picture_tokens,
 )
@@ -131,6 +133,19 @@ def test_picture_processor(name: str) -> None:
 def processor_of_golden() -> BagelPictureProcessor:
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN.checkpoint)
     return BagelPictureProcessor(BagelConfig.from_folder(GOLDEN.checkpoint), tokenizer)
+
+
+def test_options_of_pictures_are_ignored_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM hands all of `mm_processor_kwargs` to the processor of whatever model it is."""
+    said: list[str] = []
+    monkeypatch.setattr(vllm_pictures, "warn_once", said.append)
+    golden = processor_of_golden()
+    info = SimpleNamespace(config=golden.config, get_tokenizer=lambda: golden.tokenizer)
+    BagelProcessingInfo.get_hf_processor(info, max_pixels=9)
+    (message,) = said
+    assert message.startswith("mm_processor_kwargs has max_pixels, which is ignored")
 
 
 def test_largest_picture() -> None:

@@ -1,8 +1,8 @@
 """Q, K and V of a span rounded to e4m3fn: see `bagel_mot.model.attention_fp8`.
 
 Three launches: what is sampled of each sequence and KV head, the largest magnitudes of K and V, the
-rounding. A fourth adds V's shifts to what attention makes of the rest. Bounds are read on the
-device, so that all can be replayed over prefixes of other lengths.
+rounding. What attention makes of them: `shift_rows`. Bounds are read on the device, so that all can
+be replayed over prefixes of other lengths.
 """
 
 from __future__ import annotations
@@ -93,25 +93,6 @@ def launch_round_heads(
             **shared,
             **of_q,
             **blocks,
-        )
-
-
-def launch_add_shifts(y: torch.Tensor, shifts: torch.Tensor, row_bounds: torch.Tensor) -> None:
-    """Add to y (M, H, D), contiguous, the shifts (2n - 1, Hkv, D) of its sequences and KV heads."""
-    sequences, kv_heads, dim = shifts.shape
-    with torch.cuda.device_of(y):
-        _add_shifts_kernel[(triton.cdiv(len(y), _BLOCK), y.shape[1])](
-            y_ptr=y,
-            shifts_ptr=shifts,
-            row_bounds_ptr=row_bounds,
-            rows=len(y),
-            sequences=sequences,
-            KV_HEADS=kv_heads,
-            GROUP=y.shape[1] // kv_heads,
-            D=dim,
-            BOUNDS=triton.next_power_of_2(len(row_bounds)),
-            BLOCK=_BLOCK,
-            **OPTIONS,
         )
 
 
@@ -303,30 +284,6 @@ def _round_kernel(
 
 
 @triton.jit
-def _add_shifts_kernel(
-    y_ptr,  # (M, KV_HEADS * GROUP, D) input and output
-    shifts_ptr,  # (sequences, KV_HEADS, D) fp32
-    row_bounds_ptr,  # (sequences + 1,) int32
-    rows,  # M
-    sequences,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BOUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid: (blocks of M, heads of y)."""
-    head = tl.program_id(1)
-    y_ptr += head * D
-    stride = KV_HEADS * GROUP * D
-    y, row, sequence = _rows(
-        y_ptr, tl.program_id(0), row_bounds_ptr, rows, sequences, stride, D, BOUNDS, BLOCK
-    )
-    y += _shifts(shifts_ptr + head // GROUP * D, sequence, KV_HEADS * D, D)
-    _store_rows(y_ptr, y, row, rows, stride, D)
-
-
-@triton.jit
 def _sampled_rows(bounds_ptr, SAMPLES: tl.constexpr):
     """SAMPLES rows of a sequence at equal distances, from its first."""
     start = tl.load(bounds_ptr)
@@ -352,11 +309,17 @@ def _rows(
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
     # Whatever their sequence is: to load those of one alone would be to wait for the bounds first.
     x = tl.load(x_ptrs, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
+    return x, row, _sequences(row, bounds_ptr, rows, sequences, BOUNDS)
+
+
+@triton.jit
+def _sequences(row, bounds_ptr, rows, sequences, BOUNDS: tl.constexpr):
+    """The sequence of each row, (BLOCK,); -1 as in `_rows`."""
     i = tl.arange(0, BOUNDS)
     bounds = tl.load(bounds_ptr + i, mask=i <= sequences, other=0x7FFFFFFF)
     sequence = tl.sum((bounds[None, :] <= row[:, None]).to(tl.int32), axis=1) - 1
     attends = (sequence < sequences) & (sequence % 2 == 0) & (row < rows)
-    return x, row, tl.where(attends, sequence, -1)
+    return tl.where(attends, sequence, -1)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from mot_kernels import Format, QuantizedRows, quantize_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bagel_mot.model.layout import Segment, Span
@@ -65,6 +66,17 @@ class Backend(ABC):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span]
     ) -> torch.Tensor:
         """Attention of all packed rows, (M, H, D)."""
+
+    def attend_rounded(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: Sequence[Span],
+        format: Format,
+    ) -> QuantizedRows:
+        """`attend`, (M, H * D), rounded to a format by a scale of each row (`quantize_rows`)."""
+        return quantize_rows(self.attend(q, k, v, spans).flatten(1), format)
 
     def attend_with_lse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -16,9 +16,11 @@ with rows of about one length, so its scale comes from some of them, with room f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from mot_kernels import Format, Fp8W8A8, QuantizedRows, quantize_rows
 from mot_kernels.dispatch import warn_once
 
 from bagel_mot.model.attention import FlashAttention3
@@ -67,12 +69,30 @@ class FlashAttention3Fp8(FlashAttention3):
     ) -> torch.Tensor:
         if not span.is_large:
             return super()._attend_span(q, k, v, span)
+        return add_shifts(*self._attend_shifted(q, k, v, span), span)
+
+    def attend_rounded(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: Sequence[Span],
+        format: Format,
+    ) -> QuantizedRows:
+        if len(spans) != 1 or not spans[0].is_large or not isinstance(format, Fp8W8A8):
+            return super().attend_rounded(q, k, v, spans, format)
+        return shift_and_round(*self._attend_shifted(q, k, v, spans[0]), spans[0], format)
+
+    def _attend_shifted(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a large span's rows, less the shifts of V, and these."""
         # The cache may have room for more: it is kept, and as large as any step wanted it.
         end = span.segments[-1].region.stop
         q, k, v, scales, shifts = round_heads(q, k[:end], v[:end], span)
         of_q, of_k, of_v = scales
         y = self._call(q, k, v, span, q_descale=of_q, k_descale=of_k, v_descale=of_v)
-        return add_shifts(y, shifts[1], span)
+        return y, shifts[1]
 
     def attend_with_lse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -116,7 +136,7 @@ def round_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -
 def add_shifts(y: torch.Tensor, shifts: torch.Tensor, span: Span) -> torch.Tensor:
     """y (M, H, D), overwritten, plus the shifts (2n - 1, Hkv, D) of its rows' sequences."""
     if y.is_cuda:
-        from bagel_mot._triton.round_heads import launch_add_shifts
+        from bagel_mot._triton.shift_rows import launch_add_shifts
 
         launch_add_shifts(y, shifts, span.row_bounds)
         return y
@@ -125,6 +145,20 @@ def add_shifts(y: torch.Tensor, shifts: torch.Tensor, span: Span) -> torch.Tenso
         rows = y[edges[i] : edges[i + 1]].unflatten(1, (shifts.shape[1], -1))
         rows += shifts[i][:, None]
     return y
+
+
+def shift_and_round(
+    y: torch.Tensor, shifts: torch.Tensor, span: Span, format: Format
+) -> QuantizedRows:
+    """`add_shifts`, then `quantize_rows` to a format of FP8, in one pass; (M, H * D)."""
+    if not y.is_cuda:
+        return quantize_rows(add_shifts(y, shifts, span).flatten(1), format)
+    from bagel_mot._triton.shift_rows import launch_shift_and_round
+
+    rounded = torch.empty(len(y), y[0].numel(), dtype=torch.float8_e4m3fn, device=y.device)
+    scales = torch.empty(len(y), dtype=torch.float32, device=y.device)
+    launch_shift_and_round(rounded, scales, y, shifts, span.row_bounds)
+    return QuantizedRows(rounded, scales, y.dtype)
 
 
 def round_heads_reference(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from mot_kernels import RoutePlan
+from mot_kernels import Format, QuantizedRows, RoutePlan
 
 if TYPE_CHECKING:
     from bagel_mot.model.attention import Backend
@@ -179,8 +179,13 @@ class Layout:
     exchange: Exchange | None = None
 
     def attend(
-        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        own: torch.Tensor,
+        kv: torch.Tensor,
+        backend: Backend,
+        format: Format | None = None,
+    ) -> torch.Tensor | QuantizedRows:
         """Attention of the rows in one layer.
 
         Args:
@@ -188,13 +193,16 @@ class Layout:
             own: where K and V of these rows were written; `kv`, or what the exchange gave.
             kv: (S, 2, Hkv, D), the layer's cache.
             backend: what computes it.
+            format: what the result's rows will be rounded to, if they will.
 
         Returns:
-            (M, H, D).
+            (M, H * D), rounded or not.
         """
         if self.exchange is not None:
-            return self.exchange.attend(q, own, kv, backend)
-        return backend.attend(q, kv[:, 0], kv[:, 1], self.spans)
+            return self.exchange.attend(q, own, kv, backend).flatten(1)
+        if format is not None:
+            return backend.attend_rounded(q, kv[:, 0], kv[:, 1], self.spans, format)
+        return backend.attend(q, kv[:, 0], kv[:, 1], self.spans).flatten(1)
 
     def load(self, blocks: Sequence[Block]) -> None:
         """Take over other blocks' positions and places in the cache.
@@ -237,12 +245,17 @@ class DecodeLayout:
     positions_end: int = 1
 
     def attend(
-        self, q: torch.Tensor, own: torch.Tensor, kv: torch.Tensor, backend: Backend
+        self,
+        q: torch.Tensor,
+        own: torch.Tensor,
+        kv: torch.Tensor,
+        backend: Backend,
+        format: Format | None = None,
     ) -> torch.Tensor:
         """See `Layout.attend`."""
         texts = len(self.lengths)
         k, v = kv[: texts * self.room].unflatten(0, (texts, self.room)).unbind(2)
-        return backend.attend_rows(q, k, v, self.lengths, self.reach)
+        return backend.attend_rows(q, k, v, self.lengths, self.reach).flatten(1)
 
 
 def build_layout(

@@ -96,9 +96,10 @@ class Attention(nn.Module):
         )
         if own is None:
             own = kv = torch.stack([k, v], dim=1)
-        y = layout.attend(q, own, kv, backend)
+        format = None if layout.plan is None else self.o.rounds_to
+        y = layout.attend(q, own, kv, backend, format)
         epilogue = None if residual is None else AddResidual(residual)
-        return self.o(y.flatten(1), layout.plan, epilogue=epilogue)
+        return self.o(y, layout.plan, epilogue=epilogue)
 
 
 class MLP(nn.Module):

@@ -23,7 +23,7 @@ from vllm_omni.errors import OmniClientError
 
 from bagel_mot.config import BagelConfig
 from bagel_mot.images import patchify, resized_size, to_rgb
-from bagel_mot.request import MOST_IMAGES, MOST_TEXT_TOKENS, Part, Request
+from bagel_mot.request import MOST_IMAGES, MOST_TEXT_TOKENS, Part, Request, checked_temperature
 from bagel_mot.sampling import MOST_TIMESTEPS, ImageSettings
 from bagel_mot.tokenizer import BOS_TOKEN, EOS_TOKEN
 
@@ -58,6 +58,13 @@ class _Extras(BaseModel):
     text_temperature: float = 0.3
     taylorseer: bool = False
     bagel_mot_size: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def temperature(self) -> float | None:
+        """What text is sampled at; None where the likeliest is written."""
+        if not self.do_sample:
+            return None
+        return checked_temperature("text_temperature", self.text_temperature)
 
 
 class _Sampling(BaseModel):
@@ -159,7 +166,7 @@ def read_request(
             settings=settings,
             num_images=values.num_outputs_per_prompt,
             max_text_tokens=extras.max_think_tokens or _most_tokens(extras, output),
-            temperature=extras.text_temperature if extras.do_sample else None,
+            temperature=extras.temperature,
             negative_prompt=negative or None,
         )
         if whole is not None:

@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
+from mot_kernels.dispatch import warn_once
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -95,6 +96,11 @@ class BagelProcessingInfo(BaseProcessingInfo):
         return bagel_config(self.ctx.model_config)
 
     def get_hf_processor(self, **kwargs: object) -> BagelPictureProcessor:
+        for name in kwargs:
+            warn_once(
+                f"mm_processor_kwargs has {name}, which is ignored: pictures are cut and resized "
+                "as the checkpoint says"
+            )
         tokenizer = self.get_tokenizer()
         check_tokenizer(tokenizer)
         return BagelPictureProcessor(self.config, tokenizer)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mot_kernels import RoutePlan
+from mot_kernels import Format, RoutePlan
 from torch import Tensor
 
 from bagel_mot.config import BagelConfig
@@ -291,10 +291,13 @@ class Together(Layout):
         """Of each batch."""
         return [len(batch.x) for batch in self.batches]
 
-    def attend(self, q: Tensor, own: Tensor, kv: Tensor, backend: Backend) -> Tensor:
-        """See `Layout.attend`; whatever the backend, since gradients must flow."""
-        del kv, backend
-        return self.attend_in_place(q, own) if q.is_cuda else self.attend_in_order(q, own)
+    def attend(
+        self, q: Tensor, own: Tensor, kv: Tensor, backend: Backend, format: Format | None = None
+    ) -> Tensor:
+        """See `Layout.attend`; whatever the backend and format, since gradients must flow."""
+        del kv, backend, format
+        y = self.attend_in_place(q, own) if q.is_cuda else self.attend_in_order(q, own)
+        return y.flatten(1)
 
     def attend_in_order(self, q: Tensor, own: Tensor) -> Tensor:
         """By torch, batch by batch, with rows copied into samples' order and a mask."""
