@@ -118,7 +118,7 @@ def launch_linear_format(
                     x.data,
                     weight.data,
                     *rest,
-                    tile_range(tile_offsets, config.block_m, len(counts)),
+                    (tile_offsets, counts),
                     EPILOGUES[epilogue],
                     config,
                     FORMAT_PLACES,
