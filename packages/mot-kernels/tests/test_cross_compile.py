@@ -264,13 +264,10 @@ FORMAT_KERNELS: dict[str, Callable[[Target], recorded_launches.Launch]] = {
 
 # (dtype, epilogue, HAS_BIAS, HAS_GATHERED) of the kernel that is only for sm_90; "long" sums of FP8
 # leave the matrix unit. "xgroups" and "outgroups": scales of 128 columns of a row;
-# "wblocks": of blocks of the weight. "fewN": experts of up to N rows beside the tiles.
+# "wblocks": of blocks of the weight.
 HOPPER_KERNELS = {
     "hopper-none": ("bf16", 0, False, False),
     "hopper-none-bias-gathered": ("bf16", 0, True, True),
-    "hopper-few2-silu_mul": ("bf16", 1, False, False),
-    "hopper-few4-none-bias": ("bf16", 0, True, False),
-    "hopper-few8-add_residual": ("bf16", 2, False, False),
     "hopper-silu_mul-bias-gathered": ("bf16", 1, True, True),
     "hopper-add_residual-gathered": ("bf16", 2, False, True),
     "hopper-fp8-none": ("fp8e4nv", 0, False, False),
@@ -306,7 +303,6 @@ def compile_hopper(name: str) -> dict[str, Any]:
     from mot_kernels._triton.launcher import OPTIONS
 
     dtype, epilogue, has_bias, has_gathered = HOPPER_KERNELS[name]
-    few = int(name.partition("-few")[2][:1] or 0)
     bits = 16 if dtype == "bf16" else 8
     format = {"bf16": None, "fp8e4nv": "fp8_w8a8_per_channel", "i8": "int8_w8a8"}[dtype]
     problem = Problem(4608, 3584, torch.bfloat16, "none", (2, 4096), format)
@@ -319,7 +315,6 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "W_BLOCKS": "-wblocks" in name,
         "EPILOGUE": epilogue,
         "HAS_GATHERED": has_gathered,
-        "FEW": few,
         "LEAVES_UNIT": "-long" in name,
         "OUT_GROUPS": "-outgroups" in name,
         "DTYPE": tl.bfloat16,
@@ -327,10 +322,8 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.num_stages,
-        "LOADING_WARPS": 2 if few else 4,
+        "LOADING_WARPS": 4,
     }
-    if not few:
-        constants |= {"w_ptr": None, "few_tiles_ptr": None}
     if not has_bias:
         constants["bias_ptr"] = None
     if not constants["OUT_GROUPS"]:
@@ -349,14 +342,12 @@ def compile_hopper(name: str) -> dict[str, Any]:
         "out_ptr": "fp8e4nv" if constants["OUT_GROUPS"] else "bf16",
         "out_scales_ptr": "fp32",
         "x_ptr": dtype,
-        "w_ptr": dtype,
         "x_scales_ptr": "fp32",
         "w_scales_ptr": "fp32",
         "partials_ptr": "i32" if dtype == "i8" else "fp32",
         "flags_ptr": "i32",
         "row_ids_ptr": "i32",
         "tiles_ptr": "i32",
-        "few_tiles_ptr": "i32",
     }
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):

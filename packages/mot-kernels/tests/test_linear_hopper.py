@@ -5,9 +5,7 @@ The kernel needs a Hopper GPU; dealing and refusing are the host's and are teste
 
 from __future__ import annotations
 
-import re
 import sys
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from mot_kernels import SILU_MUL, AddResidual, Epilogue, TileConfig, dispatch, mot_linear
-from mot_kernels._triton.hopper_share import deal
+from mot_kernels._triton.launch_hopper import deal
 from mot_kernels.dispatch import why_not_hopper
 from mot_kernels.testing import ROUTES, Route, assert_close, looped_linear, poisoned
 
@@ -34,47 +32,28 @@ CONFIG = CONFIGS[0]
 @pytest.mark.parametrize("most_parts", [1, 2, 4])
 @pytest.mark.parametrize("steps", [1, 2, 7, 56, 296])
 @pytest.mark.parametrize("programs", [1, 8, 132])
-def test_deal(programs: int, steps: int, most_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All programs' walks: every k step of every unit once, tails before all else, heads last."""
-    work = pytest.importorskip("mot_kernels._triton.hopper_work")
-    monkeypatch.setattr(work, "_own_tails", work._own_tails.fn)
+def test_deal(programs: int, steps: int, most_parts: int) -> None:
+    """Full waves stay whole; each of the other units is cut into as many parts as will pay."""
     for units in range(1, 3 * programs + 2):
-        dealt = deal(units, steps, programs, most_parts)
-        assert dealt.length(units, steps, programs) <= -(-units // programs) * steps
-        done: dict[int, list[tuple[int, int]]] = {}
-        arguments = (1, units, dealt.whole, dealt.parts, steps, 8, dealt.head, dealt.tails)
-        for program in range(programs):
-            monkeypatch.setattr(
-                work,
-                "gl",
-                SimpleNamespace(program_id=lambda _, p=program: p, num_programs=lambda _: programs),
-            )
-            unit, kinds, taken = work._first_unit.fn(arguments), "", 0
-            while unit < work._end_of_walk.fn(arguments):
-                index, first, last, is_equal, is_tail, is_head = work._extent.fn(unit, arguments)
-                done.setdefault(index, []).append((first, last))
-                kinds += "e" if is_equal else "t" if is_tail else "h" if is_head else "w"
-                taken += last - first
-                unit += programs
-            assert re.fullmatch("e?w*|t+w*|w*h?", kinds), kinds
-            assert taken <= dealt.length(units, steps, programs)
-        assert sorted(done) == list(range(units))
-        for parts in done.values():
-            edges = sorted(parts)
-            assert edges[0][0] == 0 and edges[-1][1] == steps
-            assert all(a[1] == b[0] and a[0] < a[1] for a, b in pairwise(edges))
+        whole, parts = deal(units, steps, programs, most_parts)
+        rest = units - whole
+        assert 1 <= parts <= most_parts
+        if rest:
+            assert whole % programs == 0
+            assert 0 < rest * parts <= programs  # at most one part a program
+            assert 2 <= parts < steps
+        else:
+            assert parts == 1
 
 
 def test_deal_cuts_where_that_is_shorter() -> None:
-    assert deal(132 + 48, 56, 132, 4) == (132, 2, 0, 0)
-    assert deal(132 + 67, 56, 132, 4) == (132, 1, 39, 2)
-    assert deal(132 + 30, 56, 132, 4) == (132, 4, 0, 0)
-    assert deal(132 + 30, 56, 132, 2) == (132, 2, 0, 0)  # no more parts than chunks of columns
-    assert deal(112, 56, 132, 4) == (112, 1, 0, 0)  # six tails of 4 steps each: as long
-    assert deal(112, 296, 132, 4) == (0, 1, 258, 6)
-    assert deal(2 * 132, 56, 132, 4) == (264, 1, 0, 0)
-    assert deal(4, 12, 132, 2) == (4, 1, 0, 0)  # 6 steps saved, as many as trading sums costs
-    assert deal(4, 14, 132, 2) == (0, 2, 0, 0)
+    assert deal(132 + 48, 56, 132, 4) == (132, 2)
+    assert deal(132 + 67, 56, 132, 4) == (199, 1)
+    assert deal(132 + 30, 56, 132, 4) == (132, 4)
+    assert deal(132 + 30, 56, 132, 2) == (132, 2)  # no more parts than chunks of columns
+    assert deal(2 * 132, 56, 132, 4) == (264, 1)
+    assert deal(4, 12, 132, 2) == (4, 1)  # 6 steps saved, as many as trading sums costs
+    assert deal(4, 14, 132, 2) == (0, 2)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 148])
@@ -219,9 +198,8 @@ def epilogue_for(name: str, residual: torch.Tensor) -> Epilogue | None:
     return {"none": None, "silu_mul": SILU_MUL, "add_residual": AddResidual(residual)}[name]
 
 
-# Many units a program, several steps; one unit cut into many parts; columns that end in a tile;
-# with 4,098 rows heads and tails.
-SIZES = {"wide": (128, 9216), "deep": (4096, 256), "ragged": (192, 1168), "tails": (4096, 768)}
+# Many units a program, several steps; one unit cut into many parts; columns that end in a tile.
+SIZES = {"wide": (128, 9216), "deep": (4096, 256), "ragged": (192, 1168)}
 
 LONG_ROUTES = [
     *ROUTES.values(),

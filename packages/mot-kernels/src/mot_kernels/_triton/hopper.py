@@ -31,22 +31,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mot_kernels._triton.hopper_few import _FEW_WARPS, _few_rows_group
 from mot_kernels._triton.hopper_finish import (
     _CHUNK,
     _PART,
     _ROWS,
-    _await,
     _chunks_per_stage,
     _finish,
-    _hand_over,
     _round_group,
     _stored,
     _trade,
 )
 from mot_kernels._triton.hopper_load import _loading_warps
 from mot_kernels._triton.hopper_sum import _start_sum, _sum_layout, _sum_up
-from mot_kernels._triton.hopper_work import _end_of_walk, _extent, _first_unit, _place
+from mot_kernels._triton.hopper_work import _extent, _first_unit, _place
 from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed this.
@@ -58,7 +55,7 @@ _reinterpret = (
 
 @gluon.constexpr_function
 def _registers(leaves, loading):
-    """Of a thread of a computing group, or of the third group of warps; these have 504.
+    """Of a thread of a computing group, or of a loading one; three groups of warps have 504.
 
     As ptxas says, 9 registers are spilled at most (sums that leave the unit, scales of groups, and
     gathered rows), mostly none. Sums that leave the matrix unit take 64 more.
@@ -72,7 +69,7 @@ def _computing_group(
     work, N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, X_GROUPS: gl.constexpr, HAS_W_SCALES: gl.constexpr,
     W_BLOCKS: gl.constexpr, HAS_GATHERED: gl.constexpr, LEAVES_UNIT: gl.constexpr,
-    OUT_GROUPS: gl.constexpr, EVEN_N: gl.constexpr,
+    OUT_GROUPS: gl.constexpr, DTYPE: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """Half the rows of the same units in the same order."""
     _, w_ring, full, empty = ring
@@ -82,7 +79,7 @@ def _computing_group(
     x_scales_ptr, stride_x_scales_m, stride_x_scales_k = x_scales
     w_scales_ptr, stride_w_scales_e, stride_w_scales_n, stride_w_scales_k = w_scales
     partials_ptr, flags_ptr = partial
-    num_tiles, num_n, num_whole, parts, _steps, group_m, _head, _tails = work
+    num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
@@ -91,11 +88,11 @@ def _computing_group(
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     stored: gl.constexpr = _stored(OUT_GROUPS)
     sums: gl.constexpr = _sum_layout(ring, LEAVES_UNIT)
-    unit = _first_unit(work)
-    end = _end_of_walk(work)
+    unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
-    while unit < end:
-        index, first_step, last_step, is_equal, is_tail, is_head = _extent(unit, work)
+    while unit < num_whole:
+        is_cut = unit < 0
+        index, first_step, last_step = _extent(unit, num_whole, parts, steps)
         unit += gl.num_programs(0)
         tile, block_n = _place(index, num_tiles, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
@@ -153,36 +150,24 @@ def _computing_group(
                 bias_row.store(bias_values.to(gl.float32))
             if HAS_W_SCALES:
                 scale_row.store(scale_values)
-            # Whose sums are to be added: of the other equal parts, or of the tail.
-            first_other = gl.program_id(0) - gl.program_id(0) % parts
-            others = 0
-            if is_equal:
+            if is_cut:
                 _trade(chunks, partials_ptr, flags_ptr, parts, GROUP, NUM, BLOCK_N)
-                others = parts
-            if is_tail:
-                _hand_over(chunks, partials_ptr, flags_ptr, index - num_whole, GROUP, BLOCK_N)
-            if is_head:
-                _await(flags_ptr, index - num_whole, GROUP)
-                first_other = index - num_whole
-                others = 1
-            others_of = (partials_ptr, first_other, others, is_head)
             place = (live, column, rows)
-            if is_tail:
-                pass
-            elif OUT_GROUPS:
+            if OUT_GROUPS:
                 _round_group(
-                    chunks, place, part_rows, row_scales, shared_rows, out, out_scales, others_of,
-                    N_OUT, GROUP, BLOCK_N, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES,
-                    wide_ring[0].dtype, EVEN_N,
+                    chunks, place, part_rows, row_scales, shared_rows, out, out_scales,
+                    partials_ptr, is_cut, parts, N_OUT, GROUP, BLOCK_N, HAS_BIAS, HAS_X_SCALES,
+                    HAS_W_SCALES, DTYPE, EVEN_N,
                 )  # fmt: skip
             else:
                 step = _finish(
-                    chunks, ring, wide_ring, step, place, row_scales, shared_rows, out, others_of,
-                    N_OUT, GROUP, EPILOGUE, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES,
+                    chunks, ring, wide_ring, step, place, row_scales, shared_rows, out,
+                    partials_ptr, is_cut, parts, N_OUT, GROUP, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
+                    HAS_W_SCALES,
                 )  # fmt: skip
         else:  # the other group alone
             num_stages = last_step - first_step
-            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and not is_tail:
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
                 num_stages += gl.cdiv(OUT // _CHUNK, _chunks_per_stage(w_ring))
             for _k in range(num_stages):
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
@@ -192,8 +177,8 @@ def _computing_group(
 
 @gluon.jit(
     do_not_specialize=(
-        "num_tiles", "num_few", "num_whole", "parts", "head", "tails", "group_m",
-        "first_expert", "stride_out_scales_k", "stride_x_scales_k",
+        "num_tiles", "num_whole", "parts", "group_m", "first_expert", "stride_out_scales_k",
+        "stride_x_scales_k",
     )
 )  # fmt: skip
 def _mot_linear_hopper_kernel(
@@ -203,7 +188,6 @@ def _mot_linear_hopper_kernel(
     x_ptr,
     x_scales_ptr,  # for 8 bits, fp32: (M,), or (M, K / 128) with X_GROUPS
     w_desc,  # (experts * N, K) as x, from first_expert on
-    w_ptr,  # the same, with FEW
     w_scales_ptr,  # fp32: (E, N) or (E,) by strides; (E, N / 128, K / 128) with W_BLOCKS; or unused
     bias_ptr,  # (E, N) or unused
     residual_desc,  # (M, N_OUT) or unused
@@ -212,13 +196,9 @@ def _mot_linear_hopper_kernel(
     flags_ptr,  # (programs, 2) int32, zero before and after
     row_ids_ptr,  # (M,) int32
     tiles_ptr,  # (T, 4) int32
-    few_tiles_ptr,  # as tiles, of up to FEW rows each: all of their experts'; or unused
     num_tiles,
-    num_few,
     num_whole,
     parts,  # of each unit that is cut along K: the last ones, from num_whole on
-    head,  # or where it is cut unevenly: k steps of the first of two parts,
-    tails,  # and most of the second ones that a program has; else 0
     group_m,  # row tiles that walk the columns together
     w_rows,  # N
     first_expert,
@@ -230,7 +210,6 @@ def _mot_linear_hopper_kernel(
     stride_x_m,
     stride_x_scales_m,
     stride_x_scales_k,
-    stride_w_n,
     stride_w_scales_e,
     stride_w_scales_n,
     stride_w_scales_k,
@@ -243,7 +222,6 @@ def _mot_linear_hopper_kernel(
     W_BLOCKS: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_GATHERED: gl.constexpr,
-    FEW: gl.constexpr,  # most rows of an expert beside the tiles: 2, 4, 8, or 0
     LEAVES_UNIT: gl.constexpr,  # long sums of FP8, X_GROUPS and W_BLOCKS
     OUT_GROUPS: gl.constexpr,
     DTYPE: gl.constexpr,  # of the result, before it is rounded to 8 bits
@@ -283,8 +261,7 @@ def _mot_linear_hopper_kernel(
         gl.allocate_shared_memory(gl.float32, [BLOCK_N], plain),
     )
     OUT: gl.constexpr = BLOCK_N // 2 if EPILOGUE == _EPILOGUE_SILU_MUL else BLOCK_N
-    num_n = gl.cdiv(N_OUT, OUT)
-    work = (num_tiles, num_n, num_whole, parts, K // BLOCK_K, group_m, head, tails)
+    work = (num_tiles, gl.cdiv(N_OUT, OUT), num_whole, parts, K // BLOCK_K, group_m)
     ring = (x_ring, w_ring, full, empty)
     x = (x_desc, x_ptr, stride_x_m)
     weight = (w_desc, w_rows, first_expert)
@@ -297,76 +274,32 @@ def _mot_linear_hopper_kernel(
     )
     residual = (residual_desc, residual_ptr, stride_residual_m)
     partial = (partials_ptr, flags_ptr)
-    if FEW:
-        gl.static_assert(not (LEAVES_UNIT or HAS_GATHERED or HAS_X_SCALES or HAS_W_SCALES))
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                _computing_group,
                 (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_0, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
+                    ring, wide_ring, rows_0, out, out_scales, bias, scales, partial, row_ids_ptr,
+                    tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE, EVEN_N,
                 ),
+            ),
+            (
+                _computing_group,
                 (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_1, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
+                    ring, wide_ring, rows_1, out, out_scales, bias, scales, partial, row_ids_ptr,
+                    tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES, X_GROUPS,
+                    HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS, DTYPE, EVEN_N,
                 ),
+            ),
+            (
+                _loading_warps,
                 (
-                    _loading_warps,
-                    (
-                        ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
-                        EPILOGUE, HAS_GATHERED, LOADING_WARPS,
-                    ),
+                    ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
+                    EPILOGUE, HAS_GATHERED, LOADING_WARPS,
                 ),
-                (
-                    _few_rows_group,
-                    (
-                        (x_ptr, stride_x_m), (w_ptr, stride_w_n), out, bias,
-                        (residual_ptr, stride_residual_m), row_ids_ptr, few_tiles_ptr, num_few,
-                        N_OUT, K, FEW, EPILOGUE, HAS_BIAS,
-                    ),
-                ),
-            ],
-            [4, LOADING_WARPS, _FEW_WARPS],
-            [_registers(LEAVES_UNIT, 0), _registers(LEAVES_UNIT, 1), _registers(LEAVES_UNIT, 1)],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_0, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 0, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
-                ),
-                (
-                    _computing_group,
-                    (
-                        ring, wide_ring, rows_1, out, out_scales, bias, scales, partial,
-                        row_ids_ptr, tiles_ptr, work, N_OUT, 1, EPILOGUE, HAS_BIAS, HAS_X_SCALES,
-                        X_GROUPS, HAS_W_SCALES, W_BLOCKS, HAS_GATHERED, LEAVES_UNIT, OUT_GROUPS,
-                        EVEN_N,
-                    ),
-                ),
-                (
-                    _loading_warps,
-                    (
-                        ring, wide_ring, x, weight, residual, row_ids_ptr, tiles_ptr, work, N_OUT,
-                        EPILOGUE, HAS_GATHERED, LOADING_WARPS,
-                    ),
-                ),
-            ],
-            [4, LOADING_WARPS],
-            [_registers(LEAVES_UNIT, 0), _registers(LEAVES_UNIT, 1)],
-        )  # fmt: skip
+            ),
+        ],
+        [4, LOADING_WARPS],
+        [_registers(LEAVES_UNIT, 0), _registers(LEAVES_UNIT, 1)],
+    )  # fmt: skip

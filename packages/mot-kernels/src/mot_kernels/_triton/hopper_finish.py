@@ -126,36 +126,12 @@ def _trade(
 
 
 @gluon.jit
-def _hand_over(
-    chunks, partials_ptr, flags_ptr, unit, GROUP: gl.constexpr, N: gl.constexpr
-):  # fmt: skip
-    """Leave a tail's sums for the program that has the head of this cut unit."""
-    for c in gl.static_range(len(chunks)):
-        ptrs = _partial_ptrs(partials_ptr, unit, GROUP, c, N)
-        gl.store(ptrs, gl.convert_layout(chunks[c], _PART))
-    _sync_warps()
-    gl.atomic_xchg(flags_ptr + unit * 2 + GROUP, 1, sem="release")
-
-
-@gluon.jit
-def _await(flags_ptr, unit, GROUP: gl.constexpr):
-    """Wait for the tail of a cut unit, which was begun before all else."""
-    flag_ptr = flags_ptr + unit * 2 + GROUP
-    while gl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
-        pass
-    gl.atomic_add(flag_ptr, -1, sem="relaxed")
-    _sync_warps()
-
-
-@gluon.jit
-def _add_up(y, others_of, GROUP: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
-    """Add the other parts' sums of a chunk: always by the same program, in the same order.
-
-    Those of equal parts are kept under their programs' numbers, a tail's under its unit's.
-    """
-    partials_ptr, first, others, is_head = others_of
-    for other in range(first, first + others):
-        if is_head | (other != gl.program_id(0)):
+def _add_up(y, partials_ptr, parts, GROUP: gl.constexpr, C: gl.constexpr, N: gl.constexpr):
+    """Add the other parts' sums of a chunk: always by the same program, in the same order."""
+    program = gl.program_id(0)
+    first = program - program % parts
+    for other in range(first, first + parts):
+        if other != program:
             y += gl.load(_partial_ptrs(partials_ptr, other, GROUP, C, N))
     return y
 
@@ -196,7 +172,7 @@ def _sigmoid(x):
 
 @gluon.jit
 def _silu_mul(
-    chunks, C: gl.constexpr, x_scales, shared_rows, others_of,
+    chunks, C: gl.constexpr, x_scales, shared_rows, partials_ptr, is_cut, parts,
     GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr,
 ):  # fmt: skip
@@ -204,8 +180,9 @@ def _silu_mul(
     NUM: gl.constexpr = len(chunks) // 2
     gate = gl.convert_layout(chunks[C], _PART)
     up = gl.convert_layout(chunks[C + NUM], _PART)
-    gate = _add_up(gate, others_of, GROUP, C, BLOCK_N)
-    up = _add_up(up, others_of, GROUP, C + NUM, BLOCK_N)
+    if is_cut:
+        gate = _add_up(gate, partials_ptr, parts, GROUP, C, BLOCK_N)
+        up = _add_up(up, partials_ptr, parts, GROUP, C + NUM, BLOCK_N)
     gate = _scaled(gate, C, x_scales, shared_rows, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES)
     up = _scaled(up, C + NUM, x_scales, shared_rows, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES)
     return gate * up * _sigmoid(gate)
@@ -230,7 +207,7 @@ def _scaled(
 
 @gluon.jit
 def _round_group(
-    chunks, place, part_rows, x_scales, shared_rows, out, out_scales, others_of,
+    chunks, place, part_rows, x_scales, shared_rows, out, out_scales, partials_ptr, is_cut, parts,
     N_OUT, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr, DTYPE: gl.constexpr,
     EVEN_N: gl.constexpr,
@@ -243,16 +220,15 @@ def _round_group(
     out_ptr, stride_out_m = out
     out_scales_ptr, stride_out_scales_m, stride_out_scales_k = out_scales
     gl.static_assert(len(chunks) == 4)
-    _, first_other, others, is_head = others_of
-    if is_head | (others == 0) | (gl.program_id(0) == first_other):
+    if not is_cut or gl.program_id(0) % parts == 0:
         n = column + gl.arange(0, _CHUNK, gl.SliceLayout(0, _PART))[None, :]
         left = _silu_mul(
-            chunks, 0, x_scales, shared_rows, others_of, GROUP, BLOCK_N, HAS_BIAS, HAS_X_SCALES,
-            HAS_W_SCALES,
+            chunks, 0, x_scales, shared_rows, partials_ptr, is_cut, parts, GROUP, BLOCK_N, HAS_BIAS,
+            HAS_X_SCALES, HAS_W_SCALES,
         )  # fmt: skip
         right = _silu_mul(
-            chunks, 1, x_scales, shared_rows, others_of, GROUP, BLOCK_N, HAS_BIAS, HAS_X_SCALES,
-            HAS_W_SCALES,
+            chunks, 1, x_scales, shared_rows, partials_ptr, is_cut, parts, GROUP, BLOCK_N, HAS_BIAS,
+            HAS_X_SCALES, HAS_W_SCALES,
         )  # fmt: skip
         if not EVEN_N:
             left = gl.where(n < N_OUT, left, 0.0)
@@ -307,7 +283,7 @@ def _larger(a, b):
 
 @gluon.jit
 def _finish(
-    chunks, ring, wide_ring, step, place, x_scales, shared_rows, out, others_of,
+    chunks, ring, wide_ring, step, place, x_scales, shared_rows, out, partials_ptr, is_cut, parts,
     N_OUT, GROUP: gl.constexpr, EPILOGUE: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_X_SCALES: gl.constexpr, HAS_W_SCALES: gl.constexpr,
 ):  # fmt: skip
@@ -320,9 +296,7 @@ def _finish(
     EACH: gl.constexpr = _chunks_per_stage(w_ring)
     SILU: gl.constexpr = EPILOGUE == _EPILOGUE_SILU_MUL
     NUM: gl.constexpr = len(chunks) // 2 if SILU else len(chunks)
-    _, first_other, others, is_head = others_of
-    part = gl.program_id(0) - first_other
-    finishes_all = is_head | (others == 0)
+    part = gl.program_id(0) % parts
     m = gl.arange(0, _ROWS, gl.SliceLayout(1, _STORED)) + GROUP * _ROWS
     for c in gl.static_range(NUM):
         n = column + c * _CHUNK + gl.arange(0, _CHUNK, gl.SliceLayout(0, _STORED))
@@ -330,15 +304,16 @@ def _finish(
         at = step + c // EACH
         if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and c % EACH == 0:
             mbarrier.wait(full.index(at % STAGES), (at // STAGES) & 1)
-        if finishes_all | (c * others // NUM == part):
+        if not is_cut or c * parts // NUM == part:
             if SILU:
                 z = _silu_mul(
-                    chunks, c, x_scales, shared_rows, others_of, GROUP, BLOCK_N, HAS_BIAS,
-                    HAS_X_SCALES, HAS_W_SCALES,
+                    chunks, c, x_scales, shared_rows, partials_ptr, is_cut, parts, GROUP, BLOCK_N,
+                    HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES,
                 )  # fmt: skip
             else:
                 y = gl.convert_layout(chunks[c], _PART)
-                y = _add_up(y, others_of, GROUP, c, BLOCK_N)
+                if is_cut:
+                    y = _add_up(y, partials_ptr, parts, GROUP, c, BLOCK_N)
                 z = _scaled(y, c, x_scales, shared_rows, HAS_BIAS, HAS_X_SCALES, HAS_W_SCALES)
             if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
                 chunk = _residual_chunk(wide_ring, step, c).slice(GROUP * _ROWS, _ROWS)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from mot_kernels._triton.hopper_finish import _CHUNK, _ROWS, _chunks_per_stage, _residual_chunk
-from mot_kernels._triton.hopper_work import _end_of_walk, _extent, _first_unit, _place
+from mot_kernels._triton.hopper_work import _extent, _first_unit, _place
 from mot_kernels._triton.tile import _EPILOGUE_ADD_RESIDUAL, _EPILOGUE_SILU_MUL
 
 # Triton 3.7 renamed these.
@@ -95,7 +95,7 @@ def _loading_warps(
     x_desc, x_ptr, stride_x_m = x
     w_desc, w_rows, first_expert = weight
     residual_desc, residual_ptr, stride_residual_m = residual
-    num_tiles, num_n, _num_whole, _parts, _steps, group_m, _head, _tails = work
+    num_tiles, num_n, num_whole, parts, steps, group_m = work
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
@@ -104,11 +104,10 @@ def _loading_warps(
     BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
     X_BYTES: gl.constexpr = BLOCK_M * BLOCK_K * BITS // 8
     W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * BITS // 8
-    unit = _first_unit(work)
-    end = _end_of_walk(work)
+    unit = _first_unit(num_tiles * num_n - num_whole, parts)
     step = 0
-    while unit < end:
-        index, first_step, last_step, _is_equal, is_tail, _is_head = _extent(unit, work)
+    while unit < num_whole:
+        index, first_step, last_step = _extent(unit, num_whole, parts, steps)
         unit += gl.num_programs(0)
         tile, block_n = _place(index, num_tiles, num_n, group_m)
         tile_ptr = tiles_ptr + tile * 4
@@ -126,7 +125,7 @@ def _loading_warps(
                 _tma_load(x_desc, [first, k], bar, x_ring.index(stage))
                 _load_weights(w_desc, w_ring.index(stage), bar, w_row, k, w_rows, EPILOGUE)
                 step += 1
-            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and not is_tail:
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
                 step = _load_residual(
                     ring, wide_ring, residual_desc, first, column, step, HAS_GATHERED, WARPS
                 )
@@ -149,8 +148,8 @@ def _loading_warps(
                 _copy_to_shared(x_ring.index(stage), x_ptrs + k, mask=mask)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
                 step += 1
-            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL and not is_tail:
+            if EPILOGUE == _EPILOGUE_ADD_RESIDUAL:
                 step = _gather_residual(
-                    ring, wide_ring, residual_ptr, stride_residual_m, rows, live, column,
-                    step, N_OUT, WARPS,
+                    ring, wide_ring, residual_ptr, stride_residual_m, rows, live, column, step,
+                    N_OUT, WARPS,
                 )  # fmt: skip

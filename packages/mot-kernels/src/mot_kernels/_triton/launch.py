@@ -74,16 +74,26 @@ def launch_linear(
         config = find_config(problem, x.device, hopper=no_hopper is None)
         if no_hopper is not None and config.schedule == "portable":
             warn_portable("16 bits", x, counts, no_hopper)
+    table = tile_range(tile_offsets, config.block_m, len(counts))
     if config.schedule == "hopper" and no_hopper is not None:
         raise ValueError(f"config has schedule 'hopper', but {no_hopper}")
-    table = tile_range(tile_offsets, config.block_m, len(counts))
     if config.schedule != "portable":
-        rest = (bias, residual, row_ids, tiles, flags)
-        last = (EPILOGUES[epilogue], config, LINEAR_PLACES)
+        own = launch_linear_hopper if config.schedule == "hopper" else launch_linear_few_rows
         with on_device(x.device):
-            if config.schedule == "few_rows":
-                return launch_linear_few_rows(out, x, weight, *rest, table, *last)
-            return launch_linear_hopper(out, x, weight, *rest, (tile_offsets, counts), *last)
+            return own(
+                out,
+                x,
+                weight,
+                bias,
+                residual,
+                row_ids,
+                tiles,
+                flags,
+                table,
+                EPILOGUES[epilogue],
+                config,
+                LINEAR_PLACES,
+            )
     for name, t, dim in (("x", x, 1), ("weight", weight, 2), ("out", out, 1)):
         check_reach(name, t, dim)
     check_reach("residual", residual, 1)

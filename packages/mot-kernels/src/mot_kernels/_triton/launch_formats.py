@@ -118,7 +118,7 @@ def launch_linear_format(
                     x.data,
                     weight.data,
                     *rest,
-                    (tile_offsets, counts),
+                    tile_range(tile_offsets, config.block_m, len(counts)),
                     EPILOGUES[epilogue],
                     config,
                     FORMAT_PLACES,

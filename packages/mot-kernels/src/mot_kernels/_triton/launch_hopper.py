@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from mot_kernels._triton.hopper_share import FEW_COLUMNS, all_as_tiles, deal, share_out
 from mot_kernels._triton.launcher import (
     TRITON_DTYPES,
     count_multiprocessors,
@@ -18,12 +17,31 @@ from mot_kernels._triton.launcher import (
 )
 from mot_kernels._triton.tile import _EPILOGUE_SILU_MUL
 from mot_kernels.dispatch import HOPPER_ROW_BYTES
-from mot_kernels.plan import MOST_PROGRAMS, TileRange, tile_range
+from mot_kernels.plan import MOST_PROGRAMS, TileRange
 from mot_kernels.replay import Keep
 from mot_kernels.tuning.config import TileConfig
 
-# To gather rows takes more than to ask for tiles of them.
-_GATHERING_WARPS = 4
+_LOADING_WARPS = 4
+
+# What cutting units costs, in k steps: their programs trade sums. See docs/log.md, 2026-11-25.
+_TRADING_STEPS = 6
+
+
+def deal(units: int, steps: int, programs: int, most_parts: int) -> tuple[int, int]:
+    """How `units` of `steps` k steps each are dealt to `programs` that run side by side.
+
+    Returns:
+        The units done whole, in full waves (or all of them), and the number of equal parts, at
+        most `most_parts`, into which each of the others is cut along K. A program has at most
+        one part.
+    """
+    rest = units % programs
+    if rest == 0:
+        return units, 1
+    parts = min(programs // rest, most_parts, steps)
+    if steps / parts + _TRADING_STEPS >= steps:
+        return units, 1
+    return units - rest, parts
 
 
 def launch_linear_hopper(
@@ -35,7 +53,7 @@ def launch_linear_hopper(
     row_ids: torch.Tensor,
     tiles: torch.Tensor,
     flags: torch.Tensor,
-    tiles_of: TileRange | tuple[Sequence[int], Sequence[int]],
+    tile_range: TileRange,
     epilogue: int,
     config: TileConfig,
     places: Mapping[str, int],
@@ -46,9 +64,7 @@ def launch_linear_hopper(
     out_scales: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Keep | None:
-    """One launch for some tiles; see `mot_kernels.mot_linear` for shapes.
-
-    `tiles_of` is a range of them, or `RoutePlan.flat_offsets` and the rows of each expert: all.
+    """One launch for the tiles of a range; see `mot_kernels.mot_linear` for shapes.
 
     x and weight are of 16 bits, or e4m3fn, or int8. Each sum is multiplied by its row's x_scales
     (M,), or for each 128 products by those of (M, K / 128), and by its channel's w_scales (E, N) or
@@ -64,30 +80,19 @@ def launch_linear_hopper(
     experts, n, k = weight.shape
     has_groups = x_scales is not None and x_scales.dim() == 2
     has_blocks = w_scales is not None and w_scales.dim() == 3
-    leaves_unit = has_groups or has_blocks or (x.dtype is torch.float8_e4m3fn and k > IN_UNIT)
+    start, gathered, end = tile_range
     is_silu_mul = epilogue == _EPILOGUE_SILU_MUL.value
     block_out = config.block_n // 2 if is_silu_mul else config.block_n
-    blocks = -(-out.shape[1] // block_out)
-    programs = min(count_multiprocessors(x.device), MOST_PROGRAMS)
-    dealing = (k // config.block_k, programs, block_out // _CHUNK.value)
-    if isinstance(tiles_of, TileRange):
-        share = all_as_tiles(tiles_of)
-    elif x.element_size() == 2 and k % FEW_COLUMNS == 0:
-        offsets, counts = tiles_of
-        share = share_out(offsets, config.block_m, counts, blocks, *dealing)
-    else:
-        offsets, counts = tiles_of
-        share = all_as_tiles(tile_range(offsets, config.block_m, len(counts)))
-    start, gathered, end = share.tiles
     num_tiles = end - start
-    units = num_tiles * blocks
-    dealt = deal(units, *dealing)
+    units = num_tiles * -(-out.shape[1] // block_out)
+    programs = min(count_multiprocessors(x.device), MOST_PROGRAMS)
+    num_whole, parts = deal(units, k // config.block_k, programs, block_out // _CHUNK.value)
     if config.block_k * x.element_size() != HOPPER_ROW_BYTES:
         raise ValueError(
             f"config has block_k={config.block_k}; schedule 'hopper' multiplies {x.dtype} in steps "
             f"of {HOPPER_ROW_BYTES // x.element_size()}"
         )
-    num_partials = (units - dealt.whole) * dealt.parts * config.block_m * config.block_n
+    num_partials = (units - num_whole) * parts * config.block_m * config.block_n
     sums = torch.int32 if x.dtype is torch.int8 else torch.float32
     partials = x.new_empty(num_partials, dtype=sums)
     swizzled = _swizzled(8 * x.element_size())
@@ -114,7 +119,6 @@ def launch_linear_hopper(
         x_ptr=x,
         x_scales_ptr=x_scales,
         w_desc=w_desc,
-        w_ptr=weight if share.few_rows else None,
         w_scales_ptr=w_scales,
         bias_ptr=bias,
         residual_desc=residual_desc,
@@ -123,13 +127,9 @@ def launch_linear_hopper(
         flags_ptr=flags,
         row_ids_ptr=row_ids,
         tiles_ptr=tiles[start:end],
-        few_tiles_ptr=tiles[share.few.start : share.few.end] if share.few_rows else None,
         num_tiles=num_tiles,
-        num_few=share.few.end - share.few.start,
-        num_whole=dealt.whole,
-        parts=dealt.parts,
-        head=dealt.head,
-        tails=dealt.tails,
+        num_whole=num_whole,
+        parts=parts,
         group_m=config.group_m,
         w_rows=n,
         first_expert=first_expert,
@@ -139,7 +139,6 @@ def launch_linear_hopper(
         **strides("out_scales", out_scales, "mk"),
         stride_x_m=x.stride(0),
         **strides("x_scales", x_scales, "mk"),
-        stride_w_n=weight.stride(1),
         **strides("w_scales", w_scales, "enk"),
         **strides("bias", bias, "e"),
         **strides("residual", residual, "m"),
@@ -150,8 +149,7 @@ def launch_linear_hopper(
         W_BLOCKS=has_blocks,
         EPILOGUE=epilogue,
         HAS_GATHERED=gathered < end,
-        FEW=share.few_rows,
-        LEAVES_UNIT=leaves_unit,
+        LEAVES_UNIT=has_groups or has_blocks or (x.dtype is torch.float8_e4m3fn and k > IN_UNIT),
         OUT_GROUPS=out_scales is not None,
         DTYPE=TRITON_DTYPES[dtype or out.dtype],
         # Told apart only where it matters: each kind is compiled.
@@ -159,7 +157,7 @@ def launch_linear_hopper(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
-        LOADING_WARPS=2 if share.few_rows else _GATHERING_WARPS,
+        LOADING_WARPS=_LOADING_WARPS,
         num_warps=config.num_warps,
     )
     return with_partials(keep, num_partials, sums) if num_partials else keep
