@@ -155,7 +155,9 @@ def shift_and_round(
         return quantize_rows(add_shifts(y, shifts, span).flatten(1), format)
     from bagel_mot._triton.shift_rows import launch_shift_and_round
 
-    rounded = torch.empty(len(y), y[0].numel(), dtype=torch.float8_e4m3fn, device=y.device)
+    rounded = torch.empty(
+        len(y), y.shape[1] * y.shape[2], dtype=torch.float8_e4m3fn, device=y.device
+    )
     scales = torch.empty(len(y), dtype=torch.float32, device=y.device)
     launch_shift_and_round(rounded, scales, y, shifts, span.row_bounds)
     return QuantizedRows(rounded, scales, y.dtype)

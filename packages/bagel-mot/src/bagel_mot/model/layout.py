@@ -193,10 +193,10 @@ class Layout:
             own: where K and V of these rows were written; `kv`, or what the exchange gave.
             kv: (S, 2, Hkv, D), the layer's cache.
             backend: what computes it.
-            format: what the result's rows will be rounded to, if they will.
+            format: what the result will be rounded to by a scale of each row, if it will.
 
         Returns:
-            (M, H * D), rounded or not.
+            (M, H * D); rounded, where a format is given and no exchange is needed.
         """
         if self.exchange is not None:
             return self.exchange.attend(q, own, kv, backend).flatten(1)
