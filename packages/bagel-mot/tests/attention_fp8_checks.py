@@ -13,6 +13,7 @@ from kernel_checks import compile_everywhere
 from mot_kernels import Fp8W8A8, quantize_rows
 from torch import Tensor
 
+from bagel_mot.model.attention import RoundedQ
 from bagel_mot.model.attention_fp8 import (
     Fp8Heads,
     add_shifts,
@@ -91,6 +92,29 @@ def check_rows(data: Tensor, scales: Tensor, y: Tensor) -> None:
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 
+def check_rounded_q(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    bounds: tuple[Tensor, Tensor],
+    of_kv: tuple[Tensor, ...],
+    scales: Tensor,
+    shifts: Tensor,
+) -> None:
+    """Nothing else changes; the scale of q is the given one."""
+    q, k, v = tensors
+    q = q.to(torch.float8_e4m3fn)
+    own = (q, *(torch.full(x.shape, 7.0) for x in (k, v)))
+    own_scales, own_shifts = torch.full_like(scales, 7.0), torch.full_like(shifts, 7.0)
+    from bagel_mot._triton.round_heads import launch_round_heads
+
+    given = RoundedQ(q, torch.full((1,), 0.25))
+    launch_round_heads(own, own_scales, own_shifts, (given, k, v), *bounds)
+    assert (own_scales[0] == 0.25).all()
+    assert torch.equal(own_scales[1:], scales[1:])
+    assert torch.equal(own_shifts.nan_to_num(), shifts.nan_to_num())
+    for mine, theirs in zip(own[1:], of_kv, strict=True):
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+
+
 def interpret_all() -> None:
     """Every case on the CPU, where torch rounds: the interpreter's e4m3fn is not to the nearest."""
     from bagel_mot._triton.round_heads import launch_round_heads
@@ -107,6 +131,7 @@ def interpret_all() -> None:
             launch_round_heads(to_round, scales, shifts, (q, k, v), *bounds)
             rounded = (x.to(torch.float8_e4m3fn) for x in to_round)
             check_bits(Fp8Heads(*rounded, scales, shifts), (q, k, v, span))
+            check_rounded_q((q, k, v), bounds, to_round[1:], scales, shifts)
             for y in (q, q.half()):  # the interpreter cuts bfloat16 off
                 want = add_shifts(y.clone(), shifts[1], span)
                 to_round = torch.full((len(y), y[0].numel()), 7.0)
@@ -124,9 +149,14 @@ def compile_all() -> None:
     heads = {"KV_HEADS": 4, "D": 128}
     rows = {"BOUNDS": 8, "BLOCK": round_heads._BLOCK}
     kernels = [
-        (round_heads._samples_kernel, {**heads, "GROUP": 7}),
+        (round_heads._samples_kernel, {**heads, "GROUP": 7, "HAS_Q": True}),
+        (round_heads._samples_kernel, {**heads, "GROUP": 7, "HAS_Q": False}),
         (round_heads._magnitudes_kernel, {**heads, **rows}),
-        (round_heads._round_kernel, {**heads, **rows, "GROUP": 7}),
+        (
+            round_heads._round_kernel,
+            {**heads, **rows, "GROUP": 7, "HAS_Q": True, "q_scale_ptr": None},
+        ),
+        (round_heads._round_kernel, {**heads, **rows, "GROUP": 7, "HAS_Q": False}),
         (shift_rows._add_shifts_kernel, {**heads, **rows, "GROUP": 7}),
         (
             shift_rows._shift_and_round_kernel,
@@ -141,7 +171,7 @@ def _type_of(name: str) -> str:
         return "i32"
     if name.endswith("out_ptr"):
         return "*fp8e4nv"
-    if name in ("scales_ptr", "shifts_ptr"):
+    if name in ("scales_ptr", "q_scale_ptr", "shifts_ptr"):
         return "*fp32"
     return "*bf16" if name in ("q_ptr", "k_ptr", "v_ptr", "y_ptr") else "*i32"
 

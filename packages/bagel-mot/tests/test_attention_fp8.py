@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bagel_mot import ImageSettings
 from bagel_mot.model import attention, attention_fp8, layout
-from bagel_mot.model.attention import Math, Sdpa
+from bagel_mot.model.attention import Math, RoundedQ, Sdpa
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.attention_fp8 import HEADROOM, FlashAttention3Fp8, round_heads
 from bagel_mot.model.layout import Block, Segment, build_layout, build_spans
@@ -291,6 +291,44 @@ def test_rounded_for_the_next_product(
     assert torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
 
 
+def test_queries_that_come_rounded(package: _Package) -> None:
+    """They are attended with as they are; for `o` in FP8 and INT8 as for any other."""
+    segments = [Segment(3100, 0, 30, False)]
+    spans = build_spans(segments, CPU)
+    q, k, v = gaussian(segments)
+    scale = torch.tensor([2.0**-5])
+    given = RoundedQ((q.float() / scale).to(torch.float8_e4m3fn), scale)
+    backend = FlashAttention3Fp8()
+    assert backend.rounds_q(spans)
+    got = backend.attend_to_rounded(given, k, v, spans, None)
+    assert isinstance(got, Tensor)
+    (call,) = package.calls
+    assert call["dtype"] is torch.float8_e4m3fn and (call["q_descale"] == scale).all()
+    want = attend(Math(), given.data.float() * scale, k.float(), v.float(), segments)
+    assert 0.01 < relative_error(got, want.flatten(1)) <= ROUNDING
+    for format in (Fp8W8A8(), Int8W8A8()):
+        rows = backend.attend_to_rounded(given, k, v, spans, format)
+        assert torch.equal(rows.float(), quantize_rows(got, format).float())
+
+
+def test_queries_are_rounded_for_large_pictures_alone(package: _Package) -> None:
+    large, small = Segment(3100, 0, 30, False), Segment(90, 3200, 30, False)
+    text = Segment(3100, 0, 30, True)
+    backend = FlashAttention3Fp8()
+    for segments, rounds in (
+        ([large], True),
+        ([small], False),
+        ([text], False),
+        ([large, small], False),
+        ([], False),
+    ):
+        assert backend.rounds_q(build_spans(segments, CPU)) is rounds
+        assert not Math().rounds_q(build_spans(segments, CPU))
+    q, k, v = gaussian([small])
+    with pytest.raises(TypeError, match="attention math takes queries as they are, not rounded"):
+        Math().attend_to_rounded(RoundedQ(q, q), k, v, build_spans([small], CPU), None)
+
+
 def test_rings_are_not_and_it_is_said(package: _Package, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(attention_fp8, "warn_once", said.append)
@@ -389,6 +427,24 @@ def test_gpu_error(monkeypatch: pytest.MonkeyPatch, segments: list[Segment]) -> 
         want = attend(Math(), q.float(), k.float(), values.float(), segments)
         for mine, theirs in zip(got.split(sizes), want.split(sizes), strict=True):
             assert relative_error(mine, theirs) <= bound
+
+
+@pytest.mark.gpu
+def test_gpu_queries_that_come_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = gpu_backend(monkeypatch)
+    segments = [Segment(4098, 0, 30, False, room=256), Segment(1026, 4360, 0, False)]
+    spans = build_spans(segments, torch.device("cuda"))
+    q, k, v = gaussian(segments, "cuda")
+    scale = torch.tensor([2.0**-5], device="cuda")
+    given = RoundedQ((q.float() / scale).to(torch.float8_e4m3fn), scale)
+    got = backend.attend_to_rounded(given, k, v, spans, None)
+    assert isinstance(got, Tensor)
+    want = attend(Math(), given.data.float() * scale, k.float(), v.float(), segments).flatten(1)
+    sizes = [segment.rows for segment in segments]
+    for mine, theirs in zip(got.float().split(sizes), want.split(sizes), strict=True):
+        assert relative_error(mine, theirs) <= ROUNDING_ON_GPU
+    rows = backend.attend_to_rounded(given, k, v, spans, Fp8W8A8())
+    checks.check_rows(rows.data, rows.scales, got.unflatten(1, q.shape[1:]))
 
 
 @pytest.mark.gpu

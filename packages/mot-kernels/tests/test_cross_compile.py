@@ -161,8 +161,9 @@ def silu_mul(target: Target) -> Compilation:
     return Compilation(_silu_mul_kernel, constants, {"num_warps": 4}, {})
 
 
-def qk_norm_rope(target: Target) -> Compilation:
+def qk_norm_rope(target: Target, *, rounds_q: bool = False) -> Compilation:
     from mot_kernels._triton.norm import _mot_qk_norm_rope_kernel
+    from mot_kernels._triton.rounding import _E4M3, _KEEP
 
     constants = {
         "HEADS": 28,
@@ -173,13 +174,21 @@ def qk_norm_rope(target: Target) -> Compilation:
         "BLOCK_HEADS": 32,
         "BLOCK_KV_HEADS": 4,
         "BLOCK_HALF": 64,
+        "EXPERTS": 2,
+        "BLOCK_WEIGHT": 256,
+        "Q_KIND": (_E4M3 if rounds_q else _KEEP).value,
+        "UNITS": target.fp8_units,
     }
+    if not rounds_q:
+        constants["q_scale_ptr"] = None
     pointers = {
         "rope_ptr": "fp32",
         "positions_ptr": "i64",
         "kv_rows_ptr": "i64",
         "expert_ids_ptr": "i32",
     }
+    if rounds_q:
+        pointers |= {"q_scale_ptr": "fp32", "q_ptr": "fp8e4nv" if target.fp8_units else "u8"}
     return Compilation(_mot_qk_norm_rope_kernel, constants, {"num_warps": 4}, pointers)
 
 
@@ -192,6 +201,7 @@ KERNELS: dict[str, Callable[[Target], Compilation]] = {
     "rms_norm": lambda target: rms_norm(target, residual=False),
     "rms_norm-residual": lambda target: rms_norm(target, residual=True),
     "qk_norm_rope": qk_norm_rope,
+    "qk_norm_rope-rounds_q": lambda target: qk_norm_rope(target, rounds_q=True),
     "silu_mul": silu_mul,
 }
 

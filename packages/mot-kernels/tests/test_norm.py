@@ -9,6 +9,7 @@ in float32 one or two rows measure luck, not the kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -346,6 +347,36 @@ def test_mot_qk_norm_rope_rounding(
 ) -> None:
     inputs = Heads(ALTERNATING, head_dim, dtype, device, heads, exact=False)
     inputs.judge(*inputs.run())
+
+
+@pytest.mark.parametrize(("head_dim", "size"), [(16, 1.0), (96, 2.0**-9), (128, 40.0), (128, 0.0)])
+def test_mot_qk_norm_rope_rounds_q(
+    head_dim: int, size: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """To the nearest of what it is without, by a scale that no number is too large for."""
+    heads = Heads(ROUTES["scattered"], head_dim, dtype, device, exact=False)
+    heads.q_weight *= size
+    q, k, v = heads.run()
+    for _ in range(2):  # and once more, replayed
+        scale = torch.full((1,), float("nan"), device=device)
+        rounded, own_k, own_v = heads.run(q_scale=scale)
+        assert rounded.dtype is torch.float8_e4m3fn
+        most = heads.q_weight.double().abs().max().item() * head_dim**0.5 / 448
+        assert most <= scale.item() < max(2 * most, 2.0**-59)
+        assert math.frexp(scale.item())[0] == 0.5
+        wanted = (q.float() / scale).to(torch.float8_e4m3fn)
+        assert torch.equal(rounded.view(torch.uint8), wanted.view(torch.uint8))
+        assert torch.equal(own_k, k) and torch.equal(own_v, v)
+
+
+def test_mot_qk_norm_rope_scale_of_exact_sizes(device: torch.device) -> None:
+    """448 times a power of two needs that power, anything above the next one."""
+    for weight, wanted in ((112.0, 1.0), (112.125, 2.0), (56.0, 0.5)):
+        heads = Heads(ROUTES["scattered"], 16, torch.float32, device, exact=False)
+        heads.q_weight = torch.full_like(heads.q_weight, -weight)
+        scale = torch.zeros(1, device=device)
+        heads.run(q_scale=scale)
+        assert scale.item() == wanted
 
 
 def test_mot_qk_norm_rope_without_plan(dtype: torch.dtype, device: torch.device) -> None:

@@ -356,6 +356,36 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
             "an input requires grad, but no gradient flows through q_out, k_out and v_out",
             id="k_out_requires_grad",
         ),
+        pytest.param(
+            {"qkv": torch.zeros(3, 32, requires_grad=True), "q_scale": torch.zeros(1)},
+            ValueError,
+            "no gradient flows .*, nor where q is rounded",
+            id="q_scale_requires_grad",
+        ),
+        pytest.param(
+            {"q_scale": torch.zeros(2)},
+            ValueError,
+            r"q_scale has shape \(2,\); expected \(1,\)",
+            id="q_scale_shape",
+        ),
+        pytest.param(
+            {"q_scale": torch.zeros(1, dtype=torch.int32)},
+            TypeError,
+            "q_scale has dtype torch.int32",
+            id="q_scale_dtype",
+        ),
+        pytest.param(
+            {"q_scale": torch.zeros(1), "q_out": heads(3, 4)},
+            TypeError,
+            "q_out has dtype torch.float32; expected torch.float8_e4m3fn",
+            id="q_out_not_rounded",
+        ),
+        pytest.param(
+            {"q_out": heads(3, 4).to(torch.float8_e4m3fn)},
+            TypeError,
+            "q_out",
+            id="q_out_without_q_scale",
+        ),
     ],
 )
 def test_mot_qk_norm_rope_errors(

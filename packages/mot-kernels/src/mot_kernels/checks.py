@@ -92,14 +92,24 @@ def check_plan(
 
 
 def check_out(
-    name: str, out: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor | QuantizedRows
+    name: str,
+    out: torch.Tensor,
+    shape: tuple[int, ...],
+    x: torch.Tensor | QuantizedRows,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """A tensor of the caller's to write to or add: shape given, dtype and device of x."""
+    """A tensor of the caller's to write to or add: shape given, device and, if not given, dtype
+    of x."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"{name} is a {type(out).__name__}; expected a tensor of shape {shape}")
     if tuple(out.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(out.shape)}; expected {shape}")
-    check_same_dtype(x, **{name: out})
+    if dtype is None or dtype is x.dtype:
+        check_same_dtype(x, **{name: out})
+    elif out.dtype is not dtype:
+        raise TypeError(f"{name} has dtype {out.dtype}; expected {dtype}")
+    elif out.device != x.device:
+        raise ValueError(f"{name} is on {out.device} but x is on {x.device}; move one")
 
 
 def check_written(

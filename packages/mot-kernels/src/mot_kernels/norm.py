@@ -198,6 +198,7 @@ def mot_qk_norm_rope(
     k_out: torch.Tensor | None = None,
     v_out: torch.Tensor | None = None,
     kv_rows: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Split a packed QKV projection, normalise and rotate q and k per head, place k and v.
 
@@ -219,6 +220,9 @@ def mot_qk_norm_rope(
             give both or neither. Allocated with S = M if None.
         kv_rows: (M,) integer, contiguous: the row of k_out / v_out each row goes to; None means
             row r goes to row r. Must be distinct and in range; not checked here.
+        q_scale: (1,) float32 to write to. Then q, rounded to qkv's dtype, is rounded on to e4m3fn
+            (as q_out must be) by this one scale: the least power of two, 2^-60 at least, that
+            takes sqrt(D) times the largest magnitude of q_weight to 448 or less. No q is larger.
 
     Returns:
         q (M, H, D), k and v (S, Hkv, D). Computed in fp32, rounded once; v is exact.
@@ -231,20 +235,20 @@ def mot_qk_norm_rope(
     differentiable = needs_grad(qkv, q_weight, k_weight)
     inputs = (qkv, q_weight, k_weight, rope, positions, kv_rows)
     key: Hashable = None
-    if not differentiable and is_unobserved(*inputs, q_out, k_out, v_out):
-        seen = metadata(*inputs, q_out, k_out, v_out)
+    if not differentiable and is_unobserved(*inputs, q_out, k_out, v_out, q_scale):
+        seen = metadata(*inputs, q_out, k_out, v_out, q_scale)
         key = (mot_qk_norm_rope, seen, num_heads, num_kv_heads, eps, dispatch.forced_path())
     if key is None or key not in replays_of(plan):
         _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
         experts = q_weight.shape[0]
         check_plan(plan, qkv.shape[0], experts, qkv.device, "qkv", "q_weight")
         heads = (num_heads, num_kv_heads, q_weight.shape[1])
-        _check_qk_out(qkv, heads, q_out, k_out, v_out, kv_rows)
+        _check_qk_out(qkv, heads, q_out, k_out, v_out, kv_rows, q_scale)
     if differentiable:
-        if q_out is not None or k_out is not None:
+        if not (q_out is None and k_out is None and q_scale is None):
             raise ValueError(
-                f"{why_grad()}, but no gradient flows through q_out, k_out and v_out; "
-                "leave them out, or use torch.no_grad()"
+                f"{why_grad()}, but no gradient flows through q_out, k_out and v_out, nor where q "
+                "is rounded; leave them out, or use torch.no_grad()"
             )
         # Raises where kernels are forced.
         dispatch.choose_path(qkv.device, qkv.dtype, needs_grad=True)
@@ -260,17 +264,20 @@ def mot_qk_norm_rope(
             eps=eps,
         )
     rows, head_dim = qkv.shape[0], q_weight.shape[1]
-    q = qkv.new_empty(rows, num_heads, head_dim) if q_out is None else q_out
+    q = q_out
+    if q is None:
+        q_dtype = qkv.dtype if q_scale is None else torch.float8_e4m3fn
+        q = qkv.new_empty(rows, num_heads, head_dim, dtype=q_dtype)
     k = qkv.new_empty(rows, num_kv_heads, head_dim) if k_out is None else k_out
     v = qkv.new_empty(rows, num_kv_heads, head_dim) if v_out is None else v_out
     expert_ids = None if plan is None else plan.expert_ids
     if key is None:
-        ops.qk_norm_rope_(q, k, v, *inputs, expert_ids, eps)
+        ops.qk_norm_rope_(q, k, v, q_scale, *inputs, expert_ids, eps)
     else:
-        tensors = (q, k, v, *inputs)
+        tensors = (q, k, v, q_scale, *inputs)
         replays_of(plan).run(key, ops.qk_norm_rope, tensors, expert_ids, float(eps))
-    if not (q_out is None and k_out is None and v_out is None):
-        note_written(q_out, k_out, v_out)
+    if not (q_out is None and k_out is None and v_out is None and q_scale is None):
+        note_written(q_out, k_out, v_out, q_scale)
     return q, k, v
 
 
@@ -320,6 +327,7 @@ def _check_qk_out(
     k_out: torch.Tensor | None,
     v_out: torch.Tensor | None,
     kv_rows: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
 ) -> None:
     """The caller's tensors; `heads` are the numbers of heads of q and of k, and their size."""
     rows = qkv.shape[0]
@@ -335,8 +343,11 @@ def _check_qk_out(
                 "of both, so give as many"
             )
         _check_index("kv_rows", kv_rows, qkv)
+    if q_scale is not None:
+        check_out("q_scale", q_scale, (1,), qkv, dtype=torch.float32)
     if q_out is not None:
-        check_out("q_out", q_out, (rows, num_heads, head_dim), qkv)
+        q_dtype = qkv.dtype if q_scale is None else torch.float8_e4m3fn
+        check_out("q_out", q_out, (rows, num_heads, head_dim), qkv, dtype=q_dtype)
         check_row_contiguous("q_out", q_out)
         check_reach("q_out", q_out, 1)
     for name, kv_out in (("k_out", k_out), ("v_out", v_out)):

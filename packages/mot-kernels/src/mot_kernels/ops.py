@@ -41,9 +41,9 @@ _SCHEMAS = (
     "rms_norm_(Tensor(a!) out, Tensor(b!)? out_scales, Tensor(c!)? residual_out, Tensor x, "
     "Tensor? residual, Tensor weight, Tensor? activation_scale, Tensor? expert_ids, float eps) "
     "-> ()",
-    "qk_norm_rope_(Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, Tensor qkv, Tensor q_weight, "
-    "Tensor k_weight, Tensor rope, Tensor positions, Tensor? kv_rows, Tensor? expert_ids, "
-    "float eps) -> ()",
+    "qk_norm_rope_(Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, Tensor(d!)? q_scale, Tensor qkv, "
+    "Tensor q_weight, Tensor k_weight, Tensor rope, Tensor positions, Tensor? kv_rows, "
+    "Tensor? expert_ids, float eps) -> ()",
 )
 
 _LIBRARY = torch.library.Library("mot", "DEF")
@@ -289,6 +289,7 @@ def _qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    q_scale: torch.Tensor | None,
     qkv: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
@@ -302,7 +303,7 @@ def _qk_norm_rope(
         from mot_kernels._triton.launch import launch_qk_norm_rope
 
         return launch_qk_norm_rope(
-            q, k, v, qkv, q_weight, k_weight, rope, positions, kv_rows, expert_ids, eps
+            q, k, v, q_scale, qkv, q_weight, k_weight, rope, positions, kv_rows, expert_ids, eps
         )
     new_q, new_k, new_v = reference.mot_qk_norm_rope(
         qkv,
@@ -315,7 +316,10 @@ def _qk_norm_rope(
         num_kv_heads=k.shape[1],
         eps=eps,
     )
-    q.copy_(new_q)
+    if q_scale is None:
+        q.copy_(new_q)
+    else:
+        reference.round_q(q, q_scale, new_q, q_weight)
     if kv_rows is None:
         k.copy_(new_k)
         v.copy_(new_v)
@@ -358,7 +362,7 @@ for _name, _implementation, _tensors in (
     ("linear_format_", _linear_format, 10),
     ("quantize_rows_", _quantize_rows, 4),
     ("rms_norm_", _rms_norm, 7),
-    ("qk_norm_rope_", _qk_norm_rope, 9),
+    ("qk_norm_rope_", _qk_norm_rope, 10),
 ):
     _LIBRARY.impl(_name, _operator(_implementation, _tensors), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mot::{_name}", _writes_nothing, lib=_LIBRARY)

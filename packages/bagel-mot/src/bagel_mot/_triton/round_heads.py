@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from bagel_mot._triton import OPTIONS
+from bagel_mot.model.attention import RoundedQ
 from bagel_mot.model.attention_fp8 import HEADROOM, LEAST_SCALE, SAMPLES, SAMPLES_OF_Q
 
 # Rows of a program.
@@ -30,7 +31,7 @@ def launch_round_heads(
     rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scales: torch.Tensor,
     shifts: torch.Tensor,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tensors: tuple[torch.Tensor | RoundedQ, torch.Tensor, torch.Tensor],
     row_bounds: torch.Tensor,
     kv_bounds: torch.Tensor,
 ) -> None:
@@ -40,8 +41,8 @@ def launch_round_heads(
         rounded: q, k and v, contiguous, in e4m3fn; or in float32, what would be rounded.
         scales: (3, 2n - 1, Hkv) float32, contiguous.
         shifts: (2, 2n - 1, Hkv, D) float32, contiguous.
-        tensors: q (M, H, D), k and v (S, Hkv, D) of the same strides, the last dimension
-            contiguous, D a power of two.
+        tensors: q (M, H, D), or a rounded one, of which the scale alone is to be written; k and v
+            (S, Hkv, D) of the same strides, the last dimension contiguous, D a power of two.
         row_bounds, kv_bounds: (2n,) int32, see `Span`.
 
     Raises:
@@ -52,7 +53,13 @@ def launch_round_heads(
         raise ValueError(f"k and v have strides {k.stride()} and {v.stride()}; expected the same")
     kv_heads, dim = k.shape[1:]
     sequences = scales.shape[1]
-    magnitudes = torch.empty(scales.shape, dtype=torch.int32, device=q.device)
+    magnitudes = torch.empty(scales.shape, dtype=torch.int32, device=k.device)
+    is_rounded = isinstance(q, RoundedQ)
+    q_scale = q.scale if isinstance(q, RoundedQ) else None
+    # Nobody looks at rounded ones here.
+    queries = k if isinstance(q, RoundedQ) else q
+    rows = 0 if is_rounded else len(queries)
+    heads = rounded[0].shape[1]
     shared = {
         "magnitudes_ptr": magnitudes,
         "shifts_ptr": shifts,
@@ -66,11 +73,12 @@ def launch_round_heads(
         **OPTIONS,
     }
     of_q = {
-        "q_ptr": q,
+        "q_ptr": queries,
         "row_bounds_ptr": row_bounds,
-        "stride_q_m": q.stride(0),
-        "stride_q_h": q.stride(1),
-        "GROUP": q.shape[1] // kv_heads,
+        "stride_q_m": queries.stride(0),
+        "stride_q_h": queries.stride(1),
+        "GROUP": heads // kv_heads,
+        "HAS_Q": not is_rounded,
     }
     blocks = {
         "keys": len(k),
@@ -78,18 +86,20 @@ def launch_round_heads(
         "BOUNDS": triton.next_power_of_2(len(row_bounds)),
         "BLOCK": _BLOCK,
     }
-    with torch.cuda.device_of(q):
-        _samples_kernel[(kv_heads, sequences, 3)](**shared, **of_q, num_warps=8)
+    with torch.cuda.device_of(k):
+        which = 2 if is_rounded else 3
+        _samples_kernel[(kv_heads, sequences, which)](**shared, **of_q, num_warps=8)
         _magnitudes_kernel[(triton.cdiv(len(k), _BLOCK), kv_heads, 2)](**shared, **blocks)
         # Rows first: with heads first it takes 8 % longer (12,294 rows on an H200).
-        programs = triton.cdiv(len(q), _BLOCK) * q.shape[1]
+        programs = triton.cdiv(rows, _BLOCK) * heads
         programs += triton.cdiv(len(k), _BLOCK) * 2 * kv_heads
         _round_kernel[(programs,)](
             q_out_ptr=rounded[0],
             k_out_ptr=rounded[1],
             v_out_ptr=rounded[2],
             scales_ptr=scales,
-            rows=len(q),
+            q_scale_ptr=q_scale,
+            rows=rows,
             **shared,
             **of_q,
             **blocks,
@@ -112,9 +122,12 @@ def _samples_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    HAS_Q: tl.constexpr,
 ):
-    """Grid: (KV_HEADS, sequences, 3); rows at equal distances of q, of k or of v."""
+    """Grid: (KV_HEADS, sequences, 3); rows at equal distances of q, of k or of v. Without q 2."""
     kv_head, sequence, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if not HAS_Q:
+        which += 1
     place = sequence * KV_HEADS + kv_head
     others = tl.num_programs(1) * KV_HEADS
     if which == 0:
@@ -213,6 +226,7 @@ def _round_kernel(
     k_out_ptr,  # (S, KV_HEADS, D) output
     v_out_ptr,  # the same
     scales_ptr,  # (3, sequences, KV_HEADS) fp32 output
+    q_scale_ptr,  # (1,) fp32 of rounded queries, or unused
     magnitudes_ptr,  # (3, sequences, KV_HEADS) int32
     shifts_ptr,  # (2, sequences, KV_HEADS, D) fp32
     q_ptr,  # (M, KV_HEADS * GROUP, D)
@@ -232,6 +246,7 @@ def _round_kernel(
     D: tl.constexpr,
     BOUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_Q: tl.constexpr,
 ):
     """Grid: (blocks of M times heads of q, then blocks of S times heads of k and of v)."""
     program = tl.program_id(0)
@@ -242,6 +257,8 @@ def _round_kernel(
             most = tl.load(magnitudes_ptr + i, mask=i < 3 * others, other=0)
             exponent = _scale_exponent(most) + tl.where(i < others, _HEADROOM, 0)
             scale = (exponent << 23).to(tl.float32, bitcast=True)
+            if not HAS_Q:
+                scale = tl.where(i < others, tl.load(q_scale_ptr), scale)
             tl.store(scales_ptr + i, scale, mask=i < 3 * others)
     blocks = tl.cdiv(rows, BLOCK)
     if program < blocks * KV_HEADS * GROUP:

@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,13 @@ _DECODE_STEP = 256
 # FlashAttention-3: rows of a tile, and what a tile costs if rows of several heads are put in it.
 _FA3_ROWS = 128
 _FA3_PACKING = 1.08
+
+
+class RoundedQ(NamedTuple):
+    """Queries in e4m3fn, (M, H, D), and what they are to be multiplied by, (1,) float32."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
 
 
 class Backend(ABC):
@@ -77,6 +84,25 @@ class Backend(ABC):
     ) -> QuantizedRows:
         """`attend`, (M, H * D), rounded to a format by a scale of each row (`quantize_rows`)."""
         return quantize_rows(self.attend(q, k, v, spans).flatten(1), format)
+
+    def rounds_q(self, spans: Sequence[Span]) -> bool:
+        """Whether the queries of these spans may come rounded, for `attend_to_rounded`."""
+        return False
+
+    def attend_to_rounded(
+        self,
+        q: RoundedQ,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: Sequence[Span],
+        format: Format | None,
+    ) -> torch.Tensor | QuantizedRows:
+        """`attend`, or with a format `attend_rounded`, of what `rounds_q` is true for; (M, H * D).
+
+        Raises:
+            TypeError: this backend takes no rounded queries.
+        """
+        raise TypeError(f"attention {self.name} takes queries as they are, not rounded")
 
     def attend_with_lse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

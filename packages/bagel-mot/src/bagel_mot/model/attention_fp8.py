@@ -11,7 +11,9 @@ spacing of bfloat16 numbers as large as the largest: otherwise all rows would li
 between which rounding decides by the same bit, and more would be rounded up, or down.
 
 Scales are powers of two, which round nothing. Those of K and V are exact. Q is written by a norm,
-with rows of about one length, so its scale comes from some of them, with room for 16 times that.
+whose weights bound it: where all rows are a large picture's, it rounds Q itself, by one scale
+(`mot_qk_norm_rope`). Otherwise Q's scale comes from some rows, which are of about one length, with
+room for 16 times that.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from mot_kernels import Format, Fp8W8A8, QuantizedRows, quantize_rows
 from mot_kernels.dispatch import warn_once
 
-from bagel_mot.model.attention import FlashAttention3
+from bagel_mot.model.attention import FlashAttention3, RoundedQ
 from bagel_mot.model.layout import Span
 
 # Rows that a shift is the mean of, and rows of Q that are looked at.
@@ -83,15 +85,33 @@ class FlashAttention3Fp8(FlashAttention3):
             return super().attend_rounded(q, k, v, spans, format)
         return shift_and_round(*self._attend_shifted(q, k, v, spans[0]), spans[0], format)
 
+    def rounds_q(self, spans: Sequence[Span]) -> bool:
+        return len(spans) == 1 and spans[0].is_large
+
+    def attend_to_rounded(
+        self,
+        q: RoundedQ,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: Sequence[Span],
+        format: Format | None,
+    ) -> torch.Tensor | QuantizedRows:
+        (span,) = spans
+        y, shifts = self._attend_shifted(q, k, v, span)
+        if isinstance(format, Fp8W8A8):
+            return shift_and_round(y, shifts, span, format)
+        y = add_shifts(y, shifts, span).flatten(1)
+        return y if format is None else quantize_rows(y, format)
+
     def _attend_shifted(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span
+        self, q: torch.Tensor | RoundedQ, k: torch.Tensor, v: torch.Tensor, span: Span
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of a large span's rows, less the shifts of V, and these."""
         # The cache may have room for more: it is kept, and as large as any step wanted it.
         end = span.segments[-1].region.stop
-        q, k, v, scales, shifts = round_heads(q, k[:end], v[:end], span)
+        own, k, v, scales, shifts = round_heads(q, k[:end], v[:end], span)
         of_q, of_k, of_v = scales
-        y = self._call(q, k, v, span, q_descale=of_q, k_descale=of_k, v_descale=of_v)
+        y = self._call(own, k, v, span, q_descale=of_q, k_descale=of_k, v_descale=of_v)
         return y, shifts[1]
 
     def attend_with_lse(
@@ -101,35 +121,40 @@ class FlashAttention3Fp8(FlashAttention3):
         return super().attend_with_lse(q, k, v)
 
 
-def round_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> Fp8Heads:
+def round_heads(
+    q: torch.Tensor | RoundedQ, k: torch.Tensor, v: torch.Tensor, span: Span
+) -> Fp8Heads:
     """Round the rows of a span and all that they see, to the nearest; on GPUs without a sync.
 
     A scale is the least power of two that divides all finite numbers to 448 or less, for q those of
     `SAMPLES_OF_Q` rows; `HEADROOM` then makes it larger. NaN and infinities become NaN.
 
     Args:
-        q: (M, H, D), the span's rows.
+        q: (M, H, D), the span's rows; rounded ones stay as they are.
         k, v: (S, Hkv, D), a layer's cache, at least up to the last segment's region.
         span: not causal.
 
     Raises:
         RuntimeError: gradients are wanted.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    given = q.data if isinstance(q, RoundedQ) else q
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (given, k, v)):
         raise RuntimeError("attention fa3-fp8 has no backward pass; train with another, or none")
-    if not q.is_cuda:
+    if not k.is_cuda:
         return round_heads_reference(q, k, v, span)
     from bagel_mot._triton.round_heads import launch_round_heads
 
-    own, keys, values = (
-        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) for x in (q, k, v)
+    keys, values = (
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) for x in (k, v)
     )
+    own = given
+    if not isinstance(q, RoundedQ):
+        own = torch.empty(given.shape, dtype=torch.float8_e4m3fn, device=k.device)
     sequences, (kv_heads, dim) = len(span.row_bounds) - 1, k.shape[1:]
-    scales = q.new_empty(3, sequences, kv_heads, dtype=torch.float32)
-    shifts = q.new_empty(2, sequences, kv_heads, dim, dtype=torch.float32)
-    launch_round_heads(
-        (own, keys, values), scales, shifts, (q, k, v), span.row_bounds, span.kv_bounds
-    )
+    scales = k.new_empty(3, sequences, kv_heads, dtype=torch.float32)
+    shifts = k.new_empty(2, sequences, kv_heads, dim, dtype=torch.float32)
+    bounds = span.row_bounds, span.kv_bounds
+    launch_round_heads((own, keys, values), scales, shifts, (q, k, v), *bounds)
     return Fp8Heads(own, keys, values, scales, shifts)
 
 
@@ -164,7 +189,7 @@ def shift_and_round(
 
 
 def round_heads_reference(
-    q: torch.Tensor,
+    q: torch.Tensor | RoundedQ,
     k: torch.Tensor,
     v: torch.Tensor,
     span: Span,
@@ -178,12 +203,15 @@ def round_heads_reference(
     if shifts is None:
         shifts = torch.stack([_shifts(x, keys) for x in (k, v)])
     none = torch.zeros_like(shifts[0])
-    (q, of_q), (k, of_k), (v, of_v) = (
-        _round_sequences(q, own, none, SAMPLES_OF_Q, HEADROOM),
+    if isinstance(q, RoundedQ):
+        mine, of_q = q.data, q.scale.expand(shifts.shape[1:3])
+    else:
+        mine, of_q = _round_sequences(q, own, none, SAMPLES_OF_Q, HEADROOM)
+    (k, of_k), (v, of_v) = (
         _round_sequences(k, keys, shifts[0]),
         _round_sequences(v, keys, shifts[1]),
     )
-    return Fp8Heads(q, k, v, torch.stack([of_q, of_k, of_v]), shifts)
+    return Fp8Heads(mine, k, v, torch.stack([of_q, of_k, of_v]), shifts)
 
 
 def _shifts(x: torch.Tensor, bounds: list[int]) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from mot_kernels import Format, QuantizedRows, RoutePlan
 
 if TYPE_CHECKING:
-    from bagel_mot.model.attention import Backend
+    from bagel_mot.model.attention import Backend, RoundedQ
     from bagel_mot.model.sequence_parallel import Exchange
 
 UND, GEN = 0, 1
@@ -178,9 +178,13 @@ class Layout:
     packed: torch.Tensor
     exchange: Exchange | None = None
 
+    def rounds_q(self, backend: Backend) -> bool:
+        """Whether `attend` may get its queries rounded."""
+        return self.exchange is None and backend.rounds_q(self.spans)
+
     def attend(
         self,
-        q: torch.Tensor,
+        q: torch.Tensor | RoundedQ,
         own: torch.Tensor,
         kv: torch.Tensor,
         backend: Backend,
@@ -189,7 +193,7 @@ class Layout:
         """Attention of the rows in one layer.
 
         Args:
-            q: (M, H, D).
+            q: (M, H, D); rounded where `rounds_q`.
             own: where K and V of these rows were written; `kv`, or what the exchange gave.
             kv: (S, 2, Hkv, D), the layer's cache.
             backend: what computes it.
@@ -198,11 +202,14 @@ class Layout:
         Returns:
             (M, H * D); rounded, where a format is given and no exchange is needed.
         """
+        k, v = kv.unbind(1)
+        if not isinstance(q, torch.Tensor):
+            return backend.attend_to_rounded(q, k, v, self.spans, format)
         if self.exchange is not None:
             return self.exchange.attend(q, own, kv, backend).flatten(1)
         if format is not None:
-            return backend.attend_rounded(q, kv[:, 0], kv[:, 1], self.spans, format)
-        return backend.attend(q, kv[:, 0], kv[:, 1], self.spans).flatten(1)
+            return backend.attend_rounded(q, k, v, self.spans, format)
+        return backend.attend(q, k, v, self.spans).flatten(1)
 
     def load(self, blocks: Sequence[Block]) -> None:
         """Take over other blocks' positions and places in the cache.
@@ -244,15 +251,20 @@ class DecodeLayout:
     exchange: None = None
     positions_end: int = 1
 
+    def rounds_q(self, backend: Backend) -> bool:
+        """See `Layout.rounds_q`: never."""
+        return False
+
     def attend(
         self,
-        q: torch.Tensor,
+        q: torch.Tensor | RoundedQ,
         own: torch.Tensor,
         kv: torch.Tensor,
         backend: Backend,
         format: Format | None = None,
     ) -> torch.Tensor:
         """See `Layout.attend`."""
+        assert isinstance(q, torch.Tensor)
         texts = len(self.lengths)
         k, v = kv[: texts * self.room].unflatten(0, (texts, self.room)).unbind(2)
         return backend.attend_rows(q, k, v, self.lengths, self.reach).flatten(1)

@@ -27,7 +27,7 @@ from mot_layers import (
 from torch import nn
 
 from bagel_mot.config import LlmConfig
-from bagel_mot.model.attention import Backend
+from bagel_mot.model.attention import Backend, RoundedQ
 from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
 from bagel_mot.quantization import LayerFormats, Projection
 
@@ -80,6 +80,8 @@ class Attention(nn.Module):
         own, own_rows = kv, layout.kv_rows
         if kv is not None and layout.exchange is not None:
             own, own_rows = layout.exchange.place(kv, layout.kv_rows, self.qkv.num_kv_heads)
+        rounds_q = kv is not None and layout.rounds_q(backend)
+        q_scale = layout.positions.new_empty(1, dtype=torch.float32) if rounds_q else None
         q, k, v = mot_qk_norm_rope(
             self.qkv(x, layout.plan),
             self.q_norm.stacked_weight,
@@ -93,11 +95,13 @@ class Attention(nn.Module):
             k_out=None if own is None else own[:, 0],
             v_out=None if own is None else own[:, 1],
             kv_rows=None if own is None else own_rows,
+            q_scale=q_scale,
         )
         if own is None:
             own = kv = torch.stack([k, v], dim=1)
         format = None if layout.plan is None else self.o.rounds_to
-        y = layout.attend(q, own, kv, backend, format)
+        queries = q if q_scale is None else RoundedQ(q, q_scale)
+        y = layout.attend(queries, own, kv, backend, format)
         epilogue = None if residual is None else AddResidual(residual)
         return self.o(y, layout.plan, epilogue=epilogue)
 

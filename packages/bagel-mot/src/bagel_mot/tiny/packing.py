@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bagel_mot.config import BagelConfig
 from bagel_mot.images import grid_positions, patchify, resized_size
-from bagel_mot.model.attention import Backend
+from bagel_mot.model.attention import Backend, RoundedQ
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.layout import GEN, UND, Layout
 
@@ -292,10 +292,16 @@ class Together(Layout):
         return [len(batch.x) for batch in self.batches]
 
     def attend(
-        self, q: Tensor, own: Tensor, kv: Tensor, backend: Backend, format: Format | None = None
+        self,
+        q: Tensor | RoundedQ,
+        own: Tensor,
+        kv: Tensor,
+        backend: Backend,
+        format: Format | None = None,
     ) -> Tensor:
         """See `Layout.attend`; whatever the backend and format, since gradients must flow."""
         del kv, backend, format
+        assert isinstance(q, Tensor)
         y = self.attend_in_place(q, own) if q.is_cuda else self.attend_in_order(q, own)
         return y.flatten(1)
 

@@ -37,12 +37,13 @@ _QK_NORM_ROPE_PLACES = {
     "q_ptr": 0,
     "k_ptr": 1,
     "v_ptr": 2,
-    "qkv_ptr": 3,
-    "q_weight_ptr": 4,
-    "k_weight_ptr": 5,
-    "rope_ptr": 6,
-    "positions_ptr": 7,
-    "kv_rows_ptr": 8,
+    "q_scale_ptr": 3,
+    "qkv_ptr": 4,
+    "q_weight_ptr": 5,
+    "k_weight_ptr": 6,
+    "rope_ptr": 7,
+    "positions_ptr": 8,
+    "kv_rows_ptr": 9,
 }
 
 
@@ -214,6 +215,7 @@ def launch_qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    q_scale: torch.Tensor | None,
     qkv: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
@@ -232,14 +234,16 @@ def launch_qk_norm_rope(
         return None
     block_heads = triton.next_power_of_2(heads)
     block_half = triton.next_power_of_2(head_dim // 2)
+    units = dispatch.has_fp8_units(qkv.device)
     with on_device(qkv.device):
         return launch(
             _mot_qk_norm_rope_kernel,
             (rows,),
             _QK_NORM_ROPE_PLACES,
-            q_ptr=q,
+            q_ptr=kernel_view(q, units),
             k_ptr=k,
             v_ptr=v,
+            q_scale_ptr=q_scale,
             qkv_ptr=qkv,
             q_weight_ptr=q_weight,
             k_weight_ptr=k_weight,
@@ -263,6 +267,10 @@ def launch_qk_norm_rope(
             BLOCK_HEADS=block_heads,
             BLOCK_KV_HEADS=triton.next_power_of_2(k.shape[1]),
             BLOCK_HALF=block_half,
+            EXPERTS=q_weight.shape[0],
+            BLOCK_WEIGHT=triton.next_power_of_2(q_weight.numel()),
+            Q_KIND=out_kind(q),
+            UNITS=units,
             # 32 elements of q a thread
             num_warps=min(max(block_heads * block_half // 512, 1), 8),
         )
