@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mot_kernels import RoutePlan, mot_qk_norm_rope
 from rich.console import Console
 
 from mot_bench.activity import summary
@@ -279,6 +280,26 @@ def test_baseline_runs_no_routed_operation(pipeline: Any) -> None:
         theirs = first_step(**job)
     assert (theirs - ours).norm() < 1e-5 * ours.norm()
     assert torch.equal(first_step(**job), ours)
+
+
+def test_gather_scatter_rounds_q() -> None:
+    """As attention in 8 bits wants it."""
+    plan = RoutePlan.from_runs([(0, 1), (1, 8), (0, 1)], num_experts=2)
+    draw = torch.Generator().manual_seed(0)
+    qkv, weights = torch.randn(10, 64, generator=draw), torch.randn(2, 2, 8, generator=draw)
+    angles = torch.randn(10, 4, generator=draw)
+    rope, positions = torch.cat([angles.cos(), angles.sin()], 1), torch.arange(10)
+    results = []
+    for operation in (mot_qk_norm_rope, GatherScatter(compiled=False).qk_norm_rope):
+        scale = torch.zeros(1)
+        q, _, _ = operation(
+            qkv, *weights, rope, positions, plan, num_heads=4, num_kv_heads=2, q_scale=scale
+        )
+        assert q.dtype is torch.float8_e4m3fn
+        results.append((q.float(), scale))
+    (ours, own), (theirs, other) = results
+    assert torch.equal(own, other)
+    assert (ours - theirs).norm() <= 0.01 * ours.norm()  # some to the next number
 
 
 @pytest.mark.parametrize("branches", [1, 2, 3])

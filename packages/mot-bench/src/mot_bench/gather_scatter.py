@@ -22,6 +22,7 @@ import mot_layers.linear
 import torch
 import torch.nn.functional as F
 from mot_kernels import AddResidual, Epilogue, RoutePlan, SiluMul
+from mot_kernels.reference import round_q
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mot_bench.compiled import compiled_per_shape
@@ -116,12 +117,17 @@ class GatherScatter:
         k_out: torch.Tensor | None = None,
         v_out: torch.Tensor | None = None,
         kv_rows: torch.Tensor | None = None,
+        q_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `mot_kernels.mot_qk_norm_rope`."""
         cos, sin = self._angles_of(rope, positions)
         heads = qkv.unflatten(1, (-1, q_weight.shape[-1]))
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         q = self._rotate(self._norm(q, q_weight, plan, eps), cos, sin)
+        if q_scale is not None:
+            rounded = torch.empty_like(q, dtype=torch.float8_e4m3fn)
+            round_q(rounded, q_scale, q, q_weight)
+            q = rounded
         k = self._rotate(self._norm(k, k_weight, plan, eps), cos, sin)
         if k_out is None or v_out is None:
             return q, k, v.contiguous()
