@@ -223,6 +223,7 @@ def mot_qk_norm_rope(
         q_scale: (1,) float32 to write to. Then q, rounded to qkv's dtype, is rounded on to e4m3fn
             (as q_out must be) by this one scale: the least power of two, 2^-60 at least, that
             takes sqrt(D) times the largest magnitude of q_weight to 448 or less. No q is larger.
+            Left alone where M is 0.
 
     Returns:
         q (M, H, D), k and v (S, Hkv, D). Computed in fp32, rounded once; v is exact.
