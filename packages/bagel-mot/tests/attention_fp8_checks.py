@@ -100,12 +100,12 @@ def check_rounded_q(
     shifts: Tensor,
 ) -> None:
     """Nothing else changes; the scale of q is the given one."""
+    from bagel_mot._triton.round_heads import launch_round_heads
+
     q, k, v = tensors
     q = q.to(torch.float8_e4m3fn)
     own = (q, *(torch.full(x.shape, 7.0) for x in (k, v)))
     own_scales, own_shifts = torch.full_like(scales, 7.0), torch.full_like(shifts, 7.0)
-    from bagel_mot._triton.round_heads import launch_round_heads
-
     given = RoundedQ(q, torch.full((1,), 0.25))
     launch_round_heads(own, own_scales, own_shifts, (given, k, v), *bounds)
     assert (own_scales[0] == 0.25).all()

@@ -22,7 +22,7 @@ import mot_layers.linear
 import torch
 import torch.nn.functional as F
 from mot_kernels import AddResidual, Epilogue, RoutePlan, SiluMul
-from mot_kernels.reference import round_q
+from mot_kernels.reference_formats import round_q
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mot_bench.compiled import compiled_per_shape

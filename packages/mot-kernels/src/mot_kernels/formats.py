@@ -18,6 +18,10 @@ import torch
 BLOCK = 128
 """Rows and columns that share a scale under `WeightScales.BLOCK`; columns in a group of a row."""
 
+LEAST_POWER = -60
+"""Exponent of the least scale that is a power of two. FlashAttention multiplies scores of -inf by
+the scales of q and k, whose product must not become 0."""
+
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 """Symmetric: -128 is never produced, but read rightly where a checkpoint has it."""

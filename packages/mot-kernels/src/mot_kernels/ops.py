@@ -319,7 +319,7 @@ def _qk_norm_rope(
     if q_scale is None:
         q.copy_(new_q)
     else:
-        reference.round_q(q, q_scale, new_q, q_weight)
+        reference_formats.round_q(q, q_scale, new_q, q_weight)
     if kv_rows is None:
         k.copy_(new_k)
         v.copy_(new_v)

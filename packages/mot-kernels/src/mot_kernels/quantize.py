@@ -12,6 +12,7 @@ from mot_kernels.formats import (
     DATA_DTYPES,
     FP8_MAX,
     INT8_MAX,
+    LEAST_POWER,
     ExpertWeight,
     Format,
     Fp8W8A8,
@@ -155,6 +156,14 @@ def scale_of(span: torch.Tensor, steps: float) -> torch.Tensor:
     """span / steps, never 0."""
     # By a tensor: on GPUs torch divides by a number as it multiplies by 1 / steps, other bits.
     return (span / torch.full_like(span, steps)).clamp_min(_LEAST_SCALE)
+
+
+def least_power(most: torch.Tensor) -> torch.Tensor:
+    """Of scales that are powers of two: exponents, int32, of the least that take numbers of up to
+    `most` to 448 or less."""
+    mantissa, exponent = torch.frexp(most / torch.full_like(most, FP8_MAX))  # as in `scale_of`
+    exponent -= (mantissa == 0.5).int()
+    return exponent.masked_fill(mantissa == 0, LEAST_POWER).clamp(LEAST_POWER)
 
 
 def round_to(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -97,19 +97,6 @@ def mot_qk_norm_rope(
     )
 
 
-def round_q(
-    out: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, q_weight: torch.Tensor
-) -> None:
-    """Write q (M, H, D) in e4m3fn, and its scale; see `mot_kernels.mot_qk_norm_rope`."""
-    finite = q_weight.float().nan_to_num(0, 0, 0).abs().amax()
-    mantissa, exponent = torch.frexp(finite * q.shape[2] ** 0.5 / 448)
-    exponent -= (mantissa == 0.5).int()
-    exponent = exponent.masked_fill(mantissa == 0, -60).clamp(-60)
-    scale.copy_(torch.exp2(exponent.float()))
-    # Saturated: the conversion alone would make NaN of what is larger.
-    out.copy_((q.float() / scale).clamp(-448, 448))
-
-
 @contextmanager
 def compiled() -> Iterator[None]:
     """Inside, norms, RoPE and SiLU * up are compiled by `torch.compile`, for any number of rows.

@@ -29,7 +29,15 @@ from mot_kernels.formats import (
     rows_dtype,
     spread_scales,
 )
-from mot_kernels.quantize import dequantize_rows, largest, round_to, row_amax, row_chunks, scale_of
+from mot_kernels.quantize import (
+    dequantize_rows,
+    largest,
+    least_power,
+    round_to,
+    row_amax,
+    row_chunks,
+    scale_of,
+)
 from mot_kernels.reference import Routing
 
 
@@ -141,3 +149,12 @@ def exact_int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         wide_b = F.pad(b, (0, more_k, 0, -n % 8))
         return torch._int_mm(wide_a, wide_b.T)[:m, :n].float()
     return (a.double() @ b.double().T).float()
+
+
+def round_q(
+    out: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, q_weight: torch.Tensor
+) -> None:
+    """Write q (M, H, D) in e4m3fn, and its scale; see `mot_kernels.mot_qk_norm_rope`."""
+    most = q_weight.float().nan_to_num(0, 0, 0).abs().amax() * q.shape[2] ** 0.5
+    scale.copy_(torch.exp2(least_power(most).float()))
+    out.copy_(round_to(q.float() / scale, out.dtype))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from mot_kernels.formats import LEAST_POWER
 
 from bagel_mot._triton import OPTIONS
 from bagel_mot.model.attention import RoundedQ
-from bagel_mot.model.attention_fp8 import HEADROOM, LEAST_SCALE, SAMPLES, SAMPLES_OF_Q
+from bagel_mot.model.attention_fp8 import HEADROOM, SAMPLES, SAMPLES_OF_Q
 
 # Rows of a program.
 _BLOCK = 32
@@ -21,7 +22,7 @@ _BLOCK = 32
 _SAMPLES = tl.constexpr(SAMPLES)
 _SAMPLES_OF_Q = tl.constexpr(SAMPLES_OF_Q)
 _HEADROOM = tl.constexpr(HEADROOM)
-_LEAST_EXPONENT = tl.constexpr(127 + LEAST_SCALE)
+_LEAST_EXPONENT = tl.constexpr(127 + LEAST_POWER)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 # Takes magnitudes above 1.75 * 2^n, and no others, to the next exponent: 448 is 1.75 * 2^8.
 _PAST_MOST = tl.constexpr(0x1FFFFF)
@@ -54,12 +55,11 @@ def launch_round_heads(
     kv_heads, dim = k.shape[1:]
     sequences = scales.shape[1]
     magnitudes = torch.empty(scales.shape, dtype=torch.int32, device=k.device)
-    is_rounded = isinstance(q, RoundedQ)
-    q_scale = q.scale if isinstance(q, RoundedQ) else None
-    # Nobody looks at rounded ones here.
-    queries = k if isinstance(q, RoundedQ) else q
-    rows = 0 if is_rounded else len(queries)
     heads = rounded[0].shape[1]
+    if isinstance(q, RoundedQ):  # nobody looks at them here
+        queries, q_scale, rows = k, q.scale, 0
+    else:
+        queries, q_scale, rows = q, None, len(q)
     shared = {
         "magnitudes_ptr": magnitudes,
         "shifts_ptr": shifts,
@@ -78,7 +78,7 @@ def launch_round_heads(
         "stride_q_m": queries.stride(0),
         "stride_q_h": queries.stride(1),
         "GROUP": heads // kv_heads,
-        "HAS_Q": not is_rounded,
+        "HAS_Q": q_scale is None,
     }
     blocks = {
         "keys": len(k),
@@ -87,7 +87,7 @@ def launch_round_heads(
         "BLOCK": _BLOCK,
     }
     with torch.cuda.device_of(k):
-        which = 2 if is_rounded else 3
+        which = 3 if q_scale is None else 2
         _samples_kernel[(kv_heads, sequences, which)](**shared, **of_q, num_warps=8)
         _magnitudes_kernel[(triton.cdiv(len(k), _BLOCK), kv_heads, 2)](**shared, **blocks)
         # Rows first: with heads first it takes 8 % longer (12,294 rows on an H200).

@@ -7,10 +7,14 @@ import triton
 import triton.language as tl
 
 from bagel_mot._triton import OPTIONS
-from bagel_mot._triton.round_heads import _magnitudes, _rows, _sequences, _shifts, _store_rows
-
-# Rows of a program, of one head each.
-_BLOCK = 32
+from bagel_mot._triton.round_heads import (
+    _BLOCK,
+    _magnitudes,
+    _rows,
+    _sequences,
+    _shifts,
+    _store_rows,
+)
 
 _LEAST_SCALE = tl.constexpr(2.0**-126)
 

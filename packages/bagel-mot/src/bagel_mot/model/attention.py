@@ -26,7 +26,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mot_kernels import Format, QuantizedRows, quantize_rows
+from mot_kernels import Format, QuantizedRows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bagel_mot.model.layout import Segment, Span
@@ -74,17 +74,6 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """Attention of all packed rows, (M, H, D)."""
 
-    def attend_rounded(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        spans: Sequence[Span],
-        format: Format,
-    ) -> QuantizedRows:
-        """`attend`, (M, H * D), rounded to a format by a scale of each row (`quantize_rows`)."""
-        return quantize_rows(self.attend(q, k, v, spans).flatten(1), format)
-
     def rounds_q(self, spans: Sequence[Span]) -> bool:
         """Whether the queries of these spans may come rounded, for `attend_to_rounded`."""
         return False
@@ -97,7 +86,11 @@ class Backend(ABC):
         spans: Sequence[Span],
         format: Format | None,
     ) -> torch.Tensor | QuantizedRows:
-        """`attend`, or with a format `attend_rounded`, of what `rounds_q` is true for; (M, H * D).
+        """`attend` of spans that `rounds_q` is true for, (M, H * D).
+
+        Args:
+            format: what the result is rounded to by a scale of each row (`quantize_rows`), if it
+                is.
 
         Raises:
             TypeError: this backend takes no rounded queries.

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from mot_kernels import Format, Fp8W8A8, QuantizedRows, quantize_rows
 from mot_kernels.dispatch import warn_once
+from mot_kernels.formats import LEAST_POWER
+from mot_kernels.quantize import least_power, round_to
 
 from bagel_mot.model.attention import FlashAttention3, RoundedQ
 from bagel_mot.model.layout import Span
@@ -33,10 +35,6 @@ SAMPLES = 256
 SAMPLES_OF_Q = 64
 # Exponent of what scales of Q are larger by: nothing is lost above 2^-9 of the largest number.
 HEADROOM = 4
-# Exponent. FlashAttention multiplies scores of -inf by the scales of Q and K: not to become 0.
-LEAST_SCALE = -60
-
-_MOST = 448.0
 
 
 class Fp8Heads(NamedTuple):
@@ -72,18 +70,6 @@ class FlashAttention3Fp8(FlashAttention3):
         if not span.is_large:
             return super()._attend_span(q, k, v, span)
         return add_shifts(*self._attend_shifted(q, k, v, span), span)
-
-    def attend_rounded(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        spans: Sequence[Span],
-        format: Format,
-    ) -> QuantizedRows:
-        if len(spans) != 1 or not spans[0].is_large or not isinstance(format, Fp8W8A8):
-            return super().attend_rounded(q, k, v, spans, format)
-        return shift_and_round(*self._attend_shifted(q, k, v, spans[0]), spans[0], format)
 
     def rounds_q(self, spans: Sequence[Span]) -> bool:
         return len(spans) == 1 and spans[0].is_large
@@ -239,16 +225,13 @@ def _round_sequences(
     """x (rows, heads, D) less the shifts, in e4m3fn, and the scales (2n - 1, Hkv) float32."""
     kv_heads = shifts.shape[1]
     rounded = torch.zeros(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    exponents = torch.full((len(bounds) - 1, kv_heads), LEAST_SCALE + headroom, device=x.device)
+    exponents = torch.full((len(bounds) - 1, kv_heads), LEAST_POWER + headroom, device=x.device)
     for i in range(0, len(bounds), 2):
         rows = slice(bounds[i], bounds[i + 1])
         heads = x[rows].float().unflatten(1, (kv_heads, -1))
         heads = heads.masked_fill(~heads.isfinite(), float("nan")) - shifts[i][:, None]
         seen = heads if samples is None else _sampled(heads, samples)
-        mantissa, exponent = torch.frexp(seen.nan_to_num().abs().amax((0, 2, 3)) / _MOST)
-        exponent -= (mantissa == 0.5).int()
-        exponent = exponent.masked_fill(mantissa == 0, LEAST_SCALE).clamp(LEAST_SCALE)
-        exponents[i] = exponent + headroom
+        exponents[i] = least_power(seen.nan_to_num().abs().amax((0, 2, 3))) + headroom
         scaled = heads / torch.exp2(exponents[i].float())[:, None, None]
-        rounded[rows] = scaled.clamp(-_MOST, _MOST).flatten(1, 2).to(rounded.dtype)
+        rounded[rows] = round_to(scaled.flatten(1, 2), rounded.dtype)
     return rounded, torch.exp2(exponents.float())

@@ -200,15 +200,13 @@ class Layout:
             format: what the result will be rounded to by a scale of each row, if it will.
 
         Returns:
-            (M, H * D); rounded, where a format is given and no exchange is needed.
+            (M, H * D); rounded to the format where q was rounded.
         """
         k, v = kv.unbind(1)
         if not isinstance(q, torch.Tensor):
             return backend.attend_to_rounded(q, k, v, self.spans, format)
         if self.exchange is not None:
             return self.exchange.attend(q, own, kv, backend).flatten(1)
-        if format is not None:
-            return backend.attend_rounded(q, k, v, self.spans, format)
         return backend.attend(q, k, v, self.spans).flatten(1)
 
     def load(self, blocks: Sequence[Block]) -> None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from mot_kernels._triton.rounding import _E4M3, _INFINITY_BITS, _KEEP, _round, _store_quantized_row
+from mot_kernels.formats import LEAST_POWER
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def _mot_qk_norm_rope_kernel(
 
 # Takes magnitudes above 1.75 * 2^n, and no others, to the next exponent: 448 is 1.75 * 2^8.
 _PAST_MOST = tl.constexpr(0x1FFFFF)
-_LEAST_Q_EXPONENT = tl.constexpr(127 - 60)
+_LEAST_Q_EXPONENT = tl.constexpr(127 + LEAST_POWER)
 
 
 @triton.jit
