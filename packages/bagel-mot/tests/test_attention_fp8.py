@@ -86,7 +86,7 @@ def rounded_q(q: Tensor) -> RoundedQ:
 def small_pipeline(device: torch.device, dtype: torch.dtype, **options: Any) -> BagelPipeline:
     """Two random layers with heads of 64."""
     sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llm = TINY.llm.model_copy(update={**sizes, "num_key_value_heads": 2})
+    llm = TINY.llm.model_copy(update={**sizes, "num_key_value_heads": 2, "head_dim": 64})
     config = TINY.model_copy(update={"llm": llm})
     return random_pipeline(config, device=device, dtype=dtype, **options)
 
@@ -441,7 +441,8 @@ def test_gpu_error(monkeypatch: pytest.MonkeyPatch, segments: list[Segment]) -> 
     q, k, v = gaussian(segments, "cuda")
     sizes = [segment.rows for segment in segments]
     for scale, mean, bound in ((64, 0, ROUNDING_ON_GPU), (1, 30, 2**-8)):
-        values = v * scale + mean
+        kv = torch.stack([k, v * scale + mean], dim=1)
+        k, values = kv.unbind(1)
         got = attend(backend, q, k, values, segments).float()
         want = attend(Math(), q.float(), k.float(), values.float(), segments)
         for mine, theirs in zip(got.split(sizes), want.split(sizes), strict=True):

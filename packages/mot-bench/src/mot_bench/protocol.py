@@ -140,8 +140,13 @@ class CudaStopwatch:
         # Graphs of one pool reuse each other's memory, so the largest counts and not their sum.
         # They never run at the same time, and nobody reads their outputs.
         pool = torch.cuda.graph_pool_handle()
+        ready = {}
         with torch.cuda.device(self._device):
-            return {name: self._capture(variant, sets, pool) for name, variant in variants.items()}
+            for name, variant in variants.items():
+                ready[name] = self._capture(variant, sets, pool)
+                if ready[name].method != "graph":  # torch 2.11 cannot use that pool again
+                    pool = torch.cuda.graph_pool_handle()
+        return ready
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)
