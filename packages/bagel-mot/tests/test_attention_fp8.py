@@ -9,27 +9,21 @@ import attention_fp8_checks as checks
 import pytest
 import torch
 from attention_cases import attend
+from attention_fp8_cases import ROUNDING, SETTINGS, gaussian, rounded_q, small_pipeline
 from golden_data import relative_error
 from kernel_checks import run_checks
 from mot_kernels import Format, Fp8W8A8, Int8W8A8, quantize_rows
 from torch import Tensor
 
-from bagel_mot import ImageSettings
 from bagel_mot.model import attention, attention_fp8, layout
 from bagel_mot.model.attention import Math, RoundedQ, Sdpa
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.attention_fp8 import HEADROOM, FlashAttention3Fp8, round_heads
-from bagel_mot.model.layout import Block, Segment, build_layout, build_spans
+from bagel_mot.model.layout import Segment, build_spans
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.request import Request
-from bagel_mot.synthetic import TINY, random_pipeline
 
 CPU = torch.device("cpu")
-# Gaussian q, k and v, which is as bad as it gets: nothing stands out, so each row is a mean of
-# noise, and as uncertain as its parts. The probabilities' rounding is in it on a GPU only.
-ROUNDING = 0.05
-ROUNDING_ON_GPU = 0.07
-SETTINGS = ImageSettings(num_timesteps=2, cfg_text_scale=1.0)
 
 
 class _Package:
@@ -67,28 +61,6 @@ def package(monkeypatch: pytest.MonkeyPatch) -> _Package:
     monkeypatch.setattr(FlashAttention3Fp8, "modules", ("json",))  # any that is there
     monkeypatch.setattr(attention.importlib, "import_module", lambda _name: stand)
     return stand
-
-
-def gaussian(segments: list[Segment], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of heads of 128; rows that no segment reads are finite."""
-    draw = torch.Generator().manual_seed(0)
-    kv = torch.randn(segments[-1].region.stop + 3, 2, 2, 128, generator=draw)
-    q = torch.randn(sum(s.rows for s in segments), 6, 128, generator=draw)
-    q, kv = q.bfloat16().to(device), kv.bfloat16().to(device)
-    return q, kv[:, 0], kv[:, 1]
-
-
-def rounded_q(q: Tensor) -> RoundedQ:
-    scale = torch.tensor([2.0**-5], device=q.device)
-    return RoundedQ((q.float() / scale).to(torch.float8_e4m3fn), scale)
-
-
-def small_pipeline(device: torch.device, dtype: torch.dtype, **options: Any) -> BagelPipeline:
-    """Two random layers with heads of 64."""
-    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llm = TINY.llm.model_copy(update={**sizes, "num_key_value_heads": 2, "head_dim": 64})
-    config = TINY.model_copy(update={"llm": llm})
-    return random_pipeline(config, device=device, dtype=dtype, **options)
 
 
 def velocities(pipeline: BagelPipeline, requests: list[Request]) -> list[Tensor]:
@@ -401,109 +373,3 @@ def test_where_it_runs(
         return
     with pytest.raises(ValueError, match=f"attention is 'fa3-fp8'.*: {reason}"):
         choose_attention("fa3-fp8", **where)
-
-
-def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> FlashAttention3Fp8:
-    """For segments of any size."""
-    monkeypatch.setattr(layout, "LARGE_PICTURE", 1)
-    try:
-        choice = choose_attention("fa3-fp8", device="cuda", dtype=torch.bfloat16, head_dim=128)
-    except ValueError as error:
-        pytest.skip(str(error))
-    assert isinstance(choice.backend, FlashAttention3Fp8)
-    return choice.backend
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("scale", checks.SCALES)
-@pytest.mark.parametrize("name", checks.CASES)
-def test_gpu_same_bits(name: str, scale: float, dtype: torch.dtype) -> None:
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no units for e4m3fn")
-    q, k, v, span = checks.make(name, scale, torch.device("cuda"))
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    checks.check_bits(round_heads(q, k, v, span), (q, k, v, span))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "segments",
-    [
-        [Segment(4098, 0, 30, False, room=256), Segment(1026, 4360, 0, False)],
-        [Segment(9, 0, 7, False), Segment(200, 300, 90, False), Segment(1, 700, 0, False)],
-    ],
-    ids=["pictures", "small"],
-)
-def test_gpu_error(monkeypatch: pytest.MonkeyPatch, segments: list[Segment]) -> None:
-    """V of another size than K; and with what all its rows share, which must not shrink."""
-    backend = gpu_backend(monkeypatch)
-    q, k, v = gaussian(segments, "cuda")
-    sizes = [segment.rows for segment in segments]
-    for scale, mean, bound in ((64, 0, ROUNDING_ON_GPU), (1, 30, 2**-8)):
-        kv = torch.stack([k, v * scale + mean], dim=1)
-        k, values = kv.unbind(1)
-        got = attend(backend, q, k, values, segments).float()
-        want = attend(Math(), q.float(), k.float(), values.float(), segments)
-        for mine, theirs in zip(got.split(sizes), want.split(sizes), strict=True):
-            assert relative_error(mine, theirs) <= bound
-
-
-@pytest.mark.gpu
-def test_gpu_queries_that_come_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = gpu_backend(monkeypatch)
-    segments = [Segment(4098, 0, 30, False, room=256), Segment(1026, 4360, 0, False)]
-    spans = build_spans(segments, torch.device("cuda"))
-    q, k, v = gaussian(segments, "cuda")
-    given = rounded_q(q)
-    got = backend.attend_to_rounded(given, k, v, spans, None)
-    assert isinstance(got, Tensor)
-    want = attend(Math(), given.data.float() * given.scale, k.float(), v.float(), segments)
-    want = want.flatten(1)
-    sizes = [segment.rows for segment in segments]
-    for mine, theirs in zip(got.float().split(sizes), want.split(sizes), strict=True):
-        assert relative_error(mine, theirs) <= ROUNDING_ON_GPU
-    rows = backend.attend_to_rounded(given, k, v, spans, Fp8W8A8())
-    checks.check_rows(rows.data, rows.scales, got.unflatten(1, q.shape[1:]))
-
-
-@pytest.mark.gpu
-def test_gpu_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps in CUDA graphs are those without."""
-    gpu_backend(monkeypatch)
-    monkeypatch.setattr(layout, "LARGE_PICTURE", 30)
-    request = Request(["a red circle"], "image", settings=SETTINGS, height=96, width=96, seed=0)
-    images = []
-    for graphs in (True, False):
-        pipeline = small_pipeline(
-            torch.device("cuda"), torch.bfloat16, attention="fa3-fp8", cuda_graphs=graphs
-        )
-        images.append(pipeline.run([request])[0].image)
-    assert images[0].tobytes() == images[1].tobytes()
-
-
-@pytest.mark.gpu
-def test_gpu_graph_replays_over_other_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As without a graph, to the bit, whatever the prefixes and their sizes are by then."""
-    backend = gpu_backend(monkeypatch)
-
-    def blocks(*prefixes: int) -> list[Block]:
-        segments = [
-            Segment(200, i * 456, prefix, causal=False, room=256)
-            for i, prefix in enumerate(prefixes)
-        ]
-        return [Block(segment, ((0, 200),), 0) for segment in segments]
-
-    cuda = torch.device("cuda")
-    static = build_layout(blocks(30, 256), cuda)
-    q, k, v = gaussian([block.segment for block in blocks(30, 256)], "cuda")
-    backend.attend(q, k, v, static.spans)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = backend.attend(q, k, v, static.spans)
-    for turn, prefixes in enumerate(((30, 256), (1, 2), (200, 0))):
-        static.load(blocks(*prefixes))
-        k *= 2.0**turn
-        graph.replay()
-        want = backend.attend(q, k, v, build_layout(blocks(*prefixes), cuda).spans)
-        assert torch.equal(got, want)

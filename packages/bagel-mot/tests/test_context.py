@@ -19,7 +19,7 @@ from torch import Tensor
 from watched import forwards, poison_caches
 
 from bagel_mot.context import Context, Contexts, append_text
-from bagel_mot.model.layout import KVCache
+from bagel_mot.model.kv_cache import KVCache
 from bagel_mot.pipeline import BagelPipeline
 
 # s: system prompt, t: text, n: negative text, p: picture, h: thought

@@ -18,7 +18,7 @@ from watched import forwards, poison_caches
 from bagel_mot.context import Contexts
 from bagel_mot.denoising import Denoising
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import KVCache
+from bagel_mot.model.kv_cache import KVCache
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageJob, ImageSettings, Step
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from torch import nn
 
-from bagel_mot.model.layout import KVCache
+from bagel_mot.model.kv_cache import KVCache
 
 
 @contextmanager

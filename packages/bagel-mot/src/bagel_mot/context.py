@@ -14,7 +14,8 @@ import torch
 
 from bagel_mot.images import grid_positions, patchify
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import GEN, UND, Block, KVCache, Segment, build_layout, to_device
+from bagel_mot.model.kv_cache import KVCache
+from bagel_mot.model.layout import GEN, UND, Block, Segment, build_layout, to_device
 from bagel_mot.tokenizer import BagelTokenizer
 
 

@@ -26,7 +26,7 @@ import torch
 from mot_layers.runtime import before_shutdown, capturing
 
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import KVCache, lasting
+from bagel_mot.model.kv_cache import KVCache, lasting
 
 logger = logging.getLogger(__name__)
 

@@ -16,17 +16,8 @@ import torch.distributed as dist
 
 from bagel_mot.context import Context
 from bagel_mot.graphs import Call, Workspace
-from bagel_mot.model.layout import (
-    GEN,
-    UND,
-    Block,
-    KVCache,
-    Layout,
-    Segment,
-    build_layout,
-    lasting,
-    to_device,
-)
+from bagel_mot.model.kv_cache import KVCache, lasting
+from bagel_mot.model.layout import GEN, UND, Block, Layout, Segment, build_layout, to_device
 from bagel_mot.model.sequence_parallel import all_gather, chunk
 from bagel_mot.parallel import Parallel
 from bagel_mot.sampling import Guidance, guide

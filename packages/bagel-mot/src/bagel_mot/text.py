@@ -18,7 +18,8 @@ from mot_kernels import RoutePlan
 from bagel_mot.context import Context
 from bagel_mot.graphs import Call, Workspace
 from bagel_mot.model.bagel import Bagel
-from bagel_mot.model.layout import UND, DecodeLayout, KVCache, to_device
+from bagel_mot.model.kv_cache import KVCache
+from bagel_mot.model.layout import UND, DecodeLayout, to_device
 from bagel_mot.parallel import ALONE, Parallel
 from bagel_mot.tokenizer import BagelTokenizer
 

@@ -11,7 +11,8 @@ from bagel_mot.config import BagelConfig
 from bagel_mot.model.attention import Backend
 from bagel_mot.model.attention_choice import choose_attention
 from bagel_mot.model.embeddings import TimeEmbedder, rope_table
-from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
+from bagel_mot.model.kv_cache import KVCache
+from bagel_mot.model.layout import DecodeLayout, Layout
 from bagel_mot.model.transformer import Transformer
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.model.vit import MlpConnector, VisionTransformer

@@ -28,7 +28,8 @@ from torch import nn
 
 from bagel_mot.config import LlmConfig
 from bagel_mot.model.attention import Backend, RoundedQ
-from bagel_mot.model.layout import DecodeLayout, KVCache, Layout
+from bagel_mot.model.kv_cache import KVCache
+from bagel_mot.model.layout import DecodeLayout, Layout
 from bagel_mot.quantization import LayerFormats, Projection
 
 Formats = Callable[[Projection], FormatConfig | None]
