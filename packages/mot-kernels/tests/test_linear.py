@@ -430,6 +430,9 @@ def test_mot_linear_gradcheck(name: str, epilogue: str) -> None:
         return mot_linear(leaves[0], leaves[1], plan, bias=leaves[2], epilogue=chosen)
 
     assert torch.autograd.gradcheck(run, (x, weight, bias, residual))
+    # Twice: a sine makes the first derivative depend on all of them.
+    leaves = (x, weight, bias, residual)
+    assert torch.autograd.gradgradcheck(lambda *given: run(*given).sin(), leaves)
 
 
 @pytest.mark.parametrize("leaf", ["x", "weight", "bias", "residual"])

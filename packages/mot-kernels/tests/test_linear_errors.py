@@ -203,11 +203,15 @@ def test_out_that_is_still_read(device: torch.device) -> None:
     x, weight = torch.randn(4, 8, device=device), torch.randn(2, 8, 8, device=device)
     plan = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2, device=device)
     for out in (x[:3], x[1:]):
-        with pytest.raises(ValueError, match="out overlaps x, which is still read"):
+        with pytest.raises(ValueError, match="out overlaps x, which is needed while out"):
             mot_linear(x[:3], weight, plan, out=out)
     residual = torch.randn(4, 8, device=device)
-    with pytest.raises(ValueError, match="out overlaps the residual, which is still read"):
+    with pytest.raises(ValueError, match="out overlaps the residual, which is needed"):
         mot_linear(x[:3], weight, plan, epilogue=AddResidual(residual[:3]), out=residual[1:])
+    with pytest.raises(ValueError, match="out overlaps weight, which is needed"):
+        mot_linear(x[:3], weight, plan, out=weight[1, :3])
+    with pytest.raises(ValueError, match="out requires grad, but is to be written over"):
+        mot_linear(x[:3], weight, plan, out=residual[:3].clone().requires_grad_())
     one_row = torch.empty(1, 8, device=device).expand(3, 8)
     with pytest.raises(ValueError, match=r"out has strides \(0, 1\): several of its elements"):
         mot_linear(x[:3], weight, plan, out=one_row)

@@ -8,6 +8,8 @@ import torch
 from mot_kernels import Int8W8A8, RoutePlan, mot_qk_norm_rope, mot_rms_norm
 
 PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
+BUFFER = torch.zeros(4, 8)
+CACHE = torch.zeros(3, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,18 @@ PLAN = RoutePlan.from_runs([(0, 1), (1, 2)], num_experts=2)
             ValueError,
             r"out has strides \(0, 1\): several of its elements are one",
             id="out_expanded",
+        ),
+        pytest.param(
+            {"x": BUFFER[:3], "out": BUFFER[1:]},
+            ValueError,
+            "out overlaps x, which is needed while out is written",
+            id="out_over_x",
+        ),
+        pytest.param(
+            {"out": torch.zeros(3, 8, requires_grad=True)},
+            ValueError,
+            "out requires grad, but is to be written over",
+            id="out_requires_grad",
         ),
         pytest.param(
             {"x": torch.zeros(3, 0), "weight": torch.zeros(2, 0), "quantize": Int8W8A8()},
@@ -248,6 +262,30 @@ def heads(rows: int, count: int, **options: object) -> torch.Tensor:
             id="plan_experts",
         ),
         pytest.param({"plan": PLAN.to("meta")}, ValueError, "plan is on meta", id="plan_device"),
+        pytest.param(
+            {"positions": [0, 1, 2]},
+            TypeError,
+            "positions is a list; expected a tensor of integers",
+            id="positions_list",
+        ),
+        pytest.param(
+            {"k_out": CACHE, "v_out": CACHE},
+            ValueError,
+            "k_out overlaps v_out, which is needed while k_out is written",
+            id="k_out_is_v_out",
+        ),
+        pytest.param(
+            {"k_out": heads(1, 2).expand(3, 2, 4), "v_out": heads(3, 2)},
+            ValueError,
+            r"k_out has strides \(0, 4, 1\): several of its elements are one",
+            id="k_out_expanded",
+        ),
+        pytest.param(
+            {"q_out": heads(3, 4).requires_grad_()},
+            ValueError,
+            "q_out requires grad, but is to be written over",
+            id="q_out_requires_grad",
+        ),
         pytest.param(
             {"k_out": heads(3, 2)},
             ValueError,

@@ -141,6 +141,9 @@ def test_mot_qk_norm_rope_scale_of_exact_sizes(device: torch.device) -> None:
         scale = torch.zeros(1, device=device)
         heads.run(q_scale=scale)
         assert scale.item() == wanted
+    none = Heads(ROUTES["no_rows"], 16, torch.float32, device, exact=False)
+    none.run(q_scale=scale.fill_(7.0))
+    assert scale.item() == 7.0  # there was nothing to be rounded
 
 
 def test_mot_qk_norm_rope_without_plan(dtype: torch.dtype, device: torch.device) -> None:
@@ -214,10 +217,10 @@ def test_mot_qk_norm_rope_bad_row_stays_alone(dtype: torch.dtype, device: torch.
 
 
 @differentiable
-@pytest.mark.parametrize("leaf", ["qkv", "q_weight", "k_weight"])
+@pytest.mark.parametrize("leaf", ["qkv", "q_weight", "k_weight", "rope"])
 def test_mot_qk_norm_rope_gradient_of_one_argument(leaf: str, device: torch.device) -> None:
     gradients = []
-    for leaves in (["qkv", "q_weight", "k_weight"], [leaf]):
+    for leaves in (["qkv", "q_weight", "k_weight", "rope"], [leaf]):
         heads = Heads(ALTERNATING, 16, torch.float32, device, exact=False)
         for name in leaves:
             setattr(heads, name, getattr(heads, name).clone().requires_grad_())

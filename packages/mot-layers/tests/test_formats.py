@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from format_cases import (
+    FFN,
     FORMATS,
     HIDDEN,
     KINDS,
@@ -274,8 +275,31 @@ def test_missing_scales_are_no_numbers() -> None:
     )
     y, _ = layer(torch.randn(PLAN.num_rows, in_features("row")), PLAN)
     assert y.isnan().all()
-    with pytest.raises(ValueError, match="in int8_w8a16, but weight_scale was not loaded"):
+    with pytest.raises(ValueError, match="weight_scale was not loaded, or not all of it"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_missing_parts_are_told() -> None:
+    """Scales alone, or a part's, must not make numbers of what memory held before."""
+    format = Int8W8A16()
+    layer = build("gate_up", FormatConfig(format)).gen_exp
+    weights = [quantize_weight(torch.randn(1, FFN, HIDDEN), format) for _ in range(2)]
+    finish = layer.quant_method.process_weights_after_loading
+    for part, weight in enumerate(weights):
+        fill(layer.weight_scale, weight.scales[0], part)
+    fill(layer.weight, weights[0].data[0], 0)
+    with pytest.raises(
+        ValueError, match=r"weight was not loaded, or not all of it \(missing: part 1"
+    ):
+        finish(layer)
+    for part in range(2):
+        fill(layer.weight, torch.randn(FFN, HIDDEN), part)  # quantised here, scales and all
+    finish(layer)
+    for part, weight in enumerate(weights):
+        fill(layer.weight, torch.randn(FFN, HIDDEN), part)
+        fill(layer.weight, weight.data[0], part)
+    with pytest.raises(ValueError, match=r"weight_scale was not .* \(missing: part 0, 1\)"):
+        finish(layer)
 
 
 def test_missing_zero_points_are_told() -> None:
@@ -287,14 +311,18 @@ def test_missing_zero_points_are_told() -> None:
         return {"weight": weight.data[0], "weight_scale": weight.scales[0]}
 
     load(layer, "row", Weights.of("row"), file)
-    with pytest.raises(ValueError, match="but weight_zero_point was not loaded"):
+    with pytest.raises(ValueError, match="weight_zero_point was not loaded, or not all of it"):
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_conversion_to_another_dtype_is_refused() -> None:
+@pytest.mark.parametrize("format", [Fp8W8A8(), Int8W8A8()], ids=str)
+def test_conversion_to_another_dtype_is_refused(format: Any) -> None:
     """`Module.to(dtype)` would turn FP8 numbers into wider ones without their scales' help."""
-    with pytest.raises(TypeError, match=r"data has dtype torch\.float16; expected torch\.float8"):
-        in_format("row", Fp8W8A8()).to(torch.float16)
+    layer, x = in_format("row", format), torch.randn(PLAN.num_rows, in_features("row"))
+    before = layer(x, PLAN)[0]
+    with pytest.raises(TypeError, match=r"its weight(_scale)? stays torch\.\w+, but is to become"):
+        layer.to(torch.float16)
+    assert torch.equal(layer.to("cpu")(x, PLAN)[0], before)
 
 
 class Unsynchronised(TorchDispatchMode):

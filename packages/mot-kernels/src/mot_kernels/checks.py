@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch.autograd import forward_ad
@@ -15,6 +15,7 @@ from mot_kernels.formats import (
     rows_dtype,
 )
 from mot_kernels.plan import RoutePlan, check_kind
+from mot_kernels.replay import is_unobserved
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -113,29 +114,38 @@ def check_out(
 
 
 def check_written(
+    name: str,
     out: torch.Tensor,
-    reads: Mapping[str, torch.Tensor | None],
-    may_be: torch.Tensor | None = None,
+    others: Mapping[str, torch.Tensor | None],
+    may_be: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """`out` can be written to: no element twice, and none that is still to be read.
+    """A caller's tensor can be written to: no element twice, and none that others need.
 
     Args:
-        reads: what the kernels read while they write.
-        may_be: one of these that `out` may be, element by element.
+        others: what the kernels read while they write, or write as well.
+        may_be: those of them that `out` may be, element by element.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot, or autograd would have to know of it.
     """
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but is to be written over; use torch.no_grad(), or leave it out"
+        )
     if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(
-            f"out has strides {out.stride()}: several of its elements are one (expand does that)"
+            f"{name} has strides {out.stride()}: several of its elements are one (expand does that)"
         )
-    for name, other in reads.items():
+    if not is_unobserved(out) or out.device.type == "meta":
+        return  # there are no addresses
+    for other_name, other in others.items():
         if other is None or not _overlap(out, other):
             continue
         same = _span(out) == _span(other) and out.stride() == other.stride()
-        if not (same and other is may_be):
-            raise ValueError(f"out overlaps {name}, which is still read while out is written")
+        if not (same and any(other is each for each in may_be)):
+            raise ValueError(
+                f"{name} overlaps {other_name}, which is needed while {name} is written"
+            )
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -88,7 +88,7 @@ def mot_linear(
             `stack_bias`.
         epilogue: None, `SILU_MUL` (N = 2F, y is (M, F)) or `AddResidual(residual)`.
         out: (M, N_out) tensor to write into, any strides; allocated if None. May be the residual,
-            must not overlap x.
+            must not overlap anything else.
         config: tile sizes; looked up if None (see `mot_kernels.tuning.lookup`). Only the Triton
             path has tiles.
         quantize: `Fp8W8A8` or `Int8W8A8`, to have y rounded as `quantize_rows` does, for the next
@@ -132,7 +132,7 @@ def mot_linear(
         and isinstance(weight, torch.Tensor)
         and (config is None or isinstance(config, TileConfig))
         and is_unobserved(x, weight, bias, residual, out)
-        and not needs_grad(x, weight, bias, residual)
+        and not needs_grad(x, weight, bias, residual, out)
     ):
         seen = metadata(x, weight, bias, residual, out)
         key = (mot_linear, seen, type(epilogue), config, dispatch.forced_path())
@@ -147,9 +147,13 @@ def mot_linear(
     shape = _check(x, weight, plan, bias, epilogue, config)
     if out is not None:
         check_out("out", out, shape, x)
-        if is_unobserved(out):  # tracers have no addresses
-            given_x = x if isinstance(x, torch.Tensor) else x.data
-            check_written(out, {"x": given_x, "the residual": residual}, may_be=residual)
+        others = {
+            "x": x.data,
+            "weight": weight.data,
+            "bias": bias,
+            "the residual": residual,
+        }
+        check_written("out", out, others, may_be=[residual])
     check_quantize(quantize, activation_scale, out, weight.shape[0], x, group_size)
     given = (each for each in (x, weight, bias, residual) if isinstance(each, torch.Tensor))
     if quantize is not None and needs_grad(*given):

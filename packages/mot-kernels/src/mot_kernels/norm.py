@@ -96,7 +96,7 @@ def mot_rms_norm(
         plan: routing of the M rows to E experts; None means every row is expert 0.
         eps: added to the mean square.
         residual: (M, D) in x's dtype, added to x before the norm.
-        out: (M, D) tensor for y; may be x. Allocated if None.
+        out: (M, D) tensor for y; may be x or the residual. Allocated if None.
         quantize: `Fp8W8A8` or `Int8W8A8`, to get y as `QuantizedRows` from the same pass, with the
             very bits that `quantize_rows` makes of y; not with `out`.
         activation_scale: (E,) float32, static scales for `quantize`; None means a scale of each
@@ -115,7 +115,7 @@ def mot_rms_norm(
     differentiable = needs_grad(x, weight, residual)
     key: Hashable = None
     if (
-        not differentiable
+        not (differentiable or needs_grad(out))
         and (quantize is None or isinstance(quantize, Format))
         and is_unobserved(x, weight, residual, out, activation_scale)
     ):
@@ -180,7 +180,8 @@ def _check_rms_norm(
     if out is not None:
         check_out("out", out, tuple(x.shape), x)
         check_row_contiguous("out", out)
-        check_written(out, {})
+        others = {"x": x, "the residual": residual, "weight": weight}
+        check_written("out", out, others, may_be=[x, residual])
 
 
 def mot_qk_norm_rope(
@@ -233,11 +234,12 @@ def mot_qk_norm_rope(
         ValueError: shapes, devices or strides do not fit, or an input requires grad where the
             results go into tensors of the caller's.
     """
-    differentiable = needs_grad(qkv, q_weight, k_weight)
+    differentiable = needs_grad(qkv, q_weight, k_weight, rope)
     inputs = (qkv, q_weight, k_weight, rope, positions, kv_rows)
     key: Hashable = None
-    if not differentiable and is_unobserved(*inputs, q_out, k_out, v_out, q_scale):
-        seen = metadata(*inputs, q_out, k_out, v_out, q_scale)
+    outputs = (q_out, k_out, v_out, q_scale)
+    if not needs_grad(qkv, q_weight, k_weight, rope, *outputs) and is_unobserved(*inputs, *outputs):
+        seen = metadata(*inputs, *outputs)
         key = (mot_qk_norm_rope, seen, num_heads, num_kv_heads, eps, dispatch.forced_path())
     if key is None or key not in replays_of(plan):
         _check_qk(qkv, q_weight, k_weight, rope, positions, num_heads, num_kv_heads)
@@ -277,8 +279,8 @@ def mot_qk_norm_rope(
     else:
         tensors = (q, k, v, q_scale, *inputs)
         replays_of(plan).run(key, ops.qk_norm_rope, tensors, expert_ids, float(eps))
-    if not (q_out is None and k_out is None and v_out is None and q_scale is None):
-        note_written(q_out, k_out, v_out, q_scale)
+    if any(each is not None for each in outputs):
+        note_written(*outputs)
     return q, k, v
 
 
@@ -332,6 +334,7 @@ def _check_qk_out(
 ) -> None:
     """The caller's tensors; `heads` are the numbers of heads of q and of k, and their size."""
     rows = qkv.shape[0]
+    given = {"qkv": qkv, "q_scale": q_scale, "q_out": q_out, "k_out": k_out, "v_out": v_out}
     num_heads, num_kv_heads, head_dim = heads
     if (k_out is None) != (v_out is None):
         raise ValueError("k_out and v_out belong together; give both or neither")
@@ -357,11 +360,16 @@ def _check_qk_out(
             check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
             check_row_contiguous(name, kv_out)
             check_reach(name, kv_out, 1)
+    for name, out in list(given.items())[1:]:
+        if out is not None:
+            check_written(name, out, {other: t for other, t in given.items() if other != name})
 
 
 def _check_index(name: str, index: torch.Tensor, qkv: torch.Tensor) -> None:
     """One integer for each row of qkv, on its device, one after the other: so the kernel reads."""
     rows = qkv.shape[0]
+    if not isinstance(index, torch.Tensor):
+        raise TypeError(f"{name} is a {type(index).__name__}; expected a tensor of integers")
     is_integer = not (index.is_floating_point() or index.is_complex() or index.dtype is torch.bool)
     if index.shape != (rows,) or not is_integer:
         raise (ValueError if is_integer else TypeError)(

@@ -318,7 +318,7 @@ def _qk_norm_rope(
     )
     if q_scale is None:
         q.copy_(new_q)
-    else:
+    elif len(q) > 0:
         reference_formats.round_q(q, q_scale, new_q, q_weight)
     if kv_rows is None:
         k.copy_(new_k)

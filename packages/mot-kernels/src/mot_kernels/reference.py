@@ -9,14 +9,12 @@ Every elementwise step is a pass over memory here. Who trains on a GPU puts `com
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from mot_kernels.epilogue import AddResidual, Epilogue, SiluMul
 
@@ -157,22 +155,26 @@ class _ExpertsLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        dx = torch.empty_like(x) if needs_x else None
+        dx = dw = db = None
+        if needs_x:
+            dx = _ExpertsLinear.apply(dy, weight.mT, None, ctx.counts)
+        parts = list(zip(dy.split(ctx.counts), x.split(ctx.counts), strict=True))
+        if torch.is_grad_enabled():  # these may be differentiated again
+            if needs_weight:
+                dw = torch.stack([own.mT @ rows for own, rows in parts])
+            if needs_bias:
+                db = torch.stack([own.sum(0) for own, _ in parts])
+            return dx, dw, db, None
         dw = torch.empty_like(weight) if needs_weight else None
         db = dy.new_empty(weight.shape[:2]) if needs_bias else None
-        ends = itertools.accumulate(ctx.counts)
-        for e, (end, count) in enumerate(zip(ends, ctx.counts, strict=True)):
-            rows = slice(end - count, end)
-            if dx is not None:
-                torch.mm(dy[rows], weight[e], out=dx[rows])
+        for e, (own, rows) in enumerate(parts):
             if dw is not None:
-                torch.mm(dy[rows].t(), x[rows], out=dw[e])
+                torch.mm(own.mT, rows, out=dw[e])
             if db is not None:
-                torch.sum(dy[rows], 0, out=db[e])
+                torch.sum(own, 0, out=db[e])
         return dx, dw, db, None
 
 

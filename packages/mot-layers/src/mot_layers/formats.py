@@ -32,6 +32,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.utils import set_weight_attrs
 
+from mot_layers.loads import Loads, not_loaded
 from mot_layers.stacking import StackedExperts
 
 WEIGHT = "weight"
@@ -106,6 +107,7 @@ class QuantizingLinearMethod(FormatLinearMethod):
                 f"format is {format}; weights are quantised part by part, so scales must not reach "
                 "beyond a row: expected Fp8W8A8(WeightScales.PER_CHANNEL)"
             )
+        self._loads = Loads(self.part_names)
 
     def create_weights(
         self,
@@ -138,7 +140,13 @@ class QuantizingLinearMethod(FormatLinearMethod):
             dtypes[ZERO_POINT], shapes[ZERO_POINT] = torch.uint8, shapes[SCALE]
         shard_loader: Callable[..., None] = extra["weight_loader"]
 
-        def take(name: str, parameter: nn.Parameter, tensor: torch.Tensor, *shard: Any) -> None:
+        def take(
+            name: str,
+            parameter: nn.Parameter,
+            tensor: torch.Tensor,
+            *shard: Any,
+            derived: bool = False,
+        ) -> None:
             """Copy this rank's part of a tensor that is as it will be used."""
             if name == SCALE and parameter.dim() == 1 and tensor.shape[1:] == (1,):
                 tensor = tensor[:, 0]  # as compressed-tensors stores channels' scales
@@ -154,16 +162,19 @@ class QuantizingLinearMethod(FormatLinearMethod):
                     f"{tuple(parameter.shape)}"
                 )
             shard_loader(parameter, tensor, *shard)
+            self._loads.note(name, *shard or (None,), derived=derived)
 
         def quantise(parameter: nn.Parameter, tensor: torch.Tensor, *shard: Any) -> None:
             if tensor.dtype is parameter.dtype:
+                self._loads.forget_derived(*shard or (None,))
                 take(WEIGHT, parameter, tensor, *shard)
                 return
             weight = quantize_weight([tensor], self.format, device=parameter.device)
             take(WEIGHT, layer.weight, weight.data[0], *shard)
-            take(SCALE, layer.weight_scale, weight.scales[0], *shard)
+            take(SCALE, layer.weight_scale, weight.scales[0], *shard, derived=True)
             if weight.zero_points is not None:
-                take(ZERO_POINT, layer.weight_zero_point, weight.zero_points[0], *shard)
+                zeros = weight.zero_points[0]
+                take(ZERO_POINT, layer.weight_zero_point, zeros, *shard, derived=True)
 
         for name, dtype in dtypes.items():
             values = torch.empty(shapes[name], dtype=dtype)
@@ -184,17 +195,34 @@ class QuantizingLinearMethod(FormatLinearMethod):
         """Nothing: the parameters are as they are used.
 
         Raises:
-            ValueError: scales or zero points were not loaded.
+            ValueError: a part of the weight, scales or zero points were not loaded.
         """
+        self._loads.check(layer)
         missing = {SCALE: layer.weight_scale.isnan()}
         if ZERO_POINT in self.part_names:
             missing[ZERO_POINT] = layer.weight_zero_point == _NO_ZERO_POINT
         for name, where in missing.items():
             if bool(where.any()):
-                raise ValueError(
-                    f"layer {getattr(layer, 'prefix', '')!r}: its weight is in {self.format}, but "
-                    f"{name} was not loaded, or not all of it"
-                )
+                raise ValueError(not_loaded(layer, name))
+
+
+def check_conversion(layer: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """`fn`, which is to be applied to a layer's parameters, keeps the dtypes of its format.
+
+    Raises:
+        TypeError: it does not.
+    """
+    method = layer.quant_method
+    for name in method.part_names if isinstance(method, FormatLinearMethod) else ():
+        part = layer._parameters.get(name)
+        if part is None:  # not read from vLLM's yet
+            continue
+        found = fn(part.data.new_empty(0)).dtype
+        if found is not part.dtype:
+            raise TypeError(
+                f"layer {layer.prefix!r} is in {method.format}: its {name} stays {part.dtype}, but "
+                f"is to become {found}; move it without a dtype"
+            )
 
 
 class OwnConfig(QuantizationConfig):

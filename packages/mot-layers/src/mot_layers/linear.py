@@ -16,7 +16,8 @@ All three work alike, in `_MoTLinear`:
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
-from mot_layers.formats import WEIGHT, FormatLinearMethod
+from mot_layers.formats import WEIGHT, FormatLinearMethod, check_conversion
 from mot_layers.result_checks import check_rounding, check_silu_mul
 from mot_layers.slow_ways import finish, warn_gathered
 from mot_layers.stacking import WHY_NO_GRAD, StackedExperts
@@ -154,6 +155,11 @@ class _MoTLinear(StackedExperts, LinearBase):
             self._routed_weight = self.quant_method.expert_weight(parts)
         else:
             self._routed_weight = parts[WEIGHT]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """`Module.to` and its like; what a format's dtypes rule out is refused beforehand."""
+        check_conversion(self, fn)
+        return super()._apply(fn, recurse)
 
     @property
     def _experts(self) -> tuple[LinearBase, LinearBase]:

@@ -23,7 +23,8 @@ class Loads:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._seen: dict[str, set[Part]] = {}
+        # Whether a part was made of another parameter's, by name.
+        self._seen: dict[str, dict[Part, bool]] = {}
 
     @torch.no_grad()
     def watch(self, layer: nn.Module) -> None:
@@ -33,6 +34,19 @@ class Loads:
             parameter.weight_loader = self._noting(name, parameter.weight_loader)
             if "scale" in name:
                 parameter.fill_(torch.nan)
+
+    def note(self, name: str, part: Part | tuple[Part, ...], *, derived: bool = False) -> None:
+        """A part of a parameter, or several, came; `derived` if made of what another was given."""
+        parts = part if isinstance(part, tuple) else (part,)
+        self._seen.setdefault(name, {}).update(dict.fromkeys(parts, derived))
+
+    def forget_derived(self, part: Part | tuple[Part, ...]) -> None:
+        """What was made for a part, or for the whole, is out of date."""
+        parts = part if isinstance(part, tuple) else (part,)
+        for seen in self._seen.values():
+            for each in (*parts, None):
+                if seen.get(each):
+                    del seen[each]
 
     def check(self, layer: nn.Module) -> None:
         """Refuse a layer of which only some was loaded, and begin anew.
@@ -55,7 +69,7 @@ class Loads:
         @functools.wraps(loader)  # vLLM looks at a loader's signature
         def load(parameter: Any, loaded: Any, *shard: Any, **more: Any) -> Any:
             (part,) = shard or (more.get("loaded_shard_id"),)
-            self._seen.setdefault(name, set()).update(part if isinstance(part, tuple) else (part,))
+            self.note(name, part)
             return loader(parameter, loaded, *shard, **more)
 
         return load

@@ -342,18 +342,23 @@ def _is_loaded(scales: torch.Tensor) -> torch.Tensor:
     return scales.isfinite() & (scales > torch.finfo(torch.float32).min)
 
 
+def _of_parts(layer: Any, name: str) -> torch.Tensor:
+    """A float32 scale for each fused part."""
+    scales: torch.Tensor = getattr(layer, name).data.float().reshape(-1)
+    first, *others = _is_loaded(scales).tolist()
+    # A file that holds the parts as one has one scale; vLLM leaves the others as it made them.
+    is_shared = first and not any(others)
+    return scales[:1].expand_as(scales) if is_shared else _loaded(layer, name).reshape(-1)
+
+
 def _input_scale(layer: Any) -> torch.Tensor:
     """Parts of one layer have one input; as in vLLM, what holds all of it."""
-    return _loaded(layer, "input_scale").max()
+    return _of_parts(layer, "input_scale").max()
 
 
 def _per_channel(layer: Any, name: str, widths: list[int]) -> torch.Tensor:
     """A scale for each fused part becomes one for each of its rows: (N,). Nothing is rounded."""
-    scales: torch.Tensor = getattr(layer, name).data.float()
-    first, *others = _is_loaded(scales).tolist()
-    # A file that holds the parts as one has one scale; vLLM leaves the others as it made them.
-    is_shared = first and not any(others)
-    scales = scales[:1].expand_as(scales) if is_shared else _loaded(layer, name)
+    scales = _of_parts(layer, name)
     return scales.repeat_interleave(torch.tensor(widths, device=scales.device))
 
 
