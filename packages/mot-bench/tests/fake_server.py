@@ -121,6 +121,10 @@ async def _images(body: dict[str, Any], prompt: str, count: int) -> Response:
         case "openai-error":
             error = {"message": "steps must be 2 or more", "code": 400}
             return JSONResponse({"error": error}, 400)
+        case "half-a-pair":
+            return Response('{"error": {"message": "bad \\ud83d"}}', status_code=500)
+        case "nested":
+            return Response("[" * 200000)
         case "no-base64":
             entry = {"b64_json": "%%%"}
         case "truncated":
@@ -171,11 +175,14 @@ async def _stream(prompt: str) -> AsyncIterator[bytes]:
     def event(content: Any) -> bytes:
         return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
 
-    def piece(text: str) -> bytes:
-        return event({"choices": [{"delta": {"content": text}, "finish_reason": None}]})
+    def piece(text: str, key: str = "content") -> bytes:
+        return event({"choices": [{"delta": {key: text}, "finish_reason": None}]})
 
     yield event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-    for text in ("I ", "see\u2028", "ein Häuschen"):
+    if prompt == "thinks":
+        yield piece("hm", "reasoning_content")
+        yield piece("oh", "reasoning")
+    for text in ("I ", "see\u2028", "ein Häuschen") if prompt != "silent" else ():
         await asyncio.sleep(0.05)
         whole = piece(text)
         yield whole[:25]  # events need not come in one piece

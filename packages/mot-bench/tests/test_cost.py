@@ -178,6 +178,9 @@ def test_results_that_do_not_go_together() -> None:
         subject: Any = dataclasses.replace(run.subject, **{key: value})
         with pytest.raises(UsageError, match=f"random, 7b in .*{value}"):
             CostModel([run, dataclasses.replace(run, subject=subject)], LLM)
+    longer = tuple(dataclasses.replace(case, prompt_tokens=50_000) for case in run.cases)
+    with pytest.raises(UsageError, match="prompts of 50000 tokens"):
+        CostModel([run, dataclasses.replace(run, cases=longer)], LLM)
     cases = tuple(dataclasses.replace(case, modes=case.modes[2:]) for case in run.cases)
     with pytest.raises(UsageError, match="no step of a single rank"):
         CostModel([dataclasses.replace(run, cases=cases)], LLM)

@@ -23,6 +23,7 @@ from mot_bench.results import (
     tflops,
     times_baseline,
 )
+from mot_bench.tables import _ratio_of
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -103,6 +104,19 @@ def test_means_count_what_was_timed() -> None:
     assert found["loop"].times_baseline == pytest.approx(1.5)
     assert found["broken"].cases == 0
     assert found["broken"].times_baseline is None
+
+
+def test_means_count_what_was_compared() -> None:
+    results = some_results()
+    first, *others = results.cases
+    without = dataclasses.replace(
+        first, providers=tuple(p for p in first.providers if not p.baseline)
+    )
+    (mean,) = (
+        m for m in means(dataclasses.replace(results, cases=(without, *others))) if m.name == "loop"
+    )
+    assert (mean.cases, mean.compared, mean.of) == (2, 1, 2)
+    assert "(1/2)" in _ratio_of(mean)
 
 
 def test_geometric_mean() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ def test_all_well(bench: Any, fake: Fake) -> None:
         ("status 422", "http 422", "so I was told"),
         ("status 307", "http 307", "so I was told"),
         ("openai-error", "http 400", "steps must be 2 or more"),
+        ("half-a-pair", "http 500", "bad ?"),
+        ("nested", "answer", "not JSON: [[["),
         ("no-base64", "broken image", "not base64"),
         ("truncated", "broken image", "broken picture of"),
         ("text-file", "broken image", "10 bytes are not a picture"),
@@ -339,6 +343,27 @@ def test_unknown_model(bench: Any, fake: Fake) -> None:
     answer, _ = bench(["one"])
     assert answer.code == 2
     assert "--model is needed" in answer.err
+
+
+def test_what_was_done_survives_an_interruption(fake: Fake, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "results.json"
+    prompts.write_text("one\ntwo\nslow 60\n")
+    command = [*python_command("")[:-2], "-m", "mot_bench", "serve", "--base-url", fake.url]
+    command += ["--prompts", str(prompts), "--output", str(output), "--warmup-requests", "0"]
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--max-concurrency", "1"], **options) as process:
+        while len(fake.asked) < 3 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted after 2 of 3 requests" in out
+    results = ServeResults.read(output)
+    assert (results.complete, failures(results)) == (False, ["", ""])
+    again = [*command, "--compare", str(output)]
+    done = subprocess.run(again, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "that run was interrupted; give a whole one" in done.stderr
 
 
 def test_in_a_process_of_its_own(fake: Fake, tmp_path: Path) -> None:

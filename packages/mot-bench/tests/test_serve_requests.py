@@ -175,9 +175,16 @@ def test_stream(bench: Any, fake: Fake) -> None:
     assert "inter-token latency, median (s)" in answer.out
 
 
+def test_what_is_thought_is_text_too(bench: Any) -> None:
+    """Servers count its tokens, so time per token has to begin with it."""
+    _, results = bench(["thinks", "one"], "--endpoint", "chat", "--stream", *COLD)
+    assert [len(each.token_times_s) for each in results.requests] == [5, 3]
+
+
 @pytest.mark.parametrize(
     ("prompt", "kind", "message"),
     [
+        ("silent", "answer", "it holds no text"),
         ("cut", "connection", "closed connection"),
         ("error", "stream", "out of memory"),
         ("garbage", "stream", "not an event of chat: {oh"),

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,15 +269,16 @@ def test_without_resume_everything_is_tried_again(
     [
         ({"triton": "1.0"}, "was measured with triton '1.0', this is"),
         ({"commit": "older"}, "was measured with commit 'older', this is"),
+        ({"protocol": "3 rounds"}, "was measured with protocol '3 rounds', this is 'a watch'"),
         ({}, None),
         ({"problems": []}, "is broken"),
         ({"problems": {"x": {}}}, "is broken"),
     ],
-    ids=["other_triton", "other_commit", "broken", "a_list", "no_candidates"],
+    ids=["other_triton", "other_commit", "other_rounds", "broken", "a_list", "no_candidates"],
 )
 def test_resume_refuses(change: dict[str, Any], message: str | None, tmp_path: Path) -> None:
     here = environment(CPU)
-    state = tuned.State.open(tmp_path, here, resume=False)
+    state = tuned.State.open(tmp_path, here, "a watch", resume=False)
     state.save()
     path = state_file(tmp_path)
     if message is None:
@@ -285,7 +286,7 @@ def test_resume_refuses(change: dict[str, Any], message: str | None, tmp_path: P
     else:
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UsageError, match=message or "is broken") as raised:
-        tuned.State.open(tmp_path, here, resume=True)
+        tuned.State.open(tmp_path, here, "a watch", resume=True)
     assert "start over without --resume" in str(raised.value)
 
 
@@ -361,6 +362,22 @@ def test_merge_replaces_the_same_problem_and_keeps_the_others(tmp_path: Path) ->
     tuned.merge_entry(path, here, "a watch", _entry(64, 0.1) | {"format": "int8_w8a16"})
     merged = json.loads(path.read_text())["entries"]
     assert merged[:3] == entries and merged[3]["format"] == "int8_w8a16", "another problem"
+
+
+def test_merged_entries_say_how_they_were_found(tmp_path: Path) -> None:
+    """Where the file, which says it for the newest, would say something else."""
+    path, here = tmp_path / "mot_linear" / "GPU.json", environment(CPU)
+    old, new = replace(here, triton="3.6", date="before"), replace(here, triton="3.9")
+    tuned.merge_entry(path, old, "3 rounds", _entry(8, 1.0))
+    for n in (16, 32):
+        tuned.merge_entry(path, new, "30 rounds", _entry(n, 1.0))
+    content = json.loads(path.read_text())
+    assert (content["triton"], content["protocol"]) == ("3.9", "30 rounds")
+    first, *others = content["entries"]
+    assert first["found"]["triton"] == "3.6"
+    assert (first["found"]["protocol"], first["found"]["date"]) == ("3 rounds", "before")
+    assert [each["n"] for each in others] == [16, 32]
+    assert not any("found" in each for each in others)
 
 
 @pytest.mark.parametrize("text", ["{", '{"schema": 7}'], ids=["not_json", "other_schema"])

@@ -33,6 +33,9 @@ from mot_bench.errors import UsageError
 from mot_bench.model_options import NOTHING_TO_KEEP
 from mot_bench.model_results import Subject
 
+SHIPPED = "tiny, trained"
+"""What results call the weights of bagel-mot's own small model."""
+
 _WORDS = ("a", "red", "fox", "in", "the", "deep", "snow", "under", "tall", "trees")
 
 
@@ -175,7 +178,7 @@ def _name_of(choice: Choice) -> str:
     if choice.folder is None:
         return f"random, {choice.size}"
     # Where the package lies is of no interest.
-    return "tiny, trained" if choice.folder == TINY_FOLDER else str(choice.folder)
+    return SHIPPED if choice.folder == TINY_FOLDER else str(choice.folder)
 
 
 def parameter_count(pipeline: BagelPipeline) -> int:

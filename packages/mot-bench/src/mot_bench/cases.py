@@ -68,6 +68,8 @@ class Model:
             content = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected an object, found {type(content).__name__}")
         hidden, heads = (
             _size(content, path, "hidden_size"),
             _size(content, path, "num_attention_heads"),
@@ -77,7 +79,9 @@ class Model:
             intermediate=_size(content, path, "intermediate_size"),
             heads=heads,
             kv_heads=_size(content, path, "num_key_value_heads"),
-            head_dim=content.get("head_dim") or hidden // heads,
+            head_dim=_size(content, path, "head_dim")
+            if content.get("head_dim")
+            else hidden // heads,
         )
 
     def shard(self, tp: int) -> Model:

@@ -164,9 +164,11 @@ def _least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> 
 def _kind(run: ParallelResults) -> str:
     """What runs must have in common to be parts of one model, in words."""
     subject = run.subject
+    prompts = sorted({case.prompt_tokens for case in run.cases})
     return (
         f"{run.environment.device} with {subject.weights} in {subject.dtype}, quantization "
         f"{subject.quantization}, attention {subject.attention}, CUDA graphs {subject.cuda_graphs}"
+        f", prompts of {' and '.join(map(str, prompts))} tokens"
     )
 
 

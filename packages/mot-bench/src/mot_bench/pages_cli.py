@@ -63,8 +63,10 @@ def modes(
         from bagel_mot.cli_io import quiet_vllm
 
         quiet_vllm()
+        from bagel_mot.config import BagelConfig
         from bagel_mot.synthetic import SIZES as MODELS
 
+        from mot_bench.bagel import SHIPPED
         from mot_bench.cost import CostModel
         from mot_bench.parallel_page import modes_page
     except ImportError as error:
@@ -77,8 +79,11 @@ def modes(
         except (OSError, ValueError) as error:
             raise UsageError(f"JSON is {str(path)!r}: {error}") from error
     size = runs[0][1].subject.weights.removeprefix("random, ")
-    # Whoever trained it, a checkpoint of BAGEL has these sizes.
-    model = CostModel([run for _, run in runs], MODELS.get(size, MODELS["7b"]).llm)
+    if size == SHIPPED:
+        sizes = BagelConfig.from_folder(options.model_folder(Path("tiny")))
+    else:  # whoever trained it, a checkpoint of BAGEL has these sizes
+        sizes = MODELS.get(size, MODELS["7b"])
+    model = CostModel([run for _, run in runs], sizes.llm)
     if model.repeated:
         many = len(model.repeated)
         line = f"{many} times were measured in more than one file, of which the newest counts"

@@ -18,6 +18,7 @@ from mot_bench.report_model import (
 from mot_bench.results import (
     KIND,
     CaseResult,
+    Mean,
     ProviderResult,
     Results,
     means,
@@ -126,7 +127,7 @@ def _operation(op: str, cases: list[CaseResult], results: Results) -> list[str]:
     header = ["rows per expert", "layer", *names, f"{ours}, % of ceiling"]
     rows = [_row(case, names, ours, results) for case in cases]
     averages = {mean.name: mean for mean in means(results) if mean.op == op}
-    cells = [_mean_cell(averages[name].times_baseline) for name in names]
+    cells = [_mean_cell(averages[name]) for name in names]
     rows.append(["**geometric mean**", "", *cells, percent(averages[ours].percent_of_ceiling)])
     key = "; ".join(
         f"`{name}`: {provider.label}" + (" (the baseline)" if provider.baseline else "")
@@ -172,5 +173,9 @@ def _remarks(cases: list[CaseResult]) -> list[str]:
     return ["\n".join(f"- {remark}" for remark in remarks)] if remarks else []
 
 
-def _mean_cell(ratio: float | None) -> str:
-    return "-" if ratio is None else f"({ratio:.2f})"
+def _mean_cell(mean: Mean) -> str:
+    """With how many cases it is of, if not of all."""
+    if mean.times_baseline is None:
+        return "-"
+    some = f" {mean.compared} of {mean.of}" if mean.compared < mean.of else ""
+    return f"({mean.times_baseline:.2f}){some}"

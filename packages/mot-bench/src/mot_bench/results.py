@@ -247,6 +247,7 @@ class Mean:
 
     Attributes:
         cases: how many it was timed on, of the `of` cases in all.
+        compared: how many of these have a baseline.
         times_baseline: time relative to the baseline's.
         percent_of_ceiling: see `percent_of_ceiling`.
     """
@@ -256,6 +257,7 @@ class Mean:
     label: str
     cases: int
     of: int
+    compared: int
     times_baseline: float | None
     percent_of_ceiling: float | None
 
@@ -272,12 +274,11 @@ def means(results: Results) -> list[Mean]:
     summary = []
     for (op, name), pairs in found.items():
         timed = [(case, p.timing) for case, p in pairs if p.timing is not None]
-        ratios = [times_baseline(case, timing) for case, timing in timed]
+        ratios = [r for c, timing in timed if (r := times_baseline(c, timing)) is not None]
         percents = [percent_of_ceiling(c, timing, results.ceilings) for c, timing in timed]
-        mean_ratio = geometric_mean(ratio for ratio in ratios if ratio is not None)
-        label = pairs[0][1].label
+        label, counts = pairs[0][1].label, (len(timed), len(pairs), len(ratios))
         summary.append(
-            Mean(op, name, label, len(timed), len(pairs), mean_ratio, geometric_mean(percents))
+            Mean(op, name, label, *counts, geometric_mean(ratios), geometric_mean(percents))
         )
     return summary
 

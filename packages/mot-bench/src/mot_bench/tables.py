@@ -69,9 +69,14 @@ def means_table(means: list[Mean]) -> Table:
             mean.name,
             f"{mean.cases}/{mean.of}",
             "-" if mean.percent_of_ceiling is None else f"{mean.percent_of_ceiling:.0f}",
-            "-" if mean.times_baseline is None else f"{mean.times_baseline:.3f}",
+            "-" if mean.times_baseline is None else _ratio_of(mean),
         )
     return table
+
+
+def _ratio_of(mean: Mean) -> str:
+    some = f" ({mean.compared}/{mean.of})" if mean.compared < mean.cases else ""
+    return f"{mean.times_baseline:.3f}{some}"
 
 
 def heading(results: Results) -> str:

@@ -96,11 +96,11 @@ def tune(cases: Sequence[LinearCase], settings: Settings, progress: Progress) ->
                 f"{choice.path.value} path here, because {choice.why}"
             )
     conditions = environment(settings.device)
-    state = State.open(settings.output, conditions, resume=settings.resume)
-    target = result_path(settings.output, conditions.device)
     protocol = describe_protocol(settings.device, settings.rounds)
     if settings.device.type == "cuda":
         protocol += f"; samples of {SustainedStopwatch.SECONDS} s, each after as long untimed"
+    state = State.open(settings.output, conditions, protocol, resume=settings.resume)
+    target = result_path(settings.output, conditions.device)
     hopeless = []
     for case in cases:
         problem = problem_of(case)

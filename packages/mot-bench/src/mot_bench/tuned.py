@@ -52,12 +52,12 @@ class State:
         }
 
     @classmethod
-    def open(cls, folder: Path, environment: Environment, *, resume: bool) -> State:
+    def open(cls, folder: Path, environment: Environment, protocol: str, *, resume: bool) -> State:
         """Start afresh, or go on where an interrupted run stopped if there is one.
 
         Raises:
             UsageError: to resume makes no sense: the file is broken, or times in it come from
-                another commit, torch or triton.
+                another commit, torch or triton, or were taken otherwise.
         """
         path = folder / f"tune-{file_stem(environment.device)}.state.json"
         header = {
@@ -65,6 +65,7 @@ class State:
             "torch": environment.torch,
             "triton": environment.triton,
             "commit": environment.commit,
+            "protocol": protocol,
         }
         state = cls(path, header)
         if not resume or not path.exists():
@@ -128,9 +129,19 @@ def result_path(folder: Path, device_name: str) -> Path:
 def merge_entry(path: Path, environment: Environment, protocol: str, entry: dict[str, Any]) -> None:
     """Put one entry into a result file, in place of an older one of the same problem.
 
+    The file says how and with what its entries were found; older ones, for which that is not true,
+    say it themselves ("found").
+
     Raises:
         MeasurementError: the existing file is broken, or `mot_kernels` would not read the new one.
     """
+    header = {
+        "torch": environment.torch,
+        "triton": environment.triton,
+        "commit": environment.commit,
+        "date": environment.date,
+        "protocol": protocol,
+    }
     entries = []
     if path.exists():
         try:
@@ -138,7 +149,10 @@ def merge_entry(path: Path, environment: Environment, protocol: str, entry: dict
             load_entries(path)
         except ValueError as error:
             raise MeasurementError(f"{error}; repair or remove the file") from error
-        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries, found = content["entries"], {key: content.get(key) for key in header}
+        if any(found[key] != header[key] for key in header if key != "date"):
+            entries = [{**old, "found": old.get("found", found)} for old in entries]
     # Entries of plain weights have no format.
     same = ("n", "k", "dtype", "epilogue", "rows", "format")
     entries = [old for old in entries if any(old.get(key) != entry.get(key) for key in same)]
@@ -147,24 +161,15 @@ def merge_entry(path: Path, environment: Environment, protocol: str, entry: dict
         [*entries, entry],
         key=lambda each: [each.get("format") or "", *(each[key] for key in order)],
     )
-    header = {
-        "schema": SCHEMA,
-        "op": OP,
-        "device": environment.device,
-        "torch": environment.torch,
-        "triton": environment.triton,
-        "commit": environment.commit,
-        "date": environment.date,
-        "protocol": protocol,
-    }
+    top = {"schema": SCHEMA, "op": OP, "device": environment.device, **header}
     # A file that its reader refuses would break every run on this GPU, so the reader sees it
     # before it takes its place.
     draft = path.with_name(f"{path.name}.new")
-    write_text(draft, _one_line_each(header, entries))
+    write_text(draft, _one_line_each(top, entries))
     try:
         load_entries.cache_clear()
-        found = {_key(problem): asdict(config) for problem, config in load_entries(draft)}
-        if found.get(tuple(str(entry.get(key)) for key in same)) != entry["config"]:
+        read = {_key(problem): asdict(config) for problem, config in load_entries(draft)}
+        if read.get(tuple(str(entry.get(key)) for key in same)) != entry["config"]:
             raise ValueError(f"{draft} does not read back as it was written")
         os.replace(draft, path)
     except ValueError as error:

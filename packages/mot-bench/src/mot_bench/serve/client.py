@@ -126,7 +126,7 @@ async def server_version(client: httpx.AsyncClient) -> str:
     try:
         response = await client.get("/version", timeout=10.0)
         return str(response.json()["version"]) if response.is_success else "unknown"
-    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
         return "unknown"
 
 
@@ -171,5 +171,5 @@ def _reason(body: bytes) -> str:
         error = content.get("error", content.get("detail", content))
         message = error.get("message", error) if isinstance(error, dict) else error
         return excerpt(message if isinstance(message, str) else json.dumps(message))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return excerpt(text) or "no reason given"

@@ -187,10 +187,13 @@ def serve(
         command=shlex.join(["mot-bench", *arguments]),
     )
     results = asyncio.run(measure(plan))
-    _show(results, earlier)
     if output is not None:
         results.write(output)
+    _show(results, earlier)
+    if output is not None:
         typer.echo(output)
+    if not results.complete:
+        raise KeyboardInterrupt
     if failed := results.summary.failed:
         raise MeasurementError(f"{failed} of {len(results.requests)} requests failed")
 
@@ -247,11 +250,14 @@ def _earlier(path: Path) -> ServeResults:
     from mot_bench.serve.results import ServeResults
 
     try:
-        return ServeResults.read(path)
+        earlier = ServeResults.read(path)
     except OSError as error:
         raise UsageError(f"--compare is {str(path)!r}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"--compare is {str(path)!r}: {error}") from error
+    if not earlier.complete:
+        raise UsageError(f"--compare is {str(path)!r}: that run was interrupted; give a whole one")
+    return earlier
 
 
 def _show(results: ServeResults, earlier: ServeResults | None) -> None:

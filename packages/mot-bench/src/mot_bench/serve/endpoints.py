@@ -170,11 +170,11 @@ def read(settings: Settings, body: bytes) -> Answer:
     """
     try:
         content = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure("answer", f"not JSON: {excerpt(body.decode(errors='replace'))}") from error
     try:
         if settings.modality == "text":
-            if not isinstance(content["choices"][0]["message"]["content"], str):
+            if not _text(content["choices"][0]["message"]):
                 raise Failure("answer", "it holds no text")
             return Answer(tokens=completion_tokens(content))
         if settings.endpoint == "chat":
@@ -222,6 +222,12 @@ def completion_tokens(content: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _text(message: Any) -> str:
+    """Of a message or a piece of one: what is thought, which servers name in two ways, and said."""
+    parts = (message.get(key) for key in ("reasoning", "reasoning_content", "content"))
+    return "".join(part for part in parts if isinstance(part, str))
+
+
 class TokenStream:
     """Text that comes as server-sent events: when its tokens came.
 
@@ -258,8 +264,8 @@ class TokenStream:
                 raise Failure("stream", f"the server reports {excerpt(json.dumps(content))}")
             tokens = completion_tokens(content)
             # The last event has usage and no choice.
-            text = "".join(each["delta"].get("content") or "" for each in content["choices"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            text = "".join(_text(each["delta"]) for each in content["choices"])
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             what = excerpt(data.decode(errors="replace"))
             raise Failure("stream", f"not an event of chat: {what}") from error
         self.tokens = tokens if tokens is not None else self.tokens
@@ -270,7 +276,9 @@ class TokenStream:
         """Nothing more comes.
 
         Raises:
-            Failure: the stream did not say that it is at its end.
+            Failure: the stream did not say that it is at its end, or held no text.
         """
         if not self._done:
             raise Failure("stream", f"it ended without [DONE], after {len(self.times)} pieces")
+        if not self.times:
+            raise Failure("answer", "it holds no text")

@@ -18,6 +18,6 @@ class Failure(Exception):
 
 
 def excerpt(text: str, most: int = 200) -> str:
-    """The beginning of a text, on one line."""
-    line = " ".join(text.split())
+    """The beginning of a text, on one line. JSON may hold halves of surrogate pairs: they are ?."""
+    line = " ".join(text.split()).encode(errors="replace").decode()
     return line if len(line) <= most else f"{line[:most]}..."

@@ -15,7 +15,7 @@ import httpx
 from mot_bench.errors import UsageError
 from mot_bench.serve import endpoints, images
 from mot_bench.serve.client import Reply, send
-from mot_bench.serve.failure import Failure
+from mot_bench.serve.failure import Failure, excerpt
 from mot_bench.serve.prompts import Prompt
 from mot_bench.serve.results import RequestResult
 from mot_bench.serve.settings import Settings
@@ -141,6 +141,8 @@ class Load:
                     tokens = answer.tokens
                 except Failure as caught:
                     failure = caught
+                except Exception as error:  # one odd answer is not to end the run
+                    failure = Failure("answer", excerpt(f"{type(error).__name__}: {error}"))
         unsaved = 0
         if save_dir is not None:
             for number, picture in enumerate(answer.pictures):

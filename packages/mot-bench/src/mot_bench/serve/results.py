@@ -123,6 +123,7 @@ class ServeResults:
         requests: in their order.
         prompt_keys: of `mot_bench.serve.prompts.OWN_KEYS`, what some prompts say themselves.
         slo_s: seconds that an answer was to take at most, None if nobody asked.
+        complete: False if the run was interrupted; requests under way then are not among them.
     """
 
     schema: int
@@ -138,6 +139,7 @@ class ServeResults:
     requests: tuple[RequestResult, ...]
     prompt_keys: tuple[str, ...] = ()
     slo_s: float | None = None
+    complete: bool = True
 
     @property
     def summary(self) -> Summary:

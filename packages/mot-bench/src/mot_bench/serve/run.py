@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime
 import platform
@@ -48,7 +49,7 @@ class Plan:
 
 
 async def measure(plan: Plan) -> ServeResults:
-    """Wait for the server, warm it up, put the load on it.
+    """Wait for the server, warm it up, put the load on it; cancelled, answer with what is done.
 
     Raises:
         UsageError: there is no such server or model, or settings differ from the earlier run's.
@@ -72,14 +73,20 @@ async def measure(plan: Plan) -> ServeResults:
         ) as bar:
             task = bar.add_task("requests", total=settings.num_prompts)
             failed = 0
+            done: list[RequestResult] = []
 
             def on_done(result: RequestResult) -> None:
                 nonlocal failed
+                done.append(result)
                 failed += bool(result.failure)
                 description = f"requests ({failed} failed)" if failed else "requests"
                 bar.update(task, advance=1, description=description)
 
-            requests = await load.run(on_done)
+            try:
+                await load.run(on_done)
+            except asyncio.CancelledError:
+                if not done:
+                    raise
     return ServeResults(
         schema=SCHEMA,
         kind=KIND,
@@ -91,9 +98,10 @@ async def measure(plan: Plan) -> ServeResults:
         python=platform.python_version(),
         mot_bench=__version__,
         settings=settings,
-        requests=tuple(requests),
+        requests=tuple(sorted(done, key=lambda each: each.index)),
         prompt_keys=tuple(key for key in OWN_KEYS if any(key in each.own for each in plan.prompts)),
         slo_s=plan.slo,
+        complete=len(done) == settings.num_prompts,
     )
 
 

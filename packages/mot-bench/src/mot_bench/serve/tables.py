@@ -102,6 +102,10 @@ def remarks(results: ServeResults) -> list[str]:
         + next(each.error for each in results.requests if each.failure == kind)
         for kind, count in summary.failures.items()
     ]
+    if not results.complete:
+        lines.append(
+            f"interrupted after {len(results.requests)} of {results.settings.num_prompts} requests"
+        )
     if summary.unsaved:
         lines.append(f"{summary.unsaved} images could not be saved")
     held = summary.held_back_s

@@ -6,9 +6,10 @@ computed default, which is logged once together with the command that would tune
 
 A file is `mot_linear/<GPU name>.json` below the folder: a header (schema, op, device, torch,
 triton, commit, date) and `entries`, each {n, k, dtype, epilogue, rows: rows per expert, config},
-format for weights that have one, and what was measured: us, default_us. Among entries for the same
-(n, k, dtype, epilogue, format) the one whose largest expert is nearest in log(rows) is used, if it
-is within a factor of REACH, and if both or neither of the two have FEW_ROWS at most.
+format for weights that have one, and what was measured: us, default_us, and found, of the header's
+keys, where it was not as the header says. Among entries for the same (n, k, dtype, epilogue,
+format) the one whose largest expert is nearest in log(rows) is used, if it is within a factor of
+REACH, and if both or neither of the two have FEW_ROWS at most.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ OP = "mot_linear"
 PACKAGED = Path(__file__).parent / "configs"
 _FOLDER_VARIABLES = ("MOT_TUNED_CONFIG_DIR", "VLLM_TUNED_CONFIG_FOLDER")
 _ENTRY_KEYS = {"n", "k", "dtype", "epilogue", "rows", "config"}
-_MORE_ENTRY_KEYS = {"format", "us", "default_us"}
+_MORE_ENTRY_KEYS = {"format", "us", "default_us", "found"}
 
 # Shared memory a block may have where no device can be asked (interpreter): that of sm_86/89.
 _LEAST_SHARED_MEMORY = 99 * 1024
