@@ -85,6 +85,16 @@ def test_index_with_shards(cpu: BagelPipeline, checkpoint_copy: Path, lists_vae:
     assert all(torch.equal(loaded[name], plain[name]) for name in plain)
 
 
+def test_index_may_spell_names_otherwise(cpu: BagelPipeline, checkpoint_copy: Path) -> None:
+    names = load_file(checkpoint_copy / "ema.safetensors")
+    vae = dict.fromkeys(load_file(checkpoint_copy / "ae.safetensors"), "./ae.safetensors")
+    own = {
+        name: "./ema.safetensors" if i % 2 else "ema.safetensors" for i, name in enumerate(names)
+    }
+    write_index(checkpoint_copy, own | vae)
+    assert torch.equal(load(checkpoint_copy).model.llm2vae.weight, cpu.model.llm2vae.weight)
+
+
 def test_official_index(cpu: BagelPipeline, checkpoint_copy: Path) -> None:
     """The release's own index names ema.safetensors for everything."""
     names = load_file(checkpoint_copy / "ema.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,17 @@ def test_failing_save_leaves_nothing(
     if isinstance(error, OSError):
         assert result.exit_code == 2
         assert "No space left on device" in said(result)
+
+
+def test_a_process_that_is_told_to_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(_image: Image.Image, file: Any, **_: Any) -> None:
+        Path(file).write_bytes(b"half a picture")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Image.Image, "save", ended)
+    result = run("generate", "a fox", *SMALL, "-o", "fox.png")
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert list(Path.cwd().iterdir()) == []
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)

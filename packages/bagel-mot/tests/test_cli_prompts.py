@@ -54,6 +54,25 @@ def test_generate_prompts(
     assert [metadata(file)["seed"] for file in files] == ["7", "5", "5"]
 
 
+def test_images_are_counted_not_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved stays: after so many images, however many each line has."""
+    monkeypatch.setattr("bagel_mot.painting._TOGETHER", 2)
+    real, together = BagelPipeline.denoise, []
+
+    def denoise(self: BagelPipeline, jobs: Any, **options: Any) -> None:
+        together.append((len(jobs), len(list(Path("out").glob("*.png")))))
+        real(self, jobs, **options)
+
+    monkeypatch.setattr(BagelPipeline, "denoise", denoise)
+    file = prompts_file({"prompt": "a fox"}, {"prompt": "a dog"})
+    wanted = ["generate", "--prompts", str(file), *SMALL, "--seed", "5"]
+    succeed(*wanted, "-n", "3", "-o", "out/a.png")
+    assert together == [(2, 0), (1, 2), (2, 3), (1, 5)]
+    del together[:]
+    succeed(*wanted, "-o", "out/b.png")
+    assert together == [(2, 6)]
+
+
 def test_a_line_may_say_null() -> None:
     """Which is as if it left that out; a byte order mark is none of the prompt."""
     file = prompts_file({"prompt": "a fox", "seed": None, "height": None})

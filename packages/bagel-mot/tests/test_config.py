@@ -44,6 +44,7 @@ def test_from_folder_recorded() -> None:
         vocab_size=576,
         rms_norm_eps=1e-6,
         rope_theta=1e6,
+        max_position_embeddings=32768,
     )
     assert cfg.vit == VitConfig(
         hidden_size=64,

@@ -143,9 +143,9 @@ from bagel_mot.sampling import ImageSettings, Step
         pytest.param(["a"], {"think": "false"}, TypeError, "think is 'false'", id="think"),
         pytest.param(
             ["a"],
-            {"num_images": 2**16 + 1},
+            {"num_images": 2**10 + 1},
             ValueError,
-            "num_images is 65537; expected at most 65536",
+            "num_images is 1025; expected at most 1024",
             id="too-many-images",
         ),
         pytest.param(
@@ -269,7 +269,26 @@ def test_temperature_in_vain(cpu: BagelPipeline, caplog: pytest.LogCaptureFixtur
         assert caplog.messages == ["temperature has no effect: no text is written"]
         cpu.prepare(replace(request, think=True, max_text_tokens=2))
         cpu.prepare(Request(["a fox"], output="text", temperature=0.5, max_text_tokens=2))
-    assert len(caplog.messages) == 1
+        assert len(caplog.messages) == 1
+        caplog.clear()
+        cpu.prepare(replace(request, temperature=None, max_text_tokens=5))
+        assert caplog.messages == ["max_text_tokens has no effect: no text is written"]
+
+
+def test_requests_longer_than_the_model_was_trained_for_are_told(
+    cpu: BagelPipeline, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = cpu.config.llm.model_copy(update={"max_position_embeddings": 40})
+    monkeypatch.setattr(cpu, "config", cpu.config.model_copy(update={"llm": llm}))
+    cpu.ask(None, "a fox", max_text_tokens=2)
+    assert not caplog.messages
+    cpu.ask(None, "a fox " * 30, max_text_tokens=2)
+    assert "max_position_embeddings are 40: beyond them it may make no sense" in caplog.text
+
+
+def test_one_request_instead_of_a_list(cpu: BagelPipeline) -> None:
+    with pytest.raises(TypeError, match="requests is a Request; expected a list of them"):
+        cpu.run(Request(["a fox"], "image"))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_no_such_format(word: str) -> None:
         ("first", Keep(first=1)),
         ("first, last:2", Keep(first=1, last=2)),
         ("o_proj,down_proj", Keep(projections=frozenset({"o_proj", "down_proj"}))),
-        ("last:0,qkv_proj", Keep(projections=frozenset({"qkv_proj"}))),
+        ("last:1,qkv_proj", Keep(last=1, projections=frozenset({"qkv_proj"}))),
     ],
 )
 def test_keep(words: str, keep: Keep) -> None:

@@ -130,6 +130,16 @@ def test_source_without_a_config(
     assert_same_bits(load(tmp_path / "out"), load(quantization="fp8"))
 
 
+def test_weights_by_another_name_are_not_copied(checkpoint_copy: Path, tmp_path: Path) -> None:
+    names = load_file(checkpoint_copy / "ema.safetensors")
+    (checkpoint_copy / "ema.safetensors").rename(checkpoint_copy / "weights.st")
+    index = {"weight_map": dict.fromkeys(names, "weights.st")}
+    (checkpoint_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    quantize_checkpoint(checkpoint_copy, tmp_path / "out", "int8")
+    assert not (tmp_path / "out" / "weights.st").exists()
+    assert_same_bits(load(tmp_path / "out"), load(quantization="int8"))
+
+
 # --- whole or not at all
 
 

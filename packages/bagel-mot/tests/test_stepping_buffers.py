@@ -23,6 +23,8 @@ from bagel_mot.graphs import Workspace
 from bagel_mot.model.attention import Math
 from bagel_mot.pipeline import BagelPipeline
 from bagel_mot.sampling import ImageJob
+from bagel_mot.stepping import StepRunner
+from bagel_mot.taylorseer import Extrapolation, TaylorSeer
 
 
 @contextmanager
@@ -64,6 +66,46 @@ def test_a_first_step_that_fails_can_be_made_again(
             retried.step()
     (got,) = retried.step()
     assert torch.equal(got.latents, want.latents)
+
+
+@pytest.mark.parametrize("place", ["note", "at", "advance"])
+def test_a_step_that_fails_half_way_can_be_made_again(
+    place: str, roomy: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where other images of the batch, or this one, had moved on by then."""
+    settings = GUIDED.model_copy(
+        update={"num_timesteps": 9, "taylorseer": TaylorSeer(first_full=2)}
+    )
+    pictures = []
+    for failures in ((), (1, 3, 6, 7)):
+        workspace = Workspace(roomy.model)
+        jobs = [
+            ImageJob(contexts_of(roomy, text), noise_of(0), GRID, own)
+            for text, own in (("a fox", settings), ("x", settings), ("a dog", GUIDED))
+        ]
+        denoising = Denoising(roomy.model, roomy.tokenizer, jobs, workspace=workspace)
+        owner = StepRunner if place == "advance" else Extrapolation
+        plain, calls = getattr(owner, place), 0
+
+        def fails(*given: Any, plain: Any = plain, failures: tuple[int, ...] = failures) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls in failures:
+                raise RuntimeError("no memory")
+            return plain(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, place, fails)
+            failed = 0
+            while not all(job.done for job in jobs):
+                try:
+                    denoising.step()
+                except RuntimeError:
+                    failed += 1
+        assert failed == len(failures)
+        pictures.append([job.latents.clone() for job in jobs])
+    for got, want in zip(*pictures, strict=True):
+        assert_close("image", got, want)
 
 
 def test_prompts_of_other_lengths_use_the_same_buffers(
@@ -196,6 +238,20 @@ def test_a_larger_cache_replaces_all(roomy: BagelPipeline) -> None:
         gc.enable()
     assert workspace.cache(1).capacity > capacity
     assert_close("image", paint(roomy, "a fox", workspace=workspace), paint(roomy, "a fox"))
+
+
+def test_a_cache_that_one_request_needed_is_given_back(
+    roomy: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_KEPT_ROWS", 50)
+    workspace = Workspace(roomy.model)
+    large = workspace.cache(1000)
+    for _ in range(graphs._PATIENCE):
+        assert workspace.cache(10) is large
+    assert workspace.cache(300) is large  # needed again
+    for _ in range(graphs._PATIENCE):
+        assert workspace.cache(10) is large
+    assert workspace.cache(10).capacity < 50
 
 
 def test_cache_of_other_heads(roomy: BagelPipeline) -> None:

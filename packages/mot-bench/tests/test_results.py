@@ -109,12 +109,9 @@ def test_means_count_what_was_timed() -> None:
 def test_means_count_what_was_compared() -> None:
     results = some_results()
     first, *others = results.cases
-    without = dataclasses.replace(
-        first, providers=tuple(p for p in first.providers if not p.baseline)
-    )
-    (mean,) = (
-        m for m in means(dataclasses.replace(results, cases=(without, *others))) if m.name == "loop"
-    )
+    timed = tuple(provider for provider in first.providers if not provider.baseline)
+    cases = (dataclasses.replace(first, providers=timed), *others)
+    (mean,) = (m for m in means(dataclasses.replace(results, cases=cases)) if m.name == "loop")
     assert (mean.cases, mean.compared, mean.of) == (2, 1, 2)
     assert "(1/2)" in _ratio_of(mean)
 

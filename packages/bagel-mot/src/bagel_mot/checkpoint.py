@@ -10,6 +10,7 @@ and copied to where they belong, so the host never holds more than one of them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -344,7 +345,8 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            listed = json.loads(index.read_text())["weight_map"].values()
+            names = sorted({os.path.normpath(name) for name in listed})  # ./ae.safetensors
             files = [folder / name for name in names]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(

@@ -51,9 +51,7 @@ SeedOption = Annotated[
 ]
 OutputOption = Annotated[
     Path,
-    typer.Option(
-        "--output", "-o", help="PNG to write; with -n or --prompts NAME-0.png, NAME-1.png..."
-    ),
+    typer.Option("--output", "-o", help="PNG to write; several are NAME-0.png, NAME-1.png..."),
 ]
 PromptsOption = Annotated[
     Path | None,
@@ -77,8 +75,14 @@ TokensOption = Annotated[
 TemperatureOption = Annotated[
     float | None, typer.Option(help="Sample text at this temperature. Default: the likeliest text.")
 ]
-HeightOption = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")]
-WidthOption = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")]
+HeightOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels, a multiple of 16; with --width. Default: the largest square that the model "
+        "paints (BAGEL 1024), for edit the last picture's resized size."
+    ),
+]
+WidthOption = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; with --height.")]
 # Sampling options default to None: what the user does not give, the preset does.
 TimestepsOption = Annotated[
     int | None, typer.Option(help="Points of the schedule (N points are N - 1 steps). Default 50.")
@@ -93,7 +97,10 @@ CfgImgOption = Annotated[
 ]
 IntervalOption = Annotated[
     tuple[float, float] | None,
-    typer.Option(help="Guide where LOW < t <= HIGH. Default 0.4 1, for edit 0 1."),
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Two numbers: guide where LOW < t <= HIGH. Default 0.4 1, for edit 0 1.",
+    ),
 ]
 RenormOption = Annotated[
     str | None,

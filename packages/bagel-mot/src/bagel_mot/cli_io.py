@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bagel_mot.files import naming, open_to_others
 from bagel_mot.images import PNG_STRATEGY, check_depth
-from bagel_mot.launch import signals_raise
+from bagel_mot.launch import ENDING, signals_raise
 from bagel_mot.tiny import model_folder
 
 
@@ -120,7 +120,7 @@ def save_png(
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".png")
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-", suffix=".png")
     os.close(handle)
     try:
         with naming(file):
@@ -217,8 +217,9 @@ def user_errors() -> Iterator[None]:
     need their traceback.
     """
     try:
-        # Not to take for an error of the user's what an interruption becomes inside of torch.
-        with signals_raise(signal.SIGINT):
+        # Not to take for an error of the user's what an interruption becomes inside of torch. And
+        # nothing is left half-written.
+        with signals_raise(signal.SIGINT, *ENDING):
             yield
     except ValidationError as error:
         for problem in error.errors():

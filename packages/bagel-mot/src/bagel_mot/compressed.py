@@ -237,7 +237,7 @@ def _check_method(folder: Path) -> None:
     file = folder / COMBINED_FILE
     try:
         method = json.loads(file.read_text(encoding="utf-8"))[CONFIG_KEY]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # it says nothing of the kind
     if method != _METHOD:
         raise CheckpointError(
@@ -254,7 +254,9 @@ def _read_format(folder: Path) -> Format:
         (group,) = config["config_groups"].values()
         weights, activations = group["weights"], group.get("input_activations")
         bits, kind, strategy = weights["num_bits"], weights["type"], weights["strategy"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(activations, dict | None):
+            raise TypeError(f"input_activations is {activations!r}; expected an object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{where}: the files hold quantised tensors, and this should say how, in one config "
             f"group of compressed-tensors ({type(error).__name__}: {error})"

@@ -56,6 +56,9 @@ class LlmConfig(Frozen):
         description="the base of the rotary embedding, e.g. 1000000.0, at the top level or in "
         "'rope_parameters'"
     )
+    max_position_embeddings: PositiveInt | None = Field(
+        default=None, description="positions that the model was trained for, e.g. 32768"
+    )
     head_dim: PositiveInt = Field(
         default=0, validate_default=True, description="the width of a head, e.g. 128"
     )

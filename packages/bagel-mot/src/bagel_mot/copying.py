@@ -145,10 +145,18 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def copy_others(source: Path, folder: Path, but: Collection[str] = ()) -> None:
-    """Copy configs, tokenizer and the like, but for some names; of weights, the VAE's own file."""
+def copy_others(
+    source: Path, folder: Path, weights: Collection[Path], but: Collection[str] = ()
+) -> None:
+    """Copy configs, tokenizer and the like, but for some names; of weights, the VAE's own file.
+
+    Args:
+        weights: files of weights, whatever their names end in.
+    """
+    read = {file.resolve() for file in weights}
     for file in sorted(source.iterdir()):
         is_weights = file.suffix == ".safetensors" and file.name != VAE_FILE
+        is_weights = is_weights or file.resolve() in read
         if file.is_file() and not is_weights and file.name not in but:
             shutil.copyfile(file, folder / file.name)
 
@@ -169,7 +177,12 @@ def check_destination(destination: Path) -> None:
 def appearing(destination: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name when the block ends, and is gone if it fails."""
     destination = destination.absolute()
-    folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
+    try:
+        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
+    except OSError as error:
+        raise OSError(
+            f"OUT {destination}: nothing can be written to {destination.parent} ({error.strerror})"
+        ) from error
     try:
         yield folder
         open_to_others(folder)

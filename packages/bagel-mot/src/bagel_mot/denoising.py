@@ -83,7 +83,12 @@ class Denoising:
         self._pace.wait()
         runner = self._moved_in()
         self._set_controls(runner)
-        results = self._results(runner, counts)
+        before = runner.x.clone()
+        try:
+            results = self._results(runner, counts)
+        except BaseException:
+            runner.x.copy_(before)  # some images may have moved: the step can be made again
+            raise
         self._pace.note()
         self._made += 1
         steps = []

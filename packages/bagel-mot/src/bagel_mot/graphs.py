@@ -48,6 +48,11 @@ S = TypeVar("S", bound=Shaped)
 _SHAPES = 8
 _GRAPHS = 16
 
+# A KV cache of more rows (3.5 GiB for BAGEL-7B) is not kept for ever, should a single request have
+# needed it: it goes when so many in a row would have done with a quarter.
+_KEPT_ROWS = 65_536
+_PATIENCE = 16
+
 
 class Workspace:
     """What forward passes of fixed shapes share.
@@ -65,6 +70,7 @@ class Workspace:
         self.model = model
         self.capture = capture
         self._cache: KVCache | None = None
+        self._too_large = 0  # how often in a row it was, for what was asked
         self._shapes: OrderedDict[Hashable, Shaped] = OrderedDict()
         self._graphs: OrderedDict[int, Call[Any]] = OrderedDict()
         self._pool: Any = None
@@ -101,7 +107,16 @@ class Workspace:
         """
         heads = self.model.kv_heads if kv_heads is None else kv_heads
         cache = self._cache
-        if cache is None or cache.capacity < rows or cache.kv.shape[3] != heads:
+        if cache is not None:
+            is_large = cache.capacity > max(_KEPT_ROWS, 4 * rows)
+            self._too_large = self._too_large + 1 if is_large else 0
+        if (
+            cache is None
+            or cache.capacity < rows
+            or cache.kv.shape[3] != heads
+            or self._too_large > _PATIENCE
+        ):
+            self._too_large = 0
             # All that was made addresses the old one.
             self._forget()
             self._cache = cache = None  # before there is a new one

@@ -41,7 +41,7 @@ def leave(code: int, error: BaseException | None = None) -> None:
         code: of the process's exit, not 0.
         error: whose traceback is printed first; None if all has been said.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     try:
         if error is not None:

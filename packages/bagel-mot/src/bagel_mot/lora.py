@@ -142,7 +142,7 @@ def merge_checkpoint(
                 on_tensor(name, weight.numel())
             return weight
 
-        copy_others(source, folder)
+        copy_others(source, folder, files)
         for file in files:
             rewrite(file, folder / file.name, change, annotate)
 

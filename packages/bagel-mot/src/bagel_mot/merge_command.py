@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from bagel_mot.cli_io import find_model, progress, user_errors
-from bagel_mot.launch import ENDING, signals_raise
 from bagel_mot.model_options import OutArgument
 
 
@@ -30,7 +29,7 @@ def merge(
     ] = 1.0,
 ) -> None:
     """Write a checkpoint with a LoRA adapter merged into its weights, for all else to use."""
-    with user_errors(), signals_raise(*ENDING):
+    with user_errors():
         from bagel_mot.copying import elements_to_read
         from bagel_mot.lora import merge_checkpoint
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,9 +24,10 @@ from bagel_mot.model_options import Place
 
 if TYPE_CHECKING:
     from bagel_mot.pipeline import BagelPipeline
+    from bagel_mot.reading import Prepared
     from bagel_mot.request import Request, Result
 
-# Requests read, thought about and painted together: a few fill the largest GPU.
+# Images of requests that are read, thought about and painted together: a few fill the largest GPU.
 _TOGETHER = 16
 
 
@@ -64,28 +65,37 @@ class Painting:
         files = iter(self.files)
         steps = sum(map(_steps, self.requests))
         if len(self.requests) == 1:
-            self._paint_one(self.requests[0], steps, files)
+            # The thought is shown while it is written.
+            thought = Streamed(err=True)
+            prepared = self.pipeline.prepare(self.requests[0], on_text=thought)
+            if prepared.text is not None:
+                thought.finish(prepared.text)
+            with progress("painting", steps) as advance:
+                self._paint_one(self.requests[0], prepared, advance, files)
             return
         with progress("painting", steps) as advance:
-            for start in range(0, len(self.requests), _TOGETHER):
-                together = self.requests[start : start + _TOGETHER]
+            for together in _groups(self.requests):
+                if len(together) == 1:
+                    prepared = self.pipeline.prepare(together[0])
+                    _tell(prepared.text)
+                    self._paint_one(together[0], prepared, advance, files)
+                    continue
                 results = self.pipeline.run(together, on_step=lambda _: advance(1))
                 for result in results:
-                    if result.text is not None and IS_FIRST_RANK:
-                        console.print(result.text, markup=False, highlight=False, soft_wrap=True)
+                    _tell(result.text)
                 self._save(together, results, files)
 
-    def _paint_one(self, request: Request, steps: int, files: Iterator[Path]) -> None:
-        """The thought is shown while it is written."""
-        thought = Streamed(err=True)
-        prepared = self.pipeline.prepare(request, on_text=thought)
-        if prepared.text is not None:
-            thought.finish(prepared.text)
-        with progress("painting", steps) as advance:
-            for start in range(0, len(prepared.jobs), _TOGETHER):
-                part = replace(prepared, jobs=prepared.jobs[start : start + _TOGETHER])
-                self.pipeline.denoise(part.jobs, on_step=lambda _: advance(1))
-                self._save([request], [self.pipeline.finish(part)], files, first=start)
+    def _paint_one(
+        self,
+        request: Request,
+        prepared: Prepared,
+        advance: Callable[[int], None],
+        files: Iterator[Path],
+    ) -> None:
+        for start in range(0, len(prepared.jobs), _TOGETHER):
+            part = replace(prepared, jobs=prepared.jobs[start : start + _TOGETHER])
+            self.pipeline.denoise(part.jobs, on_step=lambda _: advance(1))
+            self._save([request], [self.pipeline.finish(part)], files, first=start)
 
     def _save(
         self,
@@ -109,6 +119,22 @@ class Painting:
             with naming("the standard output"):
                 for file in saved:  # nobody may be listening any more
                     typer.echo(file.resolve())
+
+
+def _groups(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """As many as have `_TOGETHER` images, or one that has more."""
+    group: list[Request] = []
+    for request in requests:
+        if group and sum(each.num_images for each in (*group, request)) > _TOGETHER:
+            yield group
+            group = []
+        group.append(request)
+    yield group
+
+
+def _tell(thought: str | None) -> None:
+    if thought is not None and IS_FIRST_RANK:
+        console.print(thought, markup=False, highlight=False, soft_wrap=True)
 
 
 def _steps(request: Request) -> int:

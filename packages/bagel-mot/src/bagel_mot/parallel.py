@@ -100,7 +100,8 @@ class ParallelConfig:
         if self.world_size != world_size:
             raise ValueError(
                 f"tensor {self.tensor} x sequence {self.sequence} x cfg {self.cfg} needs "
-                f"{self.world_size} processes, but there are {world_size}"
+                f"{self.world_size} processes, but there are {world_size}; --nproc starts them "
+                "here, torchrun anywhere"
             )
         if self.cfg > 3:
             raise ValueError(
@@ -204,13 +205,15 @@ def _groups_made() -> dict[tuple[int, ...], dist.ProcessGroup]:
 
 def world_size_from_environment() -> int:
     """Processes torchrun (or `bagel-mot --nproc`) started."""
-    size = os.environ.get("WORLD_SIZE", "1")
+    return _whole_of_environment("WORLD_SIZE", "1")
+
+
+def _whole_of_environment(name: str, default: str | None = None) -> int:
+    value = os.environ.get(name, default)
     try:
-        return int(size)
+        return int(value or "")
     except ValueError:
-        raise ValueError(
-            f"WORLD_SIZE is {size!r}; expected a number, as torchrun sets it"
-        ) from None
+        raise ValueError(f"{name} is {value!r}; expected a number, as torchrun sets it") from None
 
 
 def start(config: ParallelConfig, device_type: str) -> Parallel:
@@ -225,7 +228,7 @@ def start(config: ParallelConfig, device_type: str) -> Parallel:
     if world == 1:
         init_parallel(backend=backend)
         return ALONE
-    rank = int(os.environ["RANK"])
+    rank = _whole_of_environment("RANK")
     init_parallel(config.tensor, rank, world, init_method="env://", backend=backend)
     place = rank // config.tensor
     sp_rank, cfg_rank = place % config.sequence, place // config.sequence

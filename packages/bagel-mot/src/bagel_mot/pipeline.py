@@ -269,6 +269,8 @@ class BagelPipeline:
             on_step: called after each denoising step of each image.
             cancel: see `chat`.
         """
+        if isinstance(requests, Request):
+            raise TypeError("requests is a Request; expected a list of them")
         requests = list(requests)
         for i, request in enumerate(requests):
             if not isinstance(request, Request):

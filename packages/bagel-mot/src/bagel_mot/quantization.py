@@ -58,13 +58,14 @@ class Keep(BaseModel):
         known = {str(name): name for name in PROJECTIONS.values()}
         for word in filter(None, (part.strip() for part in words.split(","))):
             name, colon, count = word.partition(":")
-            if name in ends and (not colon or count.isdecimal()):
+            if name in ends and (not colon or (count.isdecimal() and int(count) > 0)):
                 ends[name] = int(count) if colon else 1
             elif word in known:
                 projections.add(known[word])
             else:
                 raise ValueError(
-                    f"keep: {word!r} is none of first, first:N, last, last:N, {', '.join(known)}"
+                    f"keep: {word!r} is none of first, first:N, last, last:N (N from 1), "
+                    f"{', '.join(known)}"
                 )
         return cls(**ends, projections=frozenset(projections))
 

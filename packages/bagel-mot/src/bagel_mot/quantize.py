@@ -91,7 +91,7 @@ def quantize_checkpoint(
             if on_tensor is not None:
                 on_tensor(name, stored[name].elements)
         shards.finish()
-        copy_others(source, folder, but=(INDEX_FILE, COMBINED_FILE))
+        copy_others(source, folder, tensor_files(stored), but=(INDEX_FILE, COMBINED_FILE))
         _write_config(source, folder, quantization_config(formats, targets))
 
 

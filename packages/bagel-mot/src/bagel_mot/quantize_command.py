@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from bagel_mot.cli_io import find_model, progress, user_errors
-from bagel_mot.launch import ENDING, signals_raise
 from bagel_mot.model_options import KeepOption, OutArgument
 
 
@@ -29,7 +28,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="What quantises: cpu or cuda.")] = "cpu",
 ) -> None:
     """Write a checkpoint with quantised decoder layers, which loads faster and takes less room."""
-    with user_errors(), signals_raise(*ENDING):
+    with user_errors():
         from bagel_mot.copying import elements_to_read
         from bagel_mot.quantization import Quantization
         from bagel_mot.quantize import quantize_checkpoint

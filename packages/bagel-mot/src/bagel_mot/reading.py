@@ -174,9 +174,24 @@ def read_prompt(
         else:
             why = "no image is painted" if not wants_image else "nothing guides away from it"
             logger.warning("negative_prompt has no effect: %s", why)
-    if request.temperature is not None and wants_image and not request.think:
-        logger.warning("temperature has no effect: no text is written")
+    if wants_image and not request.think:
+        for name in ("temperature", "max_text_tokens"):
+            if getattr(request, name) != getattr(Request, name):
+                logger.warning("%s has no effect: no text is written", name)
+    _warn_of_length(request, contexts.main.position, config.llm.max_position_embeddings)
     return Reading(request, contexts, noise, seed, size, on_text)
+
+
+def _warn_of_length(request: Request, positions: int, most: int | None) -> None:
+    """A picture takes one position, however large it is."""
+    writes = request.think or request.output == "text"
+    wanted = positions + (request.max_text_tokens if writes else 1)
+    if most is not None and wanted > most:
+        logger.warning(
+            "the request may take %d positions%s, but the model's max_position_embeddings are %d: "
+            "beyond them it may make no sense",
+            *(wanted, " (of which max_text_tokens)" if positions <= most and writes else "", most),
+        )
 
 
 def _encoded(model: Bagel, config: BagelConfig, picture: Image.Image, noise: Noise) -> torch.Tensor:

@@ -19,8 +19,9 @@ Part = str | Image.Image
 _LEAST_TEMPERATURE = 1e-6
 # Room is made for all of them at once; the released model was trained on a thirtieth of it.
 MOST_TEXT_TOKENS = 2**20
-# Seeds and files of all are settled before the first one is painted; more are several requests.
-MOST_IMAGES = 2**16
+# Noise of all is drawn before the first one is painted (1 MiB for 1024x1024), and files are named;
+# more are several requests.
+MOST_IMAGES = 2**10
 _WHOLE = ("height", "width", "num_images", "seed", "max_text_tokens")
 
 

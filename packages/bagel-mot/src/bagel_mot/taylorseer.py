@@ -78,10 +78,11 @@ class Extrapolation:
         return not all(series and series.step == self._last_full for series in known)
 
     def note(self, step: int, velocities: tuple[torch.Tensor, ...]) -> None:
-        """Take in the branches of a full step; the tensors are copied."""
-        self._last_full = step
+        """Take in the branches of a full step, once; the tensors are copied."""
         for branch, velocity in enumerate(velocities):
             before = self._series.get(branch)
+            if before is not None and before.step == step:  # made again, after a failure
+                continue
             derivatives = [velocity.clone()]
             # Of the first steps only the last two count: earlier velocities change too fast.
             if before is not None and step > self.settings.first_full - 2:
@@ -89,6 +90,7 @@ class Extrapolation:
                 for old in before.derivatives[: self.settings.max_order]:
                     derivatives.append((derivatives[-1] - old) / distance)
             self._series[branch] = _Series(step, tuple(derivatives))
+        self._last_full = step
 
     def at(self, step: int, branches: int) -> tuple[torch.Tensor, ...]:
         """Velocities of the first branches at a step that is not full."""

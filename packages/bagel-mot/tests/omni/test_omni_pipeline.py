@@ -91,9 +91,10 @@ def test_batch_of_different_requests(pipeline: Any) -> None:
             assert levels_apart(image_of(one), image_of(other)) <= 1
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("place", ["prepare", "finish"])
 def test_request_that_fails_in_a_batch(
-    place: str, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+    place: str, kind: type[Exception], pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory, or of numbers that are finite: its neighbours get their pictures."""
     own = getattr(pipeline._core, place)
@@ -101,7 +102,7 @@ def test_request_that_fails_in_a_batch(
 
     def fails(*arguments: Any, **options: Any) -> Any:
         if next(calls) == 0:
-            raise RuntimeError("x holds NaN")
+            raise kind("x holds NaN")
         return own(*arguments, **options)
 
     monkeypatch.setattr(pipeline._core, place, fails)

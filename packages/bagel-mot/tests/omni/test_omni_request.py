@@ -282,6 +282,14 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ({"prompt": "a", "multi_modal_data": {"image": np.zeros((4, 4, 3))}}, "picture 0 is a ndarray"),
     ({"prompt": "a", "multi_modal_data": {"image": [PICTURE, None]}}, "picture 1 is a NoneType"),
     ({"prompt": "a", "multi_modal_data": {"image": "nowhere.png"}}, "picture 0 cannot be read"),
+    (
+        {"prompt": "a", "multi_modal_data": {"image": PICTURE, "mask_image": PICTURE}},
+        "multi_modal_data has 'mask_image', which BAGEL has no use for",
+    ),
+    (
+        {"prompt": "a", "multi_modal_data": {"image": PICTURE, "img2img": [PICTURE]}},
+        "multi_modal_data has image and img2img",
+    ),
     ({"prompt": "a", "mm_processor_kwargs": 3}, "mm_processor_kwargs is a int"),
     ({"prompt": "a", "mm_processor_kwargs": {"target_h": "x"}}, "height is 'x'"),
 ]

@@ -20,6 +20,18 @@ def test_model_folder() -> None:
     assert tiny.model_folder(Path("./other")) == Path("other")
 
 
+def test_a_folder_called_tiny_is_told_from_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tiny, "FOLDER", GOLDEN.checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert tiny.model_folder("tiny") == GOLDEN.checkpoint and not caplog.text
+    Path("tiny").mkdir()
+    Path("tiny", "llm_config.json").touch()
+    assert tiny.model_folder("tiny") == GOLDEN.checkpoint
+    assert "./tiny is the folder beside you" in caplog.text
+
+
 def test_tiny_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"not part of this installation .* train-tiny"):

@@ -113,10 +113,17 @@ def test_start_from_another_recipe_leaves_nothing(tmp_path: Path) -> None:
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
     train(tmp_path, PLAN, device=CPU, deadline=0, say=lambda _: None)
-    with pytest.raises(ValueError, match=r"with seed 0, not 1: .* choose another folder"):
+    with pytest.raises(ValueError, match=r"with --seed 0, not 1: .* choose another folder"):
         train(tmp_path, replace(PLAN, seed=1), device=CPU, deadline=0)
-    with pytest.raises(ValueError, match="with samples 12, not 13; rows "):
-        train(tmp_path, replace(PLAN, samples=13, rows=(1, 2, 3)), device=CPU, deadline=0)
+    with pytest.raises(ValueError, match=r"with --samples 12, not 13; --rows \S+, not 0\.0625: "):
+        train(tmp_path, replace(PLAN, samples=13, rows=(1024, 2, 3)), device=CPU, deadline=0)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ema.safetensors").write_text("not to be touched")
+    with pytest.raises(ValueError, match=r"RUN .* has ema\.safetensors and no run\.json"):
+        train(tmp_path, PLAN, device=CPU, deadline=0)
+    assert [each.name for each in tmp_path.iterdir()] == ["ema.safetensors"]
 
 
 def test_a_folder_that_is_in_use_is_refused(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
             self._set_noise(prepared.jobs, sampling, sources)
         except OmniClientError as error:
             return DiffusionOutput.from_exception(error)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             return self._failed(request_id, error)
         return Painting(
             prepared,
@@ -290,10 +290,10 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
 
     def _from_caches(self, asked: Asked, sampling: Any, sources: Sequence[Noise]) -> Prepared:
         """A request whose prompt another stage has read."""
-        contexts = contexts_from(self.bagel, self.tokenizer, sampling, asked.negative_prompt)
         config = self.bagel.config
-        height, width = asked.size or handed_over_size(sampling) or (None, None)
         with client_errors():
+            contexts = contexts_from(self.bagel, self.tokenizer, sampling, asked.negative_prompt)
+            height, width = asked.size or handed_over_size(sampling) or (None, None)
             height, width = image_size(config, height, width, None)
         unit = config.latent_token_pixels
         grid = (height // unit, width // unit)
@@ -326,7 +326,7 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
         """`_finish`, for one of several requests."""
         try:
             return self._finish(painting, request.sampling_params)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             return self._failed(request.request_id, error)
 
     def _failed(self, request_id: str, error: Exception) -> DiffusionOutput:

@@ -319,6 +319,13 @@ def _parts(fields: Mapping[str, Any]) -> list[Part]:
     data = fields.get("multi_modal_data") or {}
     if not isinstance(data, Mapping):
         raise TypeError(f"multi_modal_data is a {type(data).__name__}; expected a mapping")
+    if others := [key for key in data if key not in ("image", "img2img") and data[key] is not None]:
+        raise ValueError(
+            f"multi_modal_data has {', '.join(map(repr, others))}, which BAGEL has no use for; "
+            "expected 'image' (what to change, of which a prompt can speak)"
+        )
+    if data.get("image") and data.get("img2img"):
+        raise ValueError("multi_modal_data has image and img2img; give all pictures as one of them")
     images = data.get("image")
     if images is None or (isinstance(images, list) and not images):
         images = data.get("img2img")

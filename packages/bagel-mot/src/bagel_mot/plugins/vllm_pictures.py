@@ -172,7 +172,7 @@ class _PictureParser(MultiModalDataParser):
     def _parse_image_data(self, data: Any) -> Any:
         if isinstance(data, Image.Image):
             data = [data]
-        if isinstance(data, list):
+        if isinstance(data, list | tuple):
             data = [to_rgb(item) if isinstance(item, Image.Image) else item for item in data]
         return super()._parse_image_data(data)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 NAME = "tiny"
 FOLDER = Path(__file__).parent / "checkpoint"
@@ -19,6 +22,8 @@ def model_folder(model: str | os.PathLike[str]) -> Path:
     """
     if os.fspath(model) != NAME:
         return Path(model)
+    if Path(NAME, "llm_config.json").is_file():
+        logger.warning("tiny is the model that is shipped here; ./tiny is the folder beside you")
     if not (FOLDER / "ema.safetensors").is_file():
         raise FileNotFoundError(
             f"the tiny model is not part of this installation ({FOLDER} holds no weights); train "

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from mot_kernels import reference
@@ -367,6 +367,11 @@ def _claimed(folder: Path) -> Iterator[None]:
     """The folder is this process's; the system lets go of it however the process ends."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"RUN {folder} is a file; give a folder")
+    others = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+    if "run.json" not in others and others - {"run.lock", "run.part", CHECKPOINT}:
+        raise ValueError(
+            f"RUN {folder} has {min(others)} and no run.json: it is no run's folder; give a new one"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "run.lock").open("w") as lock:
         try:
@@ -393,9 +398,10 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
     if file.is_file():
         found = read_json(file)
         differing = [
-            f"{name} {found.get(name)}, not {value}"
+            _difference(name, found.get(name), value)
             for name, value in identity.items()
             if found.get(name, None if name != "vae" else value) != value  # older runs have no vae
+            and (name != "pixels" or found.get("rows") == identity["rows"])  # rows say it
         ]
         if differing:
             raise ValueError(
@@ -412,6 +418,13 @@ def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> 
     draft = file.with_suffix(".part")
     draft.write_text(json.dumps(identity, indent=1) + "\n")
     draft.replace(file)
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Of a value in `run.json`, as `train-tiny` is told it, where that is an option."""
+    if name == "rows" and before:
+        return f"--rows {before[0] / Plan.rows[0]:.3g}, not {now[0] / Plan.rows[0]:.3g}"
+    return f"{'--' if name in ('samples', 'seed') else ''}{name} {before}, not {now}"
 
 
 def _digest(file: Path) -> str:
