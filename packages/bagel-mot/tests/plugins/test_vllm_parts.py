@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from bagel_mot.checkpoint import CheckpointError, model_targets, und_targets
 from bagel_mot.config import BagelConfig, ImageLimits
+from bagel_mot.images import to_rgb
 from bagel_mot.plugins import vllm_pictures
 from bagel_mot.plugins.vllm_cpu import Piece, cut_at_pictures
 from bagel_mot.plugins.vllm_model import MoTBagelForConditionalGeneration
@@ -51,6 +52,14 @@ ATTENTION = "language_model.model.layers.0.self_attn"
 )
 def test_tokens_without_split(computed: int, allowed: int, tokens: int) -> None:
     assert tokens_without_split(PICTURES, computed, allowed) == tokens
+
+
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_transparent_pictures_lie_on_what_they_officially_do(sequence: type) -> None:
+    picture = Image.new("LA", (60, 60), (10, 0))
+    parsed = vllm_pictures._PictureParser().parse_mm_data({"image": sequence([picture] * 2)})
+    for i in range(2):
+        assert parsed["image"].get(i).getpixel((5, 5)) == to_rgb(picture).getpixel((5, 5))
 
 
 def test_cut_at_pictures() -> None:

@@ -29,7 +29,7 @@ def test_a_folder_called_tiny_is_told_from_the_model(
     Path("tiny").mkdir()
     Path("tiny", "llm_config.json").touch()
     assert tiny.model_folder("tiny") == GOLDEN.checkpoint
-    assert "./tiny is the folder beside you" in caplog.text
+    assert "the folder here needs its whole path" in caplog.text
 
 
 def test_tiny_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

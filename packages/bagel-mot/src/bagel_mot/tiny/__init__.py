@@ -23,7 +23,7 @@ def model_folder(model: str | os.PathLike[str]) -> Path:
     if os.fspath(model) != NAME:
         return Path(model)
     if Path(NAME, "llm_config.json").is_file():
-        logger.warning("tiny is the model that is shipped here; ./tiny is the folder beside you")
+        logger.warning("tiny is the model that is shipped; the folder here needs its whole path")
     if not (FOLDER / "ema.safetensors").is_file():
         raise FileNotFoundError(
             f"the tiny model is not part of this installation ({FOLDER} holds no weights); train "
