@@ -60,6 +60,10 @@ class Denoising:
         self._markers = (tokenizer.vision_start, tokenizer.vision_end)
         self._workspace = workspace or Workspace(model)
         self._shape, self._contexts = _shape_of(model, self.jobs, parallel)
+        # A graph that is replayed does.
+        self._moves_all_at_once = self._workspace.capture and not any(
+            job.extrapolation for job in self.jobs
+        )
         self._token = object()
         self._runner: StepRunner | None = None
         self._views: list[torch.Tensor] = []
@@ -83,11 +87,12 @@ class Denoising:
         self._pace.wait()
         runner = self._moved_in()
         self._set_controls(runner)
-        before = runner.x.clone()
+        before = None if self._moves_all_at_once else runner.x.clone()
         try:
             results = self._results(runner, counts)
         except BaseException:
-            runner.x.copy_(before)  # some images may have moved: the step can be made again
+            if before is not None:
+                runner.x.copy_(before)  # some images may have moved: the step can be made again
             raise
         self._pace.note()
         self._made += 1

@@ -188,9 +188,9 @@ def _warn_of_length(request: Request, positions: int, most: int | None) -> None:
     wanted = positions + (request.max_text_tokens if writes else 1)
     if most is not None and wanted > most:
         logger.warning(
-            "the request may take %d positions%s, but the model's max_position_embeddings are %d: "
+            "the request may take %d positions%s; the model's max_position_embeddings are %d: "
             "beyond them it may make no sense",
-            *(wanted, " (of which max_text_tokens)" if positions <= most and writes else "", most),
+            *(wanted, ", max_text_tokens included" if writes else "", most),
         )
 
 
