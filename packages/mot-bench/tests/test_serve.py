@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -350,8 +351,11 @@ def test_what_was_done_survives_an_interruption(fake: Fake, tmp_path: Path) -> N
     prompts.write_text("one\ntwo\nslow 60\n")
     command = [*python_command("")[:-2], "-m", "mot_bench", "serve", "--base-url", fake.url]
     command += ["--prompts", str(prompts), "--output", str(output), "--warmup-requests", "0"]
+    # Where this runs in the background, processes ignore Ctrl-C, and so would the new one.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "--max-concurrency", "1"], **options) as process:
+    command_line = [*command, "--max-concurrency", "1"]
+    with subprocess.Popen(command_line, preexec_fn=hears, **options) as process:
         while len(fake.asked) < 3 and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
