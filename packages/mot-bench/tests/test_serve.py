@@ -358,6 +358,7 @@ def test_what_was_done_survives_an_interruption(fake: Fake, tmp_path: Path) -> N
     with subprocess.Popen(command_line, preexec_fn=hears, **options) as process:
         while len(fake.asked) < 3 and process.poll() is None:
             time.sleep(0.05)
+        time.sleep(3)  # until the first two pictures have been looked at, too
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
