@@ -290,10 +290,10 @@ class MoTBagelPipeline(nn.Module, DiffusionPipelineProfilerMixin):
 
     def _from_caches(self, asked: Asked, sampling: Any, sources: Sequence[Noise]) -> Prepared:
         """A request whose prompt another stage has read."""
+        contexts = contexts_from(self.bagel, self.tokenizer, sampling, asked.negative_prompt)
         config = self.bagel.config
+        height, width = asked.size or handed_over_size(sampling) or (None, None)
         with client_errors():
-            contexts = contexts_from(self.bagel, self.tokenizer, sampling, asked.negative_prompt)
-            height, width = asked.size or handed_over_size(sampling) or (None, None)
             height, width = image_size(config, height, width, None)
         unit = config.latent_token_pixels
         grid = (height // unit, width // unit)

@@ -324,13 +324,10 @@ def _parts(fields: Mapping[str, Any]) -> list[Part]:
             f"multi_modal_data has {', '.join(map(repr, others))}, which BAGEL has no use for; "
             "expected 'image' (what to change, of which a prompt can speak)"
         )
-    if data.get("image") and data.get("img2img"):
+    found = [data[key] for key in ("image", "img2img") if not _is_empty(data.get(key))]
+    if len(found) > 1:
         raise ValueError("multi_modal_data has image and img2img; give all pictures as one of them")
-    images = data.get("image")
-    if images is None or (isinstance(images, list) and not images):
-        images = data.get("img2img")
-    if images is None:
-        images = []
+    images = found[0] if found else []
     several = list(images) if isinstance(images, list | tuple) else [images]
     parts: list[Part] = [_picture(image, index) for index, image in enumerate(several)]
     text = _text(unwrapped(_text(fields.get("prompt"))))
@@ -339,6 +336,10 @@ def _parts(fields: Mapping[str, Any]) -> list[Part]:
     if not parts:
         raise ValueError("prompt is empty and there is no picture; say what you want")
     return parts
+
+
+def _is_empty(images: Any) -> bool:
+    return images is None or (isinstance(images, list | tuple) and not images)
 
 
 def _picture(image: Any, index: int) -> Image.Image:
