@@ -155,8 +155,9 @@ def copy_others(
     """
     read = {file.resolve() for file in weights}
     for file in sorted(source.iterdir()):
-        is_weights = file.suffix == ".safetensors" and file.name != VAE_FILE
-        is_weights = is_weights or file.resolve() in read
+        is_weights = file.resolve() in read or (
+            file.suffix == ".safetensors" and file.name != VAE_FILE
+        )
         if file.is_file() and not is_weights and file.name not in but:
             shutil.copyfile(file, folder / file.name)
 

@@ -334,7 +334,6 @@ def _check_qk_out(
 ) -> None:
     """The caller's tensors; `heads` are the numbers of heads of q and of k, and their size."""
     rows = qkv.shape[0]
-    given = {"qkv": qkv, "q_scale": q_scale, "q_out": q_out, "k_out": k_out, "v_out": v_out}
     num_heads, num_kv_heads, head_dim = heads
     if (k_out is None) != (v_out is None):
         raise ValueError("k_out and v_out belong together; give both or neither")
@@ -360,9 +359,11 @@ def _check_qk_out(
             check_out(name, kv_out, (slots, num_kv_heads, head_dim), qkv)
             check_row_contiguous(name, kv_out)
             check_reach(name, kv_out, 1)
-    for name, out in list(given.items())[1:]:
+    outputs = {"q_scale": q_scale, "q_out": q_out, "k_out": k_out, "v_out": v_out}
+    for name, out in outputs.items():
         if out is not None:
-            check_written(name, out, {other: t for other, t in given.items() if other != name})
+            others = {other: t for other, t in outputs.items() if other != name}
+            check_written(name, out, {"qkv": qkv} | others)
 
 
 def _check_index(name: str, index: torch.Tensor, qkv: torch.Tensor) -> None:

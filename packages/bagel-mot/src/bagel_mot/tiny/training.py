@@ -10,24 +10,19 @@ A run lives in one folder:
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from mot_kernels import reference
 from torch import Tensor
 
 from bagel_mot import checkpoint
-from bagel_mot.json_models import read_json
 from bagel_mot.model.bagel import Bagel
 from bagel_mot.model.vae import AutoEncoder
 from bagel_mot.pipeline import build_model
@@ -36,16 +31,11 @@ from bagel_mot.tiny.pool import TASKS, Pool, make_pools
 from bagel_mot.tiny.practice import Practice, Rounds
 from bagel_mot.tiny.recipe import Recipe
 from bagel_mot.tiny.replicas import Replicas
+from bagel_mot.tiny.run_folder import CHECKPOINT, begin, claimed
 from bagel_mot.tiny.scenes import SIZES, draw_size
 from bagel_mot.tiny.trainer import Loss, Schedule, Stage
-from bagel_mot.tiny.vocabulary import write_tokenizer
 from bagel_mot.tiny.weights import initialise, leaves, save_checkpoint, vae_leaves
 from bagel_mot.tokenizer import BagelTokenizer
-
-CHECKPOINT = "checkpoint"
-
-# Of a plan: what a resumed run has, too.
-_SHARED = ("seed", "sizes", "samples", "pixels", "rows", "every")
 
 Stages: TypeAlias = Literal["vae", "model", "practice"]
 
@@ -122,7 +112,7 @@ def train(
     if start_from is not None:
         _check_start(plan.recipe, start_from)
     replicas, device = Replicas.find(device)
-    with _claimed(folder) if replicas.rank == 0 else nullcontext():
+    with claimed(folder) if replicas.rank == 0 else nullcontext():
         return _train(
             folder, plan, device, replicas, start_from, deadline, workers, cuda_graphs, say
         )
@@ -144,7 +134,7 @@ def _train(
     if replicas.rank > 0:
         say = _nothing
         replicas.meet()  # who finds the run's folder there checks it
-    _begin(folder, plan, start_from, replicas.size)
+    begin(folder, plan, start_from, replicas.size)
     if replicas.rank == 0:
         replicas.meet()
     tokenizer = BagelTokenizer.from_folder(place)
@@ -360,76 +350,6 @@ def _check_start(recipe: Recipe, folder: Path) -> None:
     vae = AutoEncoder.without_weights(config.vae)
     targets = checkpoint.model_targets(config) | checkpoint.vae_targets(vae)
     checkpoint.check_names(checkpoint.read_headers(folder), targets)
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """The folder is this process's; the system lets go of it however the process ends."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"RUN {folder} is a file; give a folder")
-    others = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
-    if "run.json" not in others and others - {"run.lock", "run.part", CHECKPOINT}:
-        raise ValueError(
-            f"RUN {folder} has {min(others)} and no run.json: it is no run's folder; give a new one"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training in {folder}; wait for it, or choose another folder"
-            ) from None
-        yield
-
-
-def _begin(folder: Path, plan: Plan, start_from: Path | None, replicas: int) -> None:
-    """Write what does not change during a run, or check that it is the same run."""
-    identity = {
-        "recipe": asdict(plan.recipe),
-        **{name: getattr(plan, name) for name in _SHARED},
-        "starts_from": start_from is not None,
-        "replicas": replicas,
-        # Another VAE would give other latents.
-        "vae": None if start_from is None else _digest(start_from / checkpoint.VAE_FILE),
-    }
-    identity = json.loads(json.dumps(identity))
-    file, place = folder / "run.json", folder / CHECKPOINT
-    if file.is_file():
-        found = read_json(file)
-        differing = [
-            _difference(name, found.get(name), value)
-            for name, value in identity.items()
-            if found.get(name, None if name != "vae" else value) != value  # older runs have no vae
-            and (name != "pixels" or found.get("rows") == identity["rows"])  # rows say it
-        ]
-        if differing:
-            raise ValueError(
-                f"{file} is of a run with {'; '.join(differing)}: go on as it began, or choose "
-                "another folder"
-            )
-        return
-    if start_from is None:
-        plan.recipe.write_configs(place)
-        write_tokenizer(place, plan.recipe.vocabulary)
-    else:
-        # A start that was interrupted may have left some.
-        shutil.copytree(start_from, place, dirs_exist_ok=True)
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(identity, indent=1) + "\n")
-    draft.replace(file)
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    """Of a value in `run.json`, as `train-tiny` is told it, where that is an option."""
-    if name == "rows" and before:
-        return f"--rows {before[0] / Plan.rows[0]:.3g}, not {now[0] / Plan.rows[0]:.3g}"
-    return f"{'--' if name in ('samples', 'seed') else ''}{name} {before}, not {now}"
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _index(length: int, count: int, generator: torch.Generator) -> Tensor:
